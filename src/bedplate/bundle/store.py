@@ -1,0 +1,302 @@
+"""Bundles on disk: open one, create one, add and remove adapters.
+
+Writers take turns (a lock on the bundle); readers need none: every change ends with one rename that shows it.
+What a killed writer leaves is either hidden, and removed by the next writer, or a folder of an adapter that
+`bundle.json` does not list, which nobody looks at and the next adapter of that name replaces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+from bedplate.bundle import files, integrity, manifest, usage
+from bedplate.bundle.manifest import (
+    AdapterInfo,
+    AdapterRecord,
+    ConstantInfo,
+    FoundationInfo,
+    Manifest,
+    TokenizerInfo,
+)
+from bedplate.bundle.ptd import read_ptd
+from bedplate.errors import AdapterError, BundleError, NameTakenError, NotFoundError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleFacts:
+    """What whoever writes a bundle's files tells of them; sizes and hashes are measured. See Manifest."""
+
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    special_tokens: dict[str, str]
+    constants: tuple[ConstantInfo, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterEntry:
+    """An adapter of an open bundle: its `program.pte`, its `weights.ptd`, and what `adapter.json` says."""
+
+    name: str
+    program: Path
+    weights: Path
+    info: AdapterInfo
+
+
+class Bundle:
+    """An open bundle. `manifest` and `adapters` are as they were when it was opened or last changed through
+    it.
+    """
+
+    def __init__(self, path: Path, document: Manifest, adapters: Mapping[str, AdapterEntry]) -> None:
+        self.path = path
+        self.manifest = document
+        self.adapters = adapters
+
+    @classmethod
+    def open(cls, path: str | Path, *, check: bool = True) -> Self:
+        """Read a bundle and check it: presence and size of every file and, with `check`, its SHA-256.
+
+        NotFoundError: there is none.  BundleError: a file is damaged or missing, the manifest is of another
+        version or edited, an adapter was packed against another foundation.
+        """
+        path = Path(path)
+        while True:
+            data = _manifest_bytes(path)
+            try:
+                return cls(path, *_read(path, data, check))
+            except (BundleError, FileNotFoundError):
+                if _manifest_bytes(path) == data:
+                    raise  # otherwise a writer was at work just now: look again
+
+    @property
+    def foundation(self) -> Path:
+        return self.path / manifest.FOUNDATION
+
+    @property
+    def foundation_sha256(self) -> str:
+        return self.manifest.files[manifest.FOUNDATION].sha256
+
+    @property
+    def foundation_info(self) -> FoundationInfo:
+        path = self.path / manifest.FOUNDATION_INFO
+        return manifest.load(FoundationInfo, path.read_bytes(), str(path))
+
+    @property
+    def base_program(self) -> Path:
+        return self.path / manifest.BASE_PROGRAM
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / manifest.TOKENIZER
+
+    @property
+    def chat_template_file(self) -> Path | None:
+        """None: the model came without one."""
+        return self.path / manifest.CHAT_TEMPLATE if manifest.CHAT_TEMPLATE in self.manifest.files else None
+
+    def constants(self) -> tuple[usage.ConstantUse, ...]:
+        """Every constant by name: the foundation's, then each adapter's own."""
+        return usage.constants(self)
+
+    def check_name(self, name: str) -> None:
+        """AdapterError: it cannot name an adapter.  NameTakenError: it names one already."""
+        if not manifest.is_adapter_name(name):
+            hint = (
+                "use letters, digits, '.', '_' and '-', a letter or digit first; 'base' is the model itself"
+            )
+            raise AdapterError(f"{name!r} cannot name an adapter", where=self.path, hint=hint)
+        if name in self.manifest.adapters:
+            hint = f"choose another name, or remove it first: bedplate remove {self.path} {name}"
+            raise NameTakenError(f"there is an adapter {name!r} already", where=self.path, hint=hint)
+
+    def add_adapter(self, name: str, write: Callable[[Path], AdapterInfo]) -> AdapterEntry:
+        """Add an adapter: `write` puts `program.pte` and `weights.ptd` into the folder it is given.
+
+        The lock is taken only to publish, so adapters may be written in parallel. Whatever is raised, and
+        whenever the process is killed, the bundle is as it was.
+        AdapterError: a bad name, or it does not fit the foundation.  NameTakenError: the name is in use.
+        """
+        self.check_name(name)
+        adapters = self.path / manifest.ADAPTERS
+        adapters.mkdir(exist_ok=True)
+        with files.workspace(adapters, "add") as draft:
+            try:
+                self._write_and_publish(name, write, draft)
+            except (FileNotFoundError, NotFoundError) as error:
+                if draft.exists():
+                    raise
+                raise self._replaced() from error  # `build --force` took the folder, and our draft with it
+        return self.adapters[name]
+
+    def _write_and_publish(self, name: str, write: Callable[[Path], AdapterInfo], draft: Path) -> None:
+        info = write(draft)
+        self._check_fit(name, info, draft)
+        (draft / manifest.ADAPTER_INFO).write_bytes(manifest.dump(info))
+        record = AdapterRecord(foundation=info.foundation, files=integrity.measure(draft))
+        files.sync_tree(draft)
+        folder = self.path / manifest.ADAPTERS / name
+        with files.locked(self.path):
+            self._refresh()
+            if info.foundation != self.foundation_sha256:
+                raise self._replaced()
+            self.check_name(name)
+            shutil.rmtree(folder, ignore_errors=True)  # not listed, so of a writer that was killed
+            (draft / files.LOCK).unlink()
+            draft.rename(folder)
+            files.sync_folder(folder.parent)
+            self._publish({**self.manifest.adapters, name: record})
+
+    def remove_adapter(self, name: str) -> None:
+        """See the function `remove_adapter`, which needs no open bundle."""
+        remove_adapter(self.path, name)
+        self._refresh()
+
+    def _check_fit(self, name: str, info: AdapterInfo, draft: Path) -> None:
+        assert info.name == name, f"{info.name} is written as {name}"
+        if info.foundation != self.foundation_sha256:
+            raise AdapterError(
+                f"packed against the foundation {info.foundation[:12]}…, not {self.foundation_sha256[:12]}…",
+                where=f"adapter {name}",
+                hint="pack it against this bundle",
+            )
+        own = read_ptd(draft / manifest.ADAPTER_WEIGHTS).entries.keys()
+        assert own == {constant.key for constant in info.constants}, (
+            "adapter.json must list what weights.ptd holds"
+        )
+        if shared := own & read_ptd(self.foundation).entries.keys():
+            names = sorted(constant.name for constant in info.constants if constant.key in shared)
+            raise AdapterError(
+                f"{len(shared)} of its constants are in the foundation already, {names[0]} among them",
+                where=f"adapter {name}",
+                hint="leave out what the foundation holds: ExecuTorch refuses two files that share a key",
+            )
+
+    def _replaced(self) -> BundleError:
+        return BundleError("the bundle was replaced meanwhile", where=self.path, hint="add the adapter again")
+
+    def _publish(self, records: dict[str, AdapterRecord]) -> None:
+        _write_manifest(self.path, dataclasses.replace(self.manifest, adapters=records))
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.manifest, self.adapters = _read(self.path, _manifest_bytes(self.path), check=False)
+
+
+def create_bundle(out: Path, write: Callable[[Path], BundleFacts], *, replace: bool = False) -> Bundle:
+    """Create a bundle: `write` puts the foundation, the base program, the tokenizer and, if there is one, the
+    chat template into the folder it is given. `out` appears in full when all of it is on disk, or not at all.
+
+    replace: if there is a bundle at `out`, exchange it for the new one (its adapters go with it). Anything
+    else there stays.  NameTakenError: there is something at `out`.  NotFoundError: there is no folder to put
+    it in.
+    """
+    out = out.resolve()
+    if not out.parent.is_dir():
+        raise NotFoundError("no such folder", where=out.parent, hint="create it first")
+    _check_free(out, replace)
+    with files.workspace(out.parent, out.name) as draft:
+        facts = write(draft)
+        (draft / manifest.FOUNDATION_INFO).write_bytes(
+            manifest.dump(FoundationInfo(constants=facts.constants))
+        )
+        _write_manifest(draft, _describe(draft, facts))
+        (draft / manifest.ADAPTERS).mkdir()
+        files.sync_tree(draft)
+        _check_free(out, replace)
+        if out.exists():
+            with files.locked(out):
+                files.swap(draft, out)
+        else:
+            files.rename_new(draft, out)
+        files.sync_folder(out.parent)
+    return Bundle.open(out, check=False)
+
+
+def remove_adapter(path: Path, name: str) -> None:
+    """Remove an adapter, be its files damaged or not.  NotFoundError: no such bundle or adapter."""
+    _manifest_bytes(path)  # before the lock, which would leave its file in any folder
+    with files.locked(path):
+        document = manifest.load(Manifest, _manifest_bytes(path), str(path / manifest.MANIFEST))
+        records = dict(document.adapters)
+        if records.pop(name, None) is None:
+            known = ", ".join(sorted(document.adapters)) or "none"
+            raise NotFoundError(f"no adapter {name!r}", where=path, hint=f"the bundle has: {known}")
+        _write_manifest(path, dataclasses.replace(document, adapters=records))
+        shutil.rmtree(path / manifest.ADAPTERS / name, ignore_errors=True)
+
+
+def _check_free(out: Path, replace: bool) -> None:
+    if not out.exists() or (replace and (out / manifest.MANIFEST).is_file()):
+        return
+    if replace:
+        raise NameTakenError("it is there and is not a bundle", where=out, hint="choose another place")
+    raise NameTakenError(
+        "it is there already", where=out, hint="choose another place, or replace it with --force"
+    )
+
+
+def _describe(folder: Path, facts: BundleFacts) -> Manifest:
+    measured = integrity.measure(folder)
+    return Manifest(
+        written_by=metadata.version("bedplate"),
+        model=facts.model,
+        recipe=facts.recipe,
+        tokenizer=TokenizerInfo(
+            sha256=measured[manifest.TOKENIZER].sha256,
+            bos_id=facts.bos_id,
+            eos_ids=facts.eos_ids,
+            special_tokens=facts.special_tokens,
+        ),
+        files=measured,
+        adapters={},
+    )
+
+
+def _write_manifest(folder: Path, document: Manifest) -> None:
+    data = manifest.dump(document)
+    manifest.load(Manifest, data, manifest.MANIFEST)  # what no reader would accept must not be published
+    with files.replacing(folder / manifest.MANIFEST) as file:
+        file.write(data)
+
+
+def _manifest_bytes(path: Path) -> bytes:
+    try:
+        return (path / manifest.MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        hint = f"build one first: bedplate build MODEL -o {path}"
+        raise NotFoundError("not a bundle: it has no bundle.json", where=path, hint=hint) from error
+
+
+def _read(path: Path, data: bytes, check: bool) -> tuple[Manifest, dict[str, AdapterEntry]]:
+    document = manifest.load(Manifest, data, str(path / manifest.MANIFEST))
+    integrity.check_files(path, document, hashes=check)
+    return document, {name: _read_adapter(path, document, name) for name in sorted(document.adapters)}
+
+
+def _read_adapter(path: Path, document: Manifest, name: str) -> AdapterEntry:
+    folder = path / manifest.ADAPTERS / name
+    where = folder / manifest.ADAPTER_INFO
+    info = manifest.load(AdapterInfo, where.read_bytes(), str(where))
+    foundation = document.files[manifest.FOUNDATION].sha256
+    if info.name != name:
+        raise BundleError(f"it describes the adapter {info.name!r}", where=where, hint=f"add {name!r} again")
+    if {info.foundation, document.adapters[name].foundation} != {foundation}:
+        raise BundleError(
+            f"packed against another foundation: {info.foundation[:12]}…, not {foundation[:12]}…",
+            where=where,
+            hint=f"remove it (bedplate remove {path} {name}) and add the adapter again, to this bundle",
+        )
+    return AdapterEntry(
+        name=name,
+        program=folder / manifest.ADAPTER_PROGRAM,
+        weights=folder / manifest.ADAPTER_WEIGHTS,
+        info=info,
+    )

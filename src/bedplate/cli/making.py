@@ -1,0 +1,167 @@
+"""Commands that make and change bundles."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from bedplate import api
+from bedplate.bundle import store
+from bedplate.cli.output import print_json, print_table, progress_bar, size, stderr
+from bedplate.compile.cache import UnitCache
+from bedplate.errors import RecipeError
+
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")]
+CacheFolder = Annotated[
+    Path | None, typer.Option(help="Folder of compiled units; the user's cache folder if absent.")
+]
+Scheme = Literal["8da4w", "8da8w", "none"]
+
+
+def build(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Hugging Face folder or .gguf file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="BUNDLE", help="Folder to create.")],
+    quantize: Annotated[
+        Scheme, typer.Option(help="Of linears: 4 or 8 bits (activations take 8), or none: float32.")
+    ] = "8da4w",
+    group_size: Annotated[int, typer.Option(help="Columns that share a 4-bit scale; 0: a whole row.")] = 32,
+    method: Annotated[
+        Literal["hqq", "plain"],
+        typer.Option(help="How 4-bit scales are chosen: for least error, or by range."),
+    ] = "hqq",
+    embedding: Annotated[
+        Literal["4", "8", "float"], typer.Option(help="Bits of the embedding, unless --quantize none.")
+    ] = "8",
+    head: Annotated[
+        Scheme | None, typer.Option(help="Of the head alone; if absent, 8da8w beside 8da4w.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=SCHEME",
+            help="Of some linears, e.g. 'layers.*.mlp.down_proj=8da8w'; may be given more than once.",
+        ),
+    ] = None,
+    max_context: Annotated[int, typer.Option(help="Positions that a session can hold.")] = 2048,
+    unit_cache: CacheFolder = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the bundle that is there, with its adapters.")
+    ] = False,
+) -> None:
+    """Build a bundle from a model. Its weights are quantized and packed, its program compiled."""
+    start = time.perf_counter()
+    with progress_bar() as progress:
+        bundle = api.build(
+            model,
+            out,
+            quantize=quantize,
+            group_size=group_size,
+            method=method,
+            embedding=embedding,
+            head=head,
+            overrides=_overrides(override or []),
+            max_context=max_context,
+            unit_cache=unit_cache,
+            progress=progress,
+            force=force,
+        )
+    foundation = bundle.foundation.stat().st_size
+    stderr.print(f"built {out} in {time.perf_counter() - start:.1f} s: foundation {size(foundation)}")
+
+
+def add(
+    bundle: BundlePath,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="PEFT LoRA folder.")],
+    name: Annotated[str, typer.Option(metavar="NAME", help="Name of the adapter in the bundle.")],
+    quantize: Annotated[
+        Literal["none", "8da8w"], typer.Option(help="Of its matrices: float32, or 8 bits.")
+    ] = "none",
+    unit_cache: CacheFolder = None,
+) -> None:
+    """Add a PEFT adapter to a bundle. Its matrices are packed against the bundle's foundation."""
+    start = time.perf_counter()
+    opened = api.Bundle.open(bundle)
+    with progress_bar() as progress:
+        entry = opened.add(
+            adapter,
+            name=name,
+            quantize=quantize,
+            unit_cache=unit_cache,
+            progress=progress,
+        )
+    files = entry.program.stat().st_size + entry.weights.stat().st_size
+    stderr.print(f"added {name} in {time.perf_counter() - start:.1f} s: {size(files)}")
+
+
+def remove(
+    bundle: BundlePath, name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter.")]
+) -> None:
+    """Remove an adapter from a bundle."""
+    # Not through Bundle.open: removing a damaged adapter is how a bundle is mended.
+    store.remove_adapter(bundle, name)
+    stderr.print(f"removed {name}")
+
+
+def export(
+    bundle: BundlePath,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .pte to write.")],
+    adapter: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Adapter to export; the base if absent.")
+    ] = None,
+    self_contained: Annotated[
+        bool,
+        typer.Option(
+            "--self-contained", help="Put the adapter's constants inside; it then wants foundation.ptd alone."
+        ),
+    ] = False,
+    with_foundation: Annotated[
+        bool,
+        typer.Option(
+            "--with-foundation", help="Put the foundation inside as well: one file that wants no other."
+        ),
+    ] = False,
+) -> None:
+    """Write a program as one .pte file. Any ExecuTorch runner that has the LLM operators takes it."""
+    api.Bundle.open(bundle).export(
+        out,
+        adapter=adapter,
+        self_contained=self_contained or with_foundation,
+        with_foundation=with_foundation,
+    )
+    stderr.print(f"wrote {out}: {size(out.stat().st_size)}")
+
+
+def cache_list(
+    unit_cache: CacheFolder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a script.")] = False,
+) -> None:
+    """List the compiled units on this machine."""
+    cache = UnitCache.default() if unit_cache is None else UnitCache(unit_cache)
+    entries = cache.entries()
+    if as_json:
+        print_json([{"kind": e.kind, "fingerprint": e.fingerprint, "bytes": e.nbytes} for e in entries])
+        return
+    print_table(
+        str(cache.folder),
+        ["kind", "fingerprint", ">bytes"],
+        [[e.kind, e.fingerprint, f"{e.nbytes:,}"] for e in entries],
+    )
+
+
+def cache_clear(unit_cache: CacheFolder = None) -> None:
+    """Remove the compiled units on this machine."""
+    cache = UnitCache.default() if unit_cache is None else UnitCache(unit_cache)
+    stderr.print(f"freed {size(cache.clear())}")
+
+
+def _overrides(options: list[str]) -> dict[str, str]:
+    overrides = {}
+    for option in options:
+        pattern, found, scheme = option.partition("=")
+        if not found:
+            raise RecipeError(f"--override {option}", hint="write PATTERN=SCHEME, e.g. 'lm_head=8da4w'")
+        overrides[pattern] = scheme
+    return overrides

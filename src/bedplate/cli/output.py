@@ -1,0 +1,116 @@
+"""What goes where: data on stdout, progress and errors on stderr; an error ends with its hint and exit code 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from bedplate.assemble import Progress as ProgressCallback
+from bedplate.errors import BedplateError
+
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stdout = Console(highlight=False, soft_wrap=True)  # never cut: whoever reads it gets all of it
+
+_HINTS = {
+    errno.ENOSPC: "free some space, or choose a folder on another disk",
+    errno.EDQUOT: "free some space, or choose a folder on another disk",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "check who may read and write there",
+    errno.EPERM: "check who may read and write there",
+}
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Print what a user can mend in words and end with exit code 2; Ctrl-C ends with 130, a closed pipe in silence."""
+    try:
+        yield
+    except BedplateError as error:
+        print_error(error)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        stderr.print("interrupted")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        _abandon_stdout()  # the reader (`head`, say) has gone
+        raise SystemExit(0) from None
+    except OSError as error:
+        _abandon_stdout()
+        hint = _HINTS.get(error.errno or 0, "check the path, and that the disk is in order")
+        print_error(BedplateError(error.strerror or str(error), where=error.filename, hint=hint))
+        raise SystemExit(2) from None
+
+
+def _abandon_stdout() -> None:
+    # What did not get out now must not be tried again by Python at exit, in words of its own.
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_error(error: BedplateError) -> None:
+    """What went wrong, where, and what to do, on stderr."""
+    where = f"{error.where}: " if error.where else ""
+    stderr.print(f"[bold red]error:[/] {escape(where + error.what)}")
+    if error.hint:
+        stderr.print(f"[bold]hint:[/] {escape(error.hint)}")
+
+
+@contextmanager
+def progress_bar() -> Iterator[ProgressCallback]:
+    """A bar for each stage, on stderr, gone when all is done; where there is no terminal, a line for each."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+                if bars.disable:
+                    stderr.print(f"{stage} …")
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def print_json(data: Any) -> None:
+    """Data for a script: one JSON document on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2, default=_as_json, ensure_ascii=False) + "\n")
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table for people, on stdout; columns of numbers (named with a leading `>`) to the right."""
+    head = [column.lstrip(">") for column in columns]
+    widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)]
+    stdout.print(f"[bold]{escape(title)}[/]")
+    for row in (head, *rows):
+        cells = [
+            cell.rjust(width) if column.startswith(">") else cell.ljust(width)
+            for cell, width, column in zip(row, widths, columns, strict=True)
+        ]
+        stdout.print("  ".join(cells).rstrip(), markup=False)
+
+
+def size(nbytes: int) -> str:
+    """Bytes as people read them."""
+    return f"{nbytes:,} B" if nbytes < 1_000_000 else f"{nbytes / 1e6:,.1f} MB"
+
+
+def _as_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(type(value))

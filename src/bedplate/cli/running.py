@@ -1,0 +1,155 @@
+"""Commands that run a bundle."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bedplate.bundle.store import Bundle
+from bedplate.cli.making import BundlePath
+from bedplate.cli.output import print_error, print_json, stderr
+from bedplate.errors import BedplateError
+
+if TYPE_CHECKING:
+    from bedplate.runtime.session import Session, Statistics
+
+Adapter = Annotated[str | None, typer.Option(metavar="NAME", help="Adapter to use; the base if absent.")]
+Threads = Annotated[int | None, typer.Option(help="Threads; the physical cores if absent.")]
+MaxTokens = Annotated[int, typer.Option(help="End after this many tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")]
+TopK = Annotated[int, typer.Option(help="Sample among this many likeliest tokens; 0: all.")]
+Seed = Annotated[int, typer.Option(help="Of the random choice, above temperature 0.")]
+System = Annotated[str | None, typer.Option(help="System message.")]
+
+
+def run(
+    bundle: BundlePath,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; - reads it from stdin.")],
+    adapter: Adapter = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given more than once.")
+    ] = None,
+    system: System = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")
+    ] = False,
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Text and statistics as JSON.")] = False,
+) -> None:
+    """Answer one prompt. The text goes to stdout as it comes, statistics to stderr."""
+    from bedplate.runtime.engine import Engine
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with Engine(Bundle.open(bundle), threads=threads) as engine:
+        session = engine.session(adapter)
+        pieces = session.generate(
+            text if raw else _messages(system, text),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=tuple(stop or ()),
+            stream=True,
+        )
+        if as_json:
+            answer = "".join(pieces)
+            print_json({"text": answer, "statistics": session.last})
+            return
+        _stream(pieces)
+        _print_speed(session.last)
+
+
+def chat(
+    bundle: BundlePath,
+    adapter: Adapter = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    system: System = None,
+    threads: Threads = None,
+) -> None:
+    """Talk with the model. /use NAME switches the adapter, /use alone goes back to the base, /reset starts over,
+    /quit ends.
+    """
+    from bedplate.runtime.engine import Engine
+
+    options = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
+    with Engine(Bundle.open(bundle), threads=threads) as engine:
+        session = engine.session(adapter)
+        history = _messages(system, None)
+        while (line := _ask(session.adapter)) is not None:
+            command, _, argument = line.strip().partition(" ")
+            if command == "/quit":
+                return
+            try:
+                if command == "/reset":
+                    history = _messages(system, None)
+                elif command == "/use":
+                    session.use(None if argument in ("", "base") else argument)
+                elif command.startswith("/"):
+                    stderr.print("/use NAME switches the adapter, /reset starts over, /quit ends")
+                elif command:
+                    history = _exchange(session, history, line, options)
+            except BedplateError as error:
+                print_error(error)  # the talk goes on, without what caused it
+            except KeyboardInterrupt:
+                stderr.print("interrupted; the question is forgotten")
+
+
+def _exchange(
+    session: Session, history: list[dict[str, str]], question: str, options: dict[str, Any]
+) -> list[dict[str, str]]:
+    asked = [*history, {"role": "user", "content": question}]
+    answer = _stream(session.generate(asked, stream=True, **options))
+    _print_speed(session.last)
+    return [*asked, {"role": "assistant", "content": answer}]
+
+
+def _messages(system: str | None, user: str | None) -> list[dict[str, str]]:
+    roles = (("system", system), ("user", user))
+    return [{"role": role, "content": text} for role, text in roles if text is not None]
+
+
+def _ask(adapter: str | None) -> str | None:
+    stderr.print(f"[bold]{adapter or 'base'}>[/] ", end="")
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def _stream(pieces: Iterator[str]) -> str:
+    text = ""
+    for piece in pieces:
+        text += piece
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()  # before the numbers on stderr
+    return text
+
+
+def _print_speed(stats: Statistics | None) -> None:
+    assert stats is not None, "a generation has just ended"
+    decoded = max(stats.generated_tokens - 1, 0)
+    speed = f"{decoded / stats.decode_seconds:.0f} tokens/s" if stats.decode_seconds > 0 and decoded else "–"
+    stderr.print(
+        f"[dim]{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, "
+        f"{stats.generated_tokens} generated, {speed}, ended by {stats.finish_reason}[/]"
+    )

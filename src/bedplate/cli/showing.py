@@ -1,0 +1,117 @@
+"""Commands that show what a bundle holds and prove what it claims."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from bedplate.bundle import usage
+from bedplate.bundle.store import Bundle
+from bedplate.cli.making import BundlePath
+from bedplate.cli.output import print_json, print_table, size, stdout
+
+Json = Annotated[bool, typer.Option("--json", help="As JSON, for a script.")]
+
+
+def list_adapters(bundle: BundlePath, as_json: Json = False) -> None:
+    """List the adapters of a bundle."""
+    entries = Bundle.open(bundle, check=False).adapters.values()
+    sizes = {entry.name: entry.program.stat().st_size + entry.weights.stat().st_size for entry in entries}
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": entry.name,
+                    "rank": entry.info.rank,
+                    "alpha": entry.info.alpha,
+                    "dtype": entry.info.dtype,
+                    "targets": entry.info.targets,
+                    "bytes": sizes[entry.name],
+                }
+                for entry in entries
+            ]
+        )
+        return
+    rows = []
+    for entry in entries:
+        targets = ", ".join(target.split(".")[-1] for target in entry.info.targets)
+        numbers = [str(entry.info.rank), f"{entry.info.alpha:g}", entry.info.dtype, size(sizes[entry.name])]
+        rows.append([entry.name, *numbers, targets])
+    print_table(
+        f"{bundle}: {len(rows)} {'adapter' if len(rows) == 1 else 'adapters'}",
+        ["name", ">rank", ">alpha", "dtype", ">size", "targets"],
+        rows,
+    )
+
+
+def inspect(bundle: BundlePath, as_json: Json = False) -> None:
+    """List every constant and its users. With name, dtype, shape, bytes, key, and the file that holds it."""
+    constants = Bundle.open(bundle).constants()
+    if as_json:
+        print_json(constants)
+        return
+    columns = ["name", "dtype", "shape", ">bytes", "key", "in", "used by"]
+    rows = [
+        [
+            c.name,
+            c.dtype,
+            "×".join(map(str, c.shape)),
+            f"{c.nbytes:,}",
+            c.key[:12],
+            c.owner,
+            ", ".join(c.users),
+        ]
+        for c in constants
+    ]
+    print_table(f"{bundle}: {len(constants)} constants", columns, rows)
+
+
+def verify(
+    bundle: BundlePath,
+    as_json: Json = False,
+    threads: Annotated[int | None, typer.Option(help="Threads; the physical cores if absent.")] = None,
+) -> None:
+    """Prove that a bundle is whole and shared. Hashes every file, resolves every key, and runs each adapter against
+    the base.
+
+    Exit code 2 if something is damaged or missing, 1 if an adapter changes nothing.
+    """
+    from bedplate.runtime.effect import measure_effects
+    from bedplate.runtime.engine import Engine
+
+    opened = Bundle.open(bundle)  # hashes every file
+    sharing = usage.sharing(opened)
+    with Engine(opened, threads=threads) as engine:
+        engine.load()
+        effects = measure_effects(engine)
+    idle = [effect.name for effect in effects if not effect.took_effect]
+    if as_json:
+        print_json({"ok": not idle, "sharing": sharing, "effects": effects, "without_effect": idle})
+    else:
+        _show_verdict(opened, sharing, {effect.name: effect for effect in effects}, idle)
+    if idle:
+        raise typer.Exit(1)
+
+
+def _show_verdict(
+    opened: Bundle, sharing: usage.Sharing, effects: dict[str, object], idle: list[str]
+) -> None:
+    from bedplate.runtime.effect import Effect
+
+    rows = []
+    for use in sharing.programs:
+        effect = effects.get(use.name)
+        changed = ["", ""]
+        if isinstance(effect, Effect):
+            changed = [f"{effect.mean_kl:.4f}", f"{effect.top1_changed:.0%}"]
+        rows.append([use.name, str(use.keys), size(use.from_foundation), size(use.own), *changed])
+    columns = ["program", ">keys", ">from foundation", ">own", ">mean KL to base", ">top-1 changed"]
+    print_table(f"{opened.path}: every file as it was written, every key resolved", columns, rows)
+    stdout.print(
+        f"foundation {size(sharing.foundation)}, of which {size(sharing.shared)} serve two programs or more"
+    )
+    if idle:
+        stdout.print(f"NOT OK: without effect: {', '.join(idle)}")
+    else:
+        stdout.print("OK")

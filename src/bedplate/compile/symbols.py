@@ -1,0 +1,90 @@
+"""Where a lowered program names constants by ExecuTorch's keys or by module paths, put placeholders of symbols.
+
+This is also where the packing is proven: each constant that the lowering produced must be, byte for byte, one that
+`quantize.packing` made from the same weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from bedplate.compile.units import Lowered, placeholder
+from bedplate.compile.xnnpack import RawProgram
+from bedplate.constants import KEY_LENGTH, Constant
+from bedplate.errors import LoweringError
+from bedplate.model.decoder import Decoder
+from bedplate.quantize.packing import pack_float
+
+# ExecuTorch's keys inside a delegate's flatbuffer: a length-prefixed, NUL-terminated string.
+_KEY = re.compile(rb"\x40\0\0\0([0-9a-f]{64})\0|\x46\0\0\0scale_([0-9a-f]{64})\0")
+
+
+def fixed_constants(decoder: Decoder) -> dict[str, Constant]:
+    """The constants that every decoder of a structure shares whatever its weights, by symbol."""
+    rope, norm = decoder.rope, decoder.norm
+    tables = [("rope.cos", rope.cos, True), ("rope.sin", rope.sin, True)]
+    rows = [("rope.rotation", rope.rotation, False), ("rms_norm.mean_row", norm.mean_row, False)]
+    packed = [pack_float(name, value.numpy(), is_tensor=tensor)[0] for name, value, tensor in tables + rows]
+    return {constant.name: constant for constant in packed}
+
+
+def symbolize(raw: RawProgram, constants: Mapping[str, Constant], fixed: Mapping[str, Constant]) -> Lowered:
+    """Replace every key by its symbol's placeholder. Raises LoweringError for a constant of other bytes than ours."""
+    known = {**constants, **fixed}
+    symbol_of = {_executorch_key(constant): symbol for symbol, constant in known.items()}
+    for key, data in raw.delegate_data.items():
+        if symbol_of.get(key.removeprefix("scale_")) is None:
+            raise LoweringError(
+                f"the lowering packed a constant of {len(data)} bytes that bedplate packs otherwise",
+                where=key,
+                hint="the installed executorch is not the one that bedplate was made for",
+            )
+    program = copy.copy(raw.program)
+    used: dict[str, None] = {}
+    program.backend_delegate_data = [
+        type(blob)(data=_rename_payload(blob.data, symbol_of, used))
+        for blob in raw.program.backend_delegate_data
+    ]
+    program.execution_plan = [_rename_tensors(copy.deepcopy(raw.program.execution_plan[0]), known, used)]
+    return Lowered(
+        program=program,
+        symbols=tuple(used),
+        fixed={symbol: constant for symbol, constant in fixed.items() if symbol in used},
+    )
+
+
+def _executorch_key(constant: Constant) -> str:
+    return hashlib.sha256(constant.data.data).hexdigest()
+
+
+def _rename_payload(payload: bytes, symbol_of: Mapping[str, str], used: dict[str, None]) -> bytes:
+    def rename(match: re.Match[bytes]) -> bytes:
+        symbol = symbol_of.get((match[1] or match[2]).decode())
+        if symbol is None:
+            return match[0]
+        used[symbol] = None
+        # All keys get 64 characters, so a later relocation never moves anything; a shorter string may
+        # leave its tail unused.
+        key = KEY_LENGTH.to_bytes(4, "little") + placeholder(symbol).encode()
+        return key.ljust(len(match[0]), b"\0")
+
+    return _KEY.sub(rename, payload)
+
+
+def _rename_tensors(plan: Any, known: Mapping[str, Constant], used: dict[str, None]) -> Any:
+    for delegate in plan.delegates:
+        delegate.compile_specs = []  # they spoke to the lowering; the runtime would only read past them
+    for value in plan.values:
+        extra = getattr(value.val, "extra_tensor_info", None)
+        if extra is None or value.val.allocation_info is not None:
+            continue  # not a tensor with a name, or a mutable buffer: its name stays
+        path, _, part = extra.fully_qualified_name.rpartition(".")
+        symbol = f"{path}.weight#{part}" if part in ("codes", "scales") else extra.fully_qualified_name
+        assert symbol in known, f"the program names the tensor {extra.fully_qualified_name}"
+        used[symbol] = None
+        extra.fully_qualified_name = placeholder(symbol)
+    return plan

@@ -1,0 +1,69 @@
+"""What passes between compile and link."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from bedplate.constants import KEY_LENGTH, Constant
+from bedplate.model.spec import ModelSpec
+from bedplate.quantize.recipe import Recipe
+
+# Rises when units of an older bedplate no longer fit the linker.
+UNIT_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """All that a program's instructions depend on; never a weight's value.
+
+    ranks: rank of the LoRA branch of each targeted linear, by its name in a layer; empty for the base.
+    max_chunk: the longest run of tokens that one call of `forward` takes.
+    """
+
+    spec: ModelSpec
+    recipe: Recipe
+    max_context: int
+    max_chunk: int
+    ranks: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def fingerprint(self, versions: Mapping[str, str], *, any_depth: bool) -> str:
+        """SHA-256 over the structure and the versions of what compiles it; with `any_depth`, less the depth."""
+        content = self.to_dict() | {"versions": dict(versions), "unit_format": UNIT_FORMAT}
+        content["ranks"] = sorted(self.ranks.items())
+        if any_depth:
+            content["spec"].pop("n_layers")
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lowered:
+    """A lowered program in which every constant is a symbol.
+
+    program: an `executorch.exir.schema.Program`; where a key belongs it holds `placeholder(symbol)`.
+    symbols: the names of the constants that it wants (`layers.0.mlp.up_proj.weight#codes`).
+    fixed: the constants that depend on the structure alone (RoPE tables, the rotation, the row of 1/dim), by symbol.
+    """
+
+    program: Any
+    symbols: tuple[str, ...]
+    fixed: Mapping[str, Constant]
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a lowered program depends on."""
+    return {name: version(name) for name in ("executorch", "torch", "torchao")}
+
+
+def placeholder(symbol: str) -> str:
+    """64 hex characters that stand in a program where the key of `symbol` goes."""
+    text = hashlib.sha256(f"bedplate symbol {symbol}".encode()).hexdigest()
+    assert len(text) == KEY_LENGTH
+    return text

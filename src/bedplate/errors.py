@@ -1,0 +1,70 @@
+"""Every error that bedplate raises on purpose.
+
+    BedplateError
+    ├── CheckpointError     the model folder or file cannot be read as a checkpoint
+    ├── UnsupportedError    a config asks for something that bedplate does not do (named, never ignored)
+    ├── RecipeError         a quantization recipe cannot be applied to the model
+    ├── AdapterError        an adapter does not fit the foundation, or its files are wrong
+    ├── LoweringError       a program would not be what it should be (something fell out of a delegate)
+    ├── BundleError         a bundle is damaged, incomplete, or of another version
+    ├── NameTakenError      the name is in use already
+    ├── NotFoundError       no such bundle, adapter, or file
+    └── RunError            a program cannot be loaded or run, or a request does not fit it
+
+Each carries what went wrong, where, and what to do about it. The command line prints it on stderr and exits
+with code 2.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class BedplateError(Exception):
+    """Base of all errors: `what` happened, `where` (a path, key or module name), and a `hint`."""
+
+    def __init__(self, what: str, *, where: str | Path | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = self.what if self.where is None else f"{self.where}: {self.what}"
+        return text if self.hint is None else f"{text}\nhint: {self.hint}"
+
+
+class CheckpointError(BedplateError):
+    """The model folder or file cannot be read as a checkpoint."""
+
+
+class UnsupportedError(BedplateError):
+    """A config asks for something that bedplate does not do."""
+
+
+class RecipeError(BedplateError):
+    """A quantization recipe cannot be applied to the model."""
+
+
+class AdapterError(BedplateError):
+    """An adapter does not fit the foundation, or its files are wrong."""
+
+
+class LoweringError(BedplateError):
+    """A lowered program is not what it should be; names what fell out."""
+
+
+class BundleError(BedplateError):
+    """A bundle is damaged, incomplete, or of another version."""
+
+
+class NameTakenError(BedplateError):
+    """The name is in use already."""
+
+
+class NotFoundError(BedplateError):
+    """No such bundle, adapter, or file."""
+
+
+class RunError(BedplateError):
+    """A program cannot be loaded or run, or a request does not fit it."""

@@ -1,0 +1,44 @@
+"""A program that names constants → a program that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
+from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary, serialize_pte_binary
+from executorch.exir._serialize.data_serializer import DataEntry
+from executorch.exir.schema import Buffer, TensorDataLocation
+
+from bedplate.constants import Constant
+
+_ALIGNMENT = 16  # what XNNPACK's serializer asks for its constants
+
+
+def embed(program: bytes, constants: Mapping[str, Constant]) -> bytes:
+    """The program with `constants` (by key) inside: it no longer asks a data file for them.
+
+    Constants of delegates become named data of the program; tensors of its own go to its constant segment.
+    """
+    loaded = deserialize_pte_binary(program).program
+    assert not loaded.named_data, "a linked program holds no constants yet"
+    buffers: list[bytes] = []
+    entries: dict[str, DataEntry] = {}
+    for key, constant in sorted(constants.items()):
+        if not constant.is_tensor:
+            entries[key] = DataEntry(buffer_index=len(buffers), alignment=_ALIGNMENT, tensor_layout=None)
+            buffers.append(constant.data.tobytes())
+    placed: dict[str, int] = {}
+    for plan in loaded.execution_plan:
+        for value in plan.values:
+            extra = getattr(value.val, "extra_tensor_info", None)
+            key = (extra.fully_qualified_name or "") if extra is not None else ""
+            if extra is None or key not in constants:
+                continue
+            if key not in placed:
+                placed[key] = len(loaded.constant_buffer)
+                loaded.constant_buffer.append(Buffer(storage=constants[key].data.tobytes()))
+            assert extra.location == TensorDataLocation.EXTERNAL
+            value.val.data_buffer_idx = placed[key]
+            value.val.extra_tensor_info = None
+    named = NamedDataStoreOutput(buffers=buffers, pte_data=entries, external_data={})
+    return bytes(serialize_pte_binary(PTEFile(program=loaded, named_data=named)))

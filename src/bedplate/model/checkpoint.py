@@ -1,0 +1,111 @@
+"""Checkpoints as a stream of (name, tensor): safetensors folders (sharded or not) and GGUF files.
+
+Names are Hugging Face's without the leading `model.`; tensors are float32, one at a time, so that a model is never
+in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bedplate.errors import CheckpointError, NotFoundError, UnsupportedError
+from bedplate.model.gguf_file import GgufFile
+from bedplate.model.safetensors_folder import SafetensorsFolder
+from bedplate.model.spec import ModelSpec
+
+
+class Checkpoint(Protocol):
+    """A readable checkpoint. `files` are those that its content depends on."""
+
+    path: Path
+    spec: ModelSpec
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor by name, in the order in which `tensors` yields them; reads no values."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, float32 tensor), each read when it is asked for."""
+        ...
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a model folder or a `.gguf` file, and check names and shapes of its tensors against its config.
+
+    Raises NotFoundError, CheckpointError or UnsupportedError.
+    """
+    if not path.exists():
+        raise NotFoundError("no such file or folder", where=path, hint="give a model folder or a .gguf file")
+    checkpoint: Checkpoint = GgufFile(path) if path.is_file() else SafetensorsFolder(path)
+    _check_shapes(checkpoint)
+    return checkpoint
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the names and contents of the files that make the checkpoint."""
+    digest = hashlib.sha256(b"bedplate checkpoint v1")
+    for path in sorted(checkpoint.files):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
+    return digest.hexdigest()
+
+
+def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a checkpoint of this spec holds. A tied head is no tensor of its own."""
+    from bedplate.model.decoder import Decoder
+
+    with torch.device("meta"):
+        decoder = Decoder(spec, max_context=1)
+    shapes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
+    if spec.tied_head:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def checked_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """`checkpoint.tensors()`, each checked for finite values."""
+    for name, tensor in checkpoint.tensors():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"tensor {name} holds NaN or infinity",
+                where=checkpoint.path,
+                hint="its training diverged, or the file is damaged: download it again",
+            )
+        yield name, tensor
+
+
+def tied_names(name: str, spec: ModelSpec) -> tuple[str, ...]:
+    """The parameters that a checkpoint's tensor fills: a tied head takes the embedding's values."""
+    return (name, "lm_head.weight") if spec.tied_head and name == "embed_tokens.weight" else (name,)
+
+
+def _check_shapes(checkpoint: Checkpoint) -> None:
+    expected, found = expected_shapes(checkpoint.spec), checkpoint.shapes()
+    if missing := sorted(expected.keys() - found.keys()):
+        raise CheckpointError(
+            f"{len(missing)} tensors are missing, the first {missing[0]}",
+            where=checkpoint.path,
+            hint="is a shard missing, or does config.json belong to another model?",
+        )
+    if unknown := sorted(found.keys() - expected.keys()):
+        raise UnsupportedError(
+            f"{len(unknown)} tensors have no place in the decoder, the first {unknown[0]}",
+            where=checkpoint.path,
+            hint="the model computes something that the Llama architecture does not describe",
+        )
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise CheckpointError(
+                f"tensor {name} has shape {shape}, the config wants {expected[name]}",
+                where=checkpoint.path,
+                hint="config and weights are not of the same model",
+            )

@@ -1,0 +1,205 @@
+"""The decoder, written so that XNNPACK takes everything between two attention operators as one delegate.
+
+Shape suffixes: B batch (1), S positions of this step, D dim, H heads, K key/value heads, N head_dim, V vocabulary,
+C max_context.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers torch.ops.llama
+from torch import Tensor, nn
+
+from bedplate.model.lora import LoRALinear
+from bedplate.model.spec import ModelSpec, RopeSpec
+
+# The linears of a layer that an adapter can target, by their Hugging Face names.
+LAYER_LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight. `mean` is a linear with one row of 1/D: the partitioner refuses `mean`."""
+
+    mean_row: Tensor
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.register_buffer("mean_row", torch.full((1, dim), 1.0 / dim), persistent=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        mean_BS1 = F.linear(x_BSD * x_BSD, self.mean_row)
+        return x_BSD * torch.rsqrt(mean_BS1 + self.eps) * self.weight
+
+
+class Rope(nn.Module):
+    """Rotary position embedding with cos and sin from a table and rotate-half as a linear.
+
+    rotate_half(x) = [-x₂, x₁] is x Rᵀ with R of 0 and ±1: exact, and, unlike slices, inside the delegate.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    rotation: Tensor
+
+    def __init__(self, spec: RopeSpec, head_dim: int, max_context: int) -> None:
+        super().__init__()
+        cos, sin = rope_table(spec, head_dim, max_context)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        half = head_dim // 2
+        rotation = torch.zeros(head_dim, head_dim)
+        rotation[:half, half:] = -torch.eye(half)
+        rotation[half:, :half] = torch.eye(half)
+        self.register_buffer("rotation", rotation, persistent=False)
+
+    def at(self, pos: int, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, S, 1, N] for positions pos … pos + length - 1."""
+        return self.cos.narrow(1, pos, length), self.sin.narrow(1, pos, length)
+
+    def forward(self, x_BSHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return x_BSHN * cos + F.linear(x_BSHN, self.rotation) * sin
+
+
+def rope_table(spec: RopeSpec, head_dim: int, max_context: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [1, C, 1, N], as transformers computes them (RoFormer; Llama 3.1's scaling)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    inv_freq = 1.0 / (spec.theta**exponent)
+    if (scaling := spec.scaling) is not None:
+        wavelength = 2 * math.pi / inv_freq
+        low = scaling.original_max_position_embeddings / scaling.low_freq_factor
+        high = scaling.original_max_position_embeddings / scaling.high_freq_factor
+        smooth = (scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+        blended = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
+        inv_freq = torch.where(
+            wavelength > low, inv_freq / scaling.factor, torch.where(wavelength < high, inv_freq, blended)
+        )
+    angles = torch.arange(max_context).float()[:, None] * inv_freq[None, :]
+    angles = torch.cat((angles, angles), dim=-1).view(1, max_context, 1, head_dim)
+    return angles.cos(), angles.sin()
+
+
+class Attention(nn.Module):
+    def __init__(self, spec: ModelSpec, ranks: Mapping[str, int], device: str | None) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = spec.n_heads, spec.n_kv_heads, spec.head_dim
+        q_width, kv_width = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+        bias = spec.attention_bias
+        self.q_proj = _linear(spec.dim, q_width, bias, ranks.get("self_attn.q_proj"), device)
+        self.k_proj = _linear(spec.dim, kv_width, bias, ranks.get("self_attn.k_proj"), device)
+        self.v_proj = _linear(spec.dim, kv_width, bias, ranks.get("self_attn.v_proj"), device)
+        self.o_proj = _linear(q_width, spec.dim, bias, ranks.get("self_attn.o_proj"), device)
+
+    def forward(
+        self, x: Tensor, k_cache: Tensor, v_cache: Tensor, rope: Rope, cos: Tensor, sin: Tensor, pos: int
+    ) -> Tensor:
+        q_BSHN = rope(self.q_proj(x).view(1, -1, self.n_heads, self.head_dim), cos, sin)
+        k_BSKN = rope(self.k_proj(x).view(1, -1, self.n_kv_heads, self.head_dim), cos, sin)
+        v_BSKN = self.v_proj(x).view(1, -1, self.n_kv_heads, self.head_dim)
+        torch.ops.llama.update_cache(k_BSKN, k_cache, pos)
+        torch.ops.llama.update_cache(v_BSKN, v_cache, pos)
+        y_BSHN = torch.ops.llama.custom_sdpa(q_BSHN, k_cache, v_cache, pos, None, 0.0, True)
+        return self.o_proj(y_BSHN.view(1, -1, self.n_heads * self.head_dim))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    def __init__(self, spec: ModelSpec, ranks: Mapping[str, int], device: str | None) -> None:
+        super().__init__()
+        self.gate_proj = _linear(spec.dim, spec.hidden_dim, spec.mlp_bias, ranks.get("mlp.gate_proj"), device)
+        self.up_proj = _linear(spec.dim, spec.hidden_dim, spec.mlp_bias, ranks.get("mlp.up_proj"), device)
+        self.down_proj = _linear(spec.hidden_dim, spec.dim, spec.mlp_bias, ranks.get("mlp.down_proj"), device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class Layer(nn.Module):
+    k_cache: Tensor
+    v_cache: Tensor
+
+    def __init__(
+        self, spec: ModelSpec, max_context: int, ranks: Mapping[str, int], device: str | None
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(spec.dim, spec.norm_eps)
+        self.self_attn = Attention(spec, ranks, device)
+        self.post_attention_layernorm = RMSNorm(spec.dim, spec.norm_eps)
+        self.mlp = MLP(spec, ranks, device)
+        cache_shape = (1, max_context, spec.n_kv_heads, spec.head_dim)
+        self.register_buffer("k_cache", torch.zeros(cache_shape), persistent=False)
+        self.register_buffer("v_cache", torch.zeros(cache_shape), persistent=False)
+
+    def forward(self, x: Tensor, rope: Rope, cos: Tensor, sin: Tensor, pos: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), self.k_cache, self.v_cache, rope, cos, sin, pos)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """A decoder of the Llama family with its KV cache inside.
+
+    ranks: LoRA rank of each linear that has a branch, by its name in a layer (`mlp.up_proj`); the same in all layers.
+    device: where the linears and the embedding are made; "meta" when their values come from elsewhere anyway.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        max_context: int,
+        ranks: Mapping[str, int] | None = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        ranks = ranks or {}
+        if unknown := sorted(set(ranks) - set(LAYER_LINEARS)):
+            raise ValueError(f"no such linears: {unknown}")
+        self.spec, self.max_context = spec, max_context
+        self.embed_tokens: nn.Module = nn.Embedding(spec.vocab_size, spec.dim, device=device)
+        self.rope = Rope(spec.rope, spec.head_dim, max_context)
+        self.layers = nn.ModuleList(Layer(spec, max_context, ranks, device) for _ in range(spec.n_layers))
+        self.norm = RMSNorm(spec.dim, spec.norm_eps)
+        self.lm_head: nn.Module = _linear(spec.dim, spec.vocab_size, False, None, device)
+
+    def forward(self, tokens: Tensor, input_pos: Tensor, last_rows: Tensor) -> Tensor:
+        """Logits float32 [1, R, V] of the last R of tokens int64 [1, S] at positions input_pos … input_pos + S - 1.
+
+        last_rows [R] counts by its length alone: R is 1 for generation, S for evaluation. A length is what the
+        exporter can bound, so one lowered head serves both; the linker makes a method for each and drops the input.
+        """
+        pos, length, rows = input_pos.item(), tokens.shape[1], last_rows.shape[0]
+        torch._check(pos >= 0)  # type: ignore[no-untyped-call]
+        torch._check(pos + length <= self.max_context)  # type: ignore[no-untyped-call]
+        cos, sin = self.rope.at(pos, length)  # type: ignore[arg-type]
+        x_BSD = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x_BSD = layer(x_BSD, self.rope, cos, sin, pos)
+        x_BRD = x_BSD.narrow(1, length - rows, rows)
+        return self.lm_head(self.norm(x_BRD))  # type: ignore[no-any-return]
+
+    def reset_cache(self) -> None:
+        for layer in self.layers:
+            layer.k_cache.zero_()  # type: ignore[operator]
+            layer.v_cache.zero_()  # type: ignore[operator]
+
+
+def _linear(
+    in_features: int, out_features: int, bias: bool, rank: int | None, device: str | None
+) -> nn.Module:
+    if rank is None:
+        return nn.Linear(in_features, out_features, bias=bias, device=device)
+    return LoRALinear(in_features, out_features, rank=rank, bias=bias, device=device)

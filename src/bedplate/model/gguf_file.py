@@ -1,0 +1,124 @@
+"""A GGUF of the `llama` architecture as a checkpoint: llama.cpp's names, layout and fields in Hugging Face's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from bedplate.errors import CheckpointError, UnsupportedError
+from bedplate.model.spec import spec_from_config
+
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
+_FIELDS = {
+    "hidden_size": "llama.embedding_length",
+    "num_hidden_layers": "llama.block_count",
+    "num_attention_heads": "llama.attention.head_count",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "intermediate_size": "llama.feed_forward_length",
+    "max_position_embeddings": "llama.context_length",
+    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "rope_theta": "llama.rope.freq_base",
+}
+_HEAD_WIDTHS = ("llama.attention.key_length", "llama.attention.value_length", "llama.rope.dimension_count")
+# Values with which a field says what is the case anyway.
+_NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "llama.attention.causal": (True,),
+    "llama.expert_count": (0,),
+    "llama.expert_used_count": (0,),
+    "llama.rope.scaling.type": ("none",),
+    "llama.use_parallel_residual": (False,),
+}
+_USED = {*_FIELDS.values(), *_HEAD_WIDTHS, "llama.vocab_size"}
+_USE_FOLDER = "use the model's Hugging Face folder, if it is of the Llama family at all"
+
+
+class GgufFile:
+    """A `Checkpoint`. Raises CheckpointError or UnsupportedError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = (path,)
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except (ValueError, OSError, IndexError, KeyError) as error:
+            raise CheckpointError(
+                f"is not a whole GGUF file: {error}",
+                where=path,
+                hint="give a Hugging Face folder or a .gguf file; if it is one, download it again",
+            ) from None
+        self.spec = spec_from_config(_config(self._reader, path), where=path)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        # The format lists dimensions from the innermost on.
+        return {
+            _name(tensor.name, self.path): tuple(int(size) for size in reversed(tensor.shape))
+            for tensor in self._reader.tensors
+        }
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        heads = {"q_proj": self.spec.n_heads, "k_proj": self.spec.n_kv_heads}
+        for stored in self._reader.tensors:
+            name = _name(stored.name, self.path)
+            tensor = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy())
+            n_heads = heads.get(name.split(".")[-2]) if "." in name else None
+            yield name, tensor if n_heads is None else _unpermute(tensor, n_heads)
+
+
+def _unpermute(tensor: Tensor, n_heads: int) -> Tensor:
+    # GGUF interleaves the two halves of each head's rows for q and k; rotate-half wants them apart.
+    rows = tensor.shape[0] // n_heads // 2
+    return tensor.view(n_heads, rows, 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape).contiguous()
+
+
+def _name(name: str, path: Path) -> str:
+    match name.split("."):
+        case ["blk", index, kind, leaf] if kind in _LAYER_NAMES:
+            return f"layers.{index}.{_LAYER_NAMES[kind]}.{leaf}"
+        case [kind, leaf] if kind in _NAMES:
+            return f"{_NAMES[kind]}.{leaf}"
+    raise UnsupportedError(f"tensor {name} has no place in the decoder", where=path, hint=_USE_FOLDER)
+
+
+def _config(reader: Any, path: Path) -> dict[str, Any]:
+    """What the file's config.json would say."""
+    fields = {name: entry.contents() for name, entry in reader.fields.items()}
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        raise UnsupportedError(
+            f"GGUF architecture {architecture!r} is not supported", where=path, hint="supported: llama"
+        )
+    for name in sorted(name for name in fields if name.startswith("llama.") and name not in _USED):
+        if fields[name] not in _NO_EFFECT.get(name, ()):
+            raise UnsupportedError(
+                f"{name} = {fields[name]!r} is not supported", where=path, hint=_USE_FOLDER
+            )
+    widths = {fields[name] for name in _HEAD_WIDTHS if name in fields}
+    if len(widths) > 1:
+        raise UnsupportedError(
+            f"{', '.join(_HEAD_WIDTHS)} differ: {sorted(widths)}", where=path, hint=_USE_FOLDER
+        )
+    names = {tensor.name for tensor in reader.tensors}
+    return {
+        **{hugging_face: fields.get(name) for hugging_face, name in _FIELDS.items()},
+        "architectures": ["LlamaForCausalLM"],
+        "head_dim": next(iter(widths), None),
+        "vocab_size": fields.get("llama.vocab_size") or len(fields.get("tokenizer.ggml.tokens", ())),
+        "tie_word_embeddings": "output.weight" not in names,
+        "attention_bias": any(name.endswith("attn_q.bias") for name in names),
+    }

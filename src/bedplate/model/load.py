@@ -1,0 +1,37 @@
+"""A float decoder with a checkpoint's weights: the model that everything else is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from bedplate.model.checkpoint import Checkpoint, checked_tensors, tied_names
+from bedplate.model.decoder import Decoder
+from bedplate.model.lora import LoRALinear
+
+
+def float_decoder(
+    checkpoint: Checkpoint, *, max_context: int, ranks: Mapping[str, int] | None = None
+) -> Decoder:
+    """A float32 Decoder. Its LoRA branches, if any, start as no-ops."""
+    decoder = Decoder(checkpoint.spec, max_context=max_context, ranks=ranks, device="meta")
+    for name, tensor in checked_tensors(checkpoint):
+        for target in tied_names(name, checkpoint.spec):
+            set_parameter(decoder, target, tensor)
+    for module in decoder.modules():
+        if isinstance(module, LoRALinear):
+            for branch in (module.lora_a, module.lora_b):
+                branch.to_empty(device="cpu")
+            module.reset_lora_parameters()
+    return decoder.eval()
+
+
+def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace the parameter `name`; the name of a LoRALinear's `weight` or `bias` means its base linear's."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if isinstance(parent, LoRALinear):
+        parent = parent.linear
+    setattr(parent, leaf, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,136 @@
+"""A Hugging Face folder as a checkpoint: config.json, and one or more safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bedplate.errors import CheckpointError, UnsupportedError
+from bedplate.model.spec import read_config, spec_from_config
+
+_INDEX = "model.safetensors.index.json"
+# Left over in files of old transformers versions; recomputed from the config.
+_RECOMPUTED = ("rotary_emb.inv_freq", "masked_bias")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_DOWNLOAD = "the file is damaged: download it again"
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """Where a tensor lies: under `name` in `file`."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+class SafetensorsFolder:
+    """A `Checkpoint`. Raises CheckpointError or UnsupportedError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config_file = path / "config.json"
+        self.spec = spec_from_config(read_config(config_file), where=config_file)
+        self._stored = _find_tensors(path)
+        self.files = (config_file, *sorted({stored.file for stored in self._stored.values()}))
+        if self.spec.tied_head and _HEAD in self._stored and _EMBEDDING in self._stored:
+            self._check_tied_head()
+            del self._stored[_HEAD]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: stored.shape for name, stored in self._stored.items()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for file in self.files[1:]:
+            with safe_open(file, framework="pt") as reader:
+                for name, stored in self._stored.items():
+                    if stored.file == file:
+                        yield name, reader.get_tensor(stored.name).to(torch.float32)
+
+    def _check_tied_head(self) -> None:
+        # transformers, too, takes a head that differs for a model whose config is wrong.
+        values = []
+        for stored in (self._stored[_HEAD], self._stored[_EMBEDDING]):
+            with safe_open(stored.file, framework="pt") as reader:
+                values.append(reader.get_tensor(stored.name).to(torch.float32))
+        if not torch.equal(*values):
+            raise CheckpointError(
+                "config.json ties the head to the embedding, but lm_head.weight holds other values",
+                where=self._stored[_HEAD].file,
+                hint="set tie_word_embeddings to false in config.json if the head is its own",
+            )
+
+
+def _find_tensors(path: Path) -> dict[str, _Stored]:
+    """Every tensor by its name without `model.`, file by file."""
+    index = path / _INDEX
+    listed = _read_index(index) if index.exists() else {}
+    files = sorted({path / file for file in listed.values()} or path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            "there are no *.safetensors files",
+            where=path,
+            hint="weights in .bin files can be saved again with transformers' save_pretrained",
+        )
+    found: dict[str, _Stored] = {}
+    for file in files:
+        for stored in _read_header(file):
+            name = _short(stored.name)
+            if name in found:
+                raise CheckpointError(
+                    f"tensor {name} is there twice",
+                    where=file,
+                    hint="leave only the files of one model in the folder",
+                )
+            found[name] = stored
+    places = {(stored.name, stored.file) for stored in found.values()}
+    if missing := sorted(name for name, file in listed.items() if (name, path / file) not in places):
+        raise CheckpointError(
+            f"the index says that {missing[0]} is in {listed[missing[0]]}, which does not hold it",
+            where=index,
+            hint="download the folder again",
+        )
+    return {name: stored for name, stored in found.items() if not name.endswith(_RECOMPUTED)}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        listed = json.loads(path.read_bytes())["weight_map"]
+    except (ValueError, TypeError, KeyError):
+        listed = None
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise CheckpointError("is not an index of shards", where=path, hint=_DOWNLOAD)
+    return listed
+
+
+def _read_header(file: Path) -> list[_Stored]:
+    stored = []
+    try:
+        with safe_open(file, framework="pt") as reader:
+            for name in sorted(reader.keys()):
+                header = reader.get_slice(name)
+                if header.get_dtype() not in _FLOATS and not name.endswith(_RECOMPUTED):
+                    raise UnsupportedError(
+                        f"tensor {name} has dtype {header.get_dtype()}",
+                        where=file,
+                        hint="give the checkpoint before it was quantized: float32, bfloat16 or float16",
+                    )
+                stored.append(_Stored(file=file, name=name, shape=tuple(header.get_shape())))
+    except FileNotFoundError:
+        raise CheckpointError("the shard is missing", where=file, hint="download it again") from None
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"is not a whole safetensors file: {error}", where=file, hint=_DOWNLOAD
+        ) from None
+    return stored
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("model.")

@@ -1,0 +1,1 @@
+"""Run bundles: programs, sessions, sampling. Imports no torch."""

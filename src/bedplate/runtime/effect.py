@@ -1,0 +1,60 @@
+"""Does an adapter do anything? Its logits against the base's, on the same text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bedplate.runtime.engine import Engine
+
+# Any text does: an adapter that changes nothing here has a B of zeros, or is not in the program.
+_TEXT = (
+    "The weather was fine, so we walked to the market and bought bread, apples and a small bunch of flowers. "
+    "On the way back I asked her what she thought of the plan, and she said: it depends on the price."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """What an adapter changes over `positions` positions of a fixed text.
+
+    mean_kl: KL divergence of its next-token distribution from the base's, nats. top1_changed: share of positions
+    whose likeliest token is another. max_difference: of the logits.
+    """
+
+    name: str
+    positions: int
+    mean_kl: float
+    top1_changed: float
+    max_difference: float
+
+    @property
+    def took_effect(self) -> bool:
+        return self.max_difference > 0.0
+
+
+def measure_effects(engine: Engine) -> list[Effect]:
+    """The effect of every adapter of the engine's bundle. RunError: a program cannot be loaded or run."""
+    room = min(engine.limits().max_context, 64)
+    ids = engine.tokenizer.encode(_TEXT)[:room]
+    base = engine.session().logits(ids)
+    return [_compare(name, base, engine.session(name).logits(ids)) for name in engine.bundle.adapters]
+
+
+def _compare(name: str, base: NDArray[np.float32], adapted: NDArray[np.float32]) -> Effect:
+    log_p, log_q = _log_softmax(adapted), _log_softmax(base)
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return Effect(
+        name=name,
+        positions=len(base),
+        mean_kl=float(kl.mean()),
+        top1_changed=float((base.argmax(axis=1) != adapted.argmax(axis=1)).mean()),
+        max_difference=float(np.abs(base - adapted).max()),
+    )
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # type: ignore[no-any-return]

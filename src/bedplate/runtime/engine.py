@@ -1,0 +1,135 @@
+"""Programs of a bundle, loaded into one process: the foundation once, each adapter beside it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from bedplate import _native
+from bedplate.bundle.store import Bundle
+from bedplate.errors import NotFoundError, RunError
+from bedplate.runtime.programs import Limits, LoadedProgram, load_program, resident_bytes
+from bedplate.runtime.session import Session
+from bedplate.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """Bytes.  process: all that is resident.  activations: what all programs share.  kv: of all sessions.
+    programs: by adapter name, `base` for none: growth of the process while it was loaded.
+    """
+
+    process: int
+    activations: int
+    kv: int
+    programs: dict[str, int]
+
+
+class Engine:
+    """Runs a bundle: sessions on the base or on any adapter, in one process.
+
+    threads: of the whole process, for all engines; None: one for each physical core.
+    weight_cache: weights that several programs name are packed once. Off, each packs its own.
+
+    Steps of all sessions take turns; any thread may ask for one. RunError: the tokenizer cannot be read.
+    """
+
+    _serials = itertools.count()
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, weight_cache: bool = True) -> None:
+        if threads is not None and threads < 1:
+            raise RunError(f"threads is {threads}", hint="at least 1")
+        self.bundle = bundle
+        self.tokenizer = Tokenizer.of_bundle(bundle)
+        self._weight_cache = weight_cache
+        self._activations = _native.Activations()
+        self._programs: dict[str | None, LoadedProgram] = {}
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        _native.set_threads(threads or physical_cores())
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unload everything. A session that is used again loads what it needs again."""
+        with self._lock:
+            self._programs.clear()
+
+    def session(self, adapter: str | None = None) -> Session:
+        """A new conversation on the base (None) or an adapter. NotFoundError: no such adapter."""
+        self.check_adapter(adapter)
+        session = Session(self, adapter)
+        self._sessions.add(session)
+        return session
+
+    def check_adapter(self, name: str | None) -> None:
+        """NotFoundError: the bundle has no adapter of this name (None is the base)."""
+        if name is not None and name not in self.bundle.adapters:
+            known = ", ".join(sorted(self.bundle.adapters)) or "none"
+            hint = f"the bundle has: {known}"
+            raise NotFoundError(f"no adapter {name!r}", where=self.bundle.path, hint=hint)
+
+    def load(self, name: str | None = None) -> LoadedProgram:
+        """Load the base (None) or an adapter, unless it is loaded.
+
+        NotFoundError: no such adapter.  RunError: its program cannot be loaded; all others go on working.
+        """
+        self.check_adapter(name)
+        with self._lock:
+            if name not in self._programs:
+                path, data = self.bundle.base_program, [self.bundle.foundation]
+                if name is not None:
+                    path = self.bundle.adapters[name].program
+                    data.append(self.bundle.adapters[name].weights)
+                self._programs[name] = load_program(
+                    path,
+                    data,
+                    self._activations,
+                    weight_cache=self._weight_cache,
+                    serial=next(self._serials),
+                )
+            return self._programs[name]
+
+    def unload(self, name: str | None = None) -> None:
+        """Forget a program, if loaded. Its memory is free when the generations that use it have ended."""
+        with self._lock:
+            self._programs.pop(name, None)
+
+    def limits(self, name: str | None = None) -> Limits:
+        """How much text a program takes. Loads it."""
+        return self.load(name).limits
+
+    def memory(self) -> MemoryUse:
+        """What is in memory now, and what each program added when it was loaded."""
+        with self._lock:
+            programs = {name or "base": program.growth for name, program in self._programs.items()}
+        return MemoryUse(
+            process=resident_bytes(),
+            activations=self._activations.resident,
+            kv=sum(session.kv_bytes for session in self._sessions),
+            programs=programs,
+        )
+
+
+def physical_cores() -> int:
+    """Cores that this process may use; hardware threads of one share its arithmetic, so count once."""
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            package, core = ((topology / file).read_text() for file in ("physical_package_id", "core_id"))
+        except OSError:
+            package, core = "", str(cpu)
+        cores.add((package, core))
+    return len(cores)

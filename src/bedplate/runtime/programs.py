@@ -1,0 +1,105 @@
+"""A program in memory, and its failures in our words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bedplate import _native
+from bedplate.bundle.ptd import read_ptd
+from bedplate.bundle.usage import program_keys
+from bedplate.errors import RunError
+
+_HINT = "bedplate verify BUNDLE checks every file, and that programs and data files fit each other"
+_HINTS = {
+    "AccessFailed": "is the file there, and may it be read?",
+    "OperatorMissing": "the program wants an operator that this runtime lacks: build the bundle again",
+}
+
+
+@contextlib.contextmanager
+def native_errors(where: Path) -> Iterator[None]:
+    """Turns NativeError into RunError."""
+    try:
+        yield
+    except _native.NativeError as error:
+        code, text = error.args
+        raise RunError(text, where=where, hint=_HINTS.get(code, _HINT)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """max_seq_len: tokens that one step takes.  max_logits_len: and one that returns all their logits.
+    max_context: positions that a session holds.
+    """
+
+    max_seq_len: int
+    max_logits_len: int
+    max_context: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedProgram:
+    """serial: no two loads of a process have the same; keys and values computed by one are no other's.
+    kv_bytes: size of a session's keys and values.
+    growth: bytes by which the process's resident memory grew while `forward` was loaded.
+    """
+
+    path: Path
+    native: _native.Program
+    serial: int
+    limits: Limits
+    kv_bytes: int
+    growth: int
+
+
+def load_program(
+    path: Path, data: list[Path], activations: _native.Activations, *, weight_cache: bool, serial: int
+) -> LoadedProgram:
+    """Load `forward` of a .pte with its data files.
+
+    BundleError: a data file is damaged.  RunError: a file is missing, the program is damaged, or it names what
+    no data file holds.
+    """
+    _check_keys(path, data)
+    before = resident_bytes()
+    with native_errors(path):
+        native = _native.Program(str(path), [str(file) for file in data], activations, weight_cache)
+        native.load("forward")
+        kv_bytes, constants = native.kv_bytes("forward"), native.constants()
+    growth = max(0, resident_bytes() - before)
+    try:
+        limits = Limits(
+            max_seq_len=int(constants["get_max_seq_len"][0]),
+            max_logits_len=int(constants.get("get_max_logits_len", constants["get_max_seq_len"])[0]),
+            max_context=int(constants["get_max_context_len"][0]),
+        )
+    except (KeyError, IndexError) as error:
+        raise RunError("it does not say how long its input may be", where=path, hint=_HINT) from error
+    return LoadedProgram(
+        path=path, native=native, serial=serial, limits=limits, kv_bytes=kv_bytes, growth=growth
+    )
+
+
+def _check_keys(path: Path, data: list[Path]) -> None:
+    """Every constant that the program names must be there before XNNPACK begins to pack: when it gives up half
+    way, its weight cache never frees what the half-loaded program shares with others.
+    """
+    try:
+        held = set[str]().union(*(read_ptd(file).entries for file in data))
+        missing = program_keys(path) - held
+    except OSError as error:
+        what = f"it cannot be read: {error.strerror}"
+        raise RunError(what, where=error.filename, hint=_HINTS["AccessFailed"]) from error
+    if missing:
+        what = f"no data file holds {len(missing)} of its constants, {min(missing)} among them"
+        hint = f"{_HINT}; it was given {', '.join(map(str, data))}"
+        raise RunError(what, where=path, hint=hint)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

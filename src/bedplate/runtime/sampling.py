@@ -1,0 +1,62 @@
+"""Choosing the next token from logits. Pure functions: the random state comes in as a numpy Generator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bedplate.errors import RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """temperature: 0 takes the likeliest token.  top_p: 1 keeps all.  top_k: 0 keeps all."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+            raise RunError(f"temperature is {self.temperature}", hint="0 is greedy, around 0.7 is usual")
+        if not 0 < self.top_p <= 1:
+            raise RunError(f"top_p is {self.top_p}", hint="above 0 and at most 1; 1 keeps every token")
+        if self.top_k < 0:
+            raise RunError(f"top_k is {self.top_k}", hint="0 keeps every token, 40 the 40 likeliest")
+
+
+def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float64]:
+    """What a token is drawn from, float64 [vocab], for temperature > 0.
+
+    top_k keeps the k likeliest tokens; of those, top_p the fewest that together reach p (nucleus sampling,
+    Holtzman et al. 2020). Equal logits are kept or left out by their ids, lower first.
+    """
+    scaled = logits.astype(np.float64)
+    scaled = (scaled - scaled.max()) / sampling.temperature
+    weights = np.exp(scaled)
+    keep = sampling.top_k or weights.size
+    if keep < weights.size or sampling.top_p < 1:
+        order = np.argsort(-scaled, kind="stable")[:keep]
+        ranked = weights[order] / weights[order].sum()
+        before = np.cumsum(ranked) - ranked  # what the likelier tokens hold already
+        kept = np.zeros_like(weights)
+        order = order[before < sampling.top_p]
+        kept[order] = weights[order]
+        weights = kept
+    chances: NDArray[np.float64] = weights / weights.sum()
+    return chances
+
+
+def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
+    """The next token's id. logits: float32 [vocab]. RunError: they hold NaN."""
+    if np.isnan(logits.max()):
+        raise RunError(
+            "the model's logits are not numbers", hint="bedplate verify BUNDLE finds damaged files"
+        )
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    cumulative = np.cumsum(probabilities(logits, sampling))
+    # Scaled to the last sum, which rounding leaves beside 1: a draw never falls beyond the last kept token.
+    return int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))

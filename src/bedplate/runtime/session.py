@@ -1,0 +1,318 @@
+"""One conversation: its keys and values, the tokens that they stand for, and generation."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bedplate import _native
+from bedplate.errors import RunError
+from bedplate.runtime.programs import LoadedProgram, native_errors
+from bedplate.runtime.sampling import Sampling, choose
+from bedplate.runtime.text import StopFilter, TextStream
+from bedplate.runtime.tokenizer import Message
+
+if TYPE_CHECKING:
+    from bedplate.runtime.engine import Engine
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(kw_only=True)
+class Statistics:
+    """Of one generation, kept up to date as it goes.
+
+    reused_tokens: of the prompt, those whose keys and values were there already.
+    finish_reason: "stop" at an end token or a stop string, "length" at max_tokens or the end of the context;
+    "cancelled" until then.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    finish_reason: FinishReason = "cancelled"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Request:
+    """A generation in progress: the session's `_running` as long as it may go on."""
+
+    prompt: list[int]
+    program: LoadedProgram
+    max_tokens: int
+    sampling: Sampling
+    seed: int
+    stop: Sequence[str]
+    stats: Statistics
+
+
+class Session:
+    """A conversation on the base or on one adapter at a time. Made by `Engine.session`.
+
+    last: statistics of the latest generation, None before the first. Any thread may call `cancel`.
+    """
+
+    def __init__(self, engine: Engine, adapter: str | None) -> None:
+        self._engine = engine
+        self._adapter = adapter
+        self._kv: _native.KvCache | None = None
+        self._tokens: list[int] = []  # what the keys and values stand for
+        self._computed_by: int | None = None  # serial of the program that computed them
+        self._running: _Request | None = None
+        self._lock = threading.RLock()
+        self.last: Statistics | None = None
+
+    @property
+    def adapter(self) -> str | None:
+        return self._adapter
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens whose keys and values the session holds."""
+        return tuple(self._tokens)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory that its keys and values take now."""
+        return 0 if self._kv is None else self._kv.resident
+
+    def use(self, adapter: str | None) -> None:
+        """Go on with another adapter, or the base (None). Keys and values so far are dropped: they are the
+        other's. NotFoundError: the bundle has no such adapter.
+        """
+        self._engine.check_adapter(adapter)
+        with self._lock:
+            if adapter != self._adapter:
+                self.reset()
+                self._adapter = adapter
+
+    def reset(self) -> None:
+        """Forget the conversation and give its memory back."""
+        with self._lock:
+            self._running = None
+            self._tokens.clear()
+            if self._kv is not None:
+                self._kv.release()
+
+    def cancel(self) -> None:
+        """End the running generation after the step it is at."""
+        self._running = None
+
+    def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Append tokens: logits of the last one, float32 [vocab]. RunError: the context is full."""
+        with self._lock:
+            self._running = None
+            held = list(self._tokens)
+            program = self._program()
+            ids = held[len(self._tokens) :] + self._checked(
+                token_ids
+            )  # what a reloaded program does not know
+            _check_room(program, len(self._tokens) + len(ids))
+            return _last_row(self._append(program, "forward", ids))
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits of every position of a text of its own, float32 [T, vocab]; the session then holds that.
+
+        RunError: it is longer than the context, or the program has no method `logits`.
+        """
+        with self._lock:
+            self._running = None
+            program = self._program()
+            ids = self._checked(token_ids)
+            _check_room(program, len(ids))
+            self._tokens.clear()
+            return self._append(program, "logits", ids)
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float = ...,
+        top_p: float = ...,
+        top_k: int = ...,
+        seed: int = ...,
+        stop: Sequence[str] = ...,
+        stream: Literal[False] = ...,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float = ...,
+        top_p: float = ...,
+        top_k: int = ...,
+        seed: int = ...,
+        stop: Sequence[str] = ...,
+        stream: Literal[True],
+    ) -> Iterator[str]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        stream: bool = False,
+    ) -> str | Iterator[str]:
+        """Continue text (taken as it is) or a conversation (put through the chat template).
+
+        Greedy at temperature 0, otherwise drawn with `seed`; see Sampling. Ends at an end token or a string
+        of `stop` (both left out), after max_tokens, at the end of the context, or by `cancel`. What the
+        prompt's beginning shares with what the session holds is not computed again. Whatever else the session
+        is asked for meanwhile ends a generation that is still being streamed.
+
+        Returns the text, or with `stream` an iterator of its pieces. Statistics are in `last`.
+        RunError: the prompt is empty or longer than the context, or an argument is out of its range.
+        """
+        if max_tokens < 1:
+            raise RunError(f"max_tokens is {max_tokens}", hint="at least 1")
+        if isinstance(stop, str) or not all(stop):
+            raise RunError(f"stop is {stop!r}", hint='a list of strings that are not empty: ["\\n\\n"]')
+        if seed < 0:
+            raise RunError(f"seed is {seed}", hint="at least 0")
+        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+        tokenizer = self._engine.tokenizer
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+        with self._lock:
+            program = self._program()
+            _check_room(program, len(self._checked(ids)))
+            request = _Request(
+                prompt=ids,
+                program=program,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                seed=seed,
+                stop=tuple(stop),
+                stats=Statistics(prompt_tokens=len(ids)),
+            )
+            self._running, self.last = request, request.stats
+        pieces = self._generate(request)
+        return pieces if stream else "".join(pieces)
+
+    def _generate(self, request: _Request) -> Iterator[str]:
+        text, stops = TextStream(self._engine.tokenizer.decode), StopFilter(request.stop)
+        for token in self._choose_tokens(request):
+            if piece := stops.push(text.push(token)):
+                yield piece
+            if stops.stopped:
+                break
+        if piece := stops.push(text.finish()) + stops.finish():
+            yield piece
+        if stops.stopped:
+            request.stats.finish_reason = "stop"
+
+    def _choose_tokens(self, request: _Request) -> Iterator[int]:
+        stats, random = request.stats, np.random.default_rng(request.seed)
+        end_tokens = self._engine.bundle.manifest.tokenizer.eos_ids
+        # The keys and values of the last token are not needed: it may stand just beyond the context.
+        room = request.program.limits.max_context - len(request.prompt) + 1
+        logits = self._prefill(request)
+        while logits is not None:
+            token = choose(logits, request.sampling, random)
+            if token in end_tokens:
+                stats.finish_reason = "stop"
+                return
+            stats.generated_tokens += 1
+            yield token
+            if stats.generated_tokens == min(request.max_tokens, room):
+                stats.finish_reason = "length"
+                return
+            start = time.perf_counter()
+            logits = self._continue(request, [token])
+            stats.decode_seconds += time.perf_counter() - start
+
+    def _prefill(self, request: _Request) -> NDArray[np.float32] | None:
+        """Logits of the prompt's last position; None: cancelled."""
+        start = time.perf_counter()
+        with self._lock:
+            if self._running is not request:
+                return None
+            # The last token is computed in any case: its logits are what is asked for.
+            shared = min(_common_prefix(self._tokens, request.prompt), len(request.prompt) - 1)
+            del self._tokens[shared:]
+        request.stats.reused_tokens = shared
+        logits = None
+        for chunk in _chunks(request.prompt[shared:], request.program.limits.max_seq_len):
+            logits = self._continue(request, chunk)
+            if logits is None:
+                return None
+        request.stats.prefill_seconds = time.perf_counter() - start
+        return logits
+
+    def _continue(self, request: _Request, ids: list[int]) -> NDArray[np.float32] | None:
+        """Logits of the last of some more tokens, float32 [vocab]; None: cancelled."""
+        with self._lock:
+            if self._running is not request:
+                return None
+            return _last_row(self._append(request.program, "forward", ids))
+
+    def _program(self) -> LoadedProgram:
+        """The adapter's program, loaded. Keys and values that another one computed are dropped."""
+        program = self._engine.load(self._adapter)
+        if self._computed_by != program.serial:
+            self._tokens.clear()
+            self._computed_by = program.serial
+            if self._kv is None or self._kv.nbytes != program.kv_bytes:
+                self._kv = _native.KvCache(program.kv_bytes)
+        return program
+
+    def _append(self, program: LoadedProgram, method: str, ids: list[int]) -> NDArray[np.float32]:
+        """Run tokens after those that the session holds: float32 [rows, vocab]. It holds them as far as that
+        succeeds.
+        """
+        assert self._kv is not None, "_program() comes first"
+        limits, results = program.limits, []
+        for chunk in _chunks(ids, limits.max_logits_len if method == "logits" else limits.max_seq_len):
+            with native_errors(program.path):
+                tokens = np.array(chunk, np.int64)
+                results.append(program.native.step(method, tokens, len(self._tokens), self._kv))
+            self._tokens.extend(chunk)
+        return np.concatenate(results)
+
+    def _checked(self, token_ids: Sequence[int]) -> list[int]:
+        ids = [int(token) for token in token_ids]
+        vocab = self._engine.bundle.manifest.model["vocab_size"]
+        wrong = next((token for token in ids if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise RunError(f"token {wrong} is not in the vocabulary", hint=f"token ids are 0 … {vocab - 1}")
+        if not ids:
+            raise RunError("there are no tokens", hint="at least one is needed: is the prompt empty?")
+        return ids
+
+
+def _check_room(program: LoadedProgram, count: int) -> None:
+    limit = program.limits.max_context
+    if count > limit:
+        hint = "shorten it, reset the session, or build the bundle with a larger --max-context"
+        raise RunError(f"{count} tokens do not fit the context of {limit}", hint=hint)
+
+
+def _chunks(ids: list[int], size: int) -> Iterator[list[int]]:
+    return (ids[at : at + size] for at in range(0, len(ids), size))
+
+
+def _last_row(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    row: NDArray[np.float32] = matrix[-1]
+    return row
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the beginning that both share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,71 @@
+"""From tokens to text, piece by piece: characters split over tokens, stop strings split over pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders make of bytes that are not a whole character yet
+
+
+class TextStream:
+    """Decodes tokens as they come; the pieces together are the text that all tokens decode to."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[
+            int
+        ] = []  # from the last piece's first token on, so that its decoder sees what precedes
+        self._done = 0  # how many of them are in pieces already
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while a character lacks bytes."""
+        self._ids.append(token)
+        piece = self._rest()
+        if piece.endswith(_UNFINISHED):
+            return ""
+        if piece:
+            del self._ids[: self._done]
+            self._done = len(self._ids)
+        return piece
+
+    def finish(self) -> str:
+        """What is left, whole characters or not."""
+        piece = self._rest()
+        self._done = len(self._ids)
+        return piece
+
+    def _rest(self) -> str:
+        return self._decode(self._ids)[len(self._decode(self._ids[: self._done])) :]
+
+
+class StopFilter:
+    """Passes text on up to the first stop string, and holds back what may turn out to be the start of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: str) -> str:
+        """The text that is safe to show. Nothing after a stop string was seen (`stopped`)."""
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back and turned out to be text."""
+        rest, self._held = self._held, ""
+        return rest
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

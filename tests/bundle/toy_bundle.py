@@ -1,0 +1,79 @@
+"""Tiny bundles: real data files, and programs that are nothing but the keys that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from bedplate.bundle.manifest import AdapterInfo
+from bedplate.bundle.ptd import write_ptd
+from bedplate.bundle.store import Bundle, BundleFacts
+from bedplate.constants import Constant, content_key
+
+MODEL = {
+    "architecture": "LlamaForCausalLM",
+    "fingerprint": "f" * 64,
+    "dim": 8,
+    "n_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "head_dim": 4,
+    "hidden_dim": 16,
+    "vocab_size": 32,
+    "max_context": 64,
+}
+
+
+def constant(name: str, value: int) -> Constant:
+    """uint8 [8], all `value`."""
+    data = np.full(8, value, np.uint8)
+    key = content_key("uint8", (8,), "test", data)
+    return Constant(key=key, name=name, dtype="uint8", shape=(8,), is_tensor=False, data=data)
+
+
+NORM, Q_PROJ, ZEROS = constant("norm.weight", 1), constant("q_proj.weight", 2), constant("q_proj.bias", 0)
+FOUNDATION = (NORM, Q_PROJ, ZEROS)
+
+
+def program(constants: Iterable[Constant]) -> bytes:
+    """Bytes that name keys as a program does: flatbuffer strings among other things."""
+    return b"ET12" + b"".join(b"\x40\0\0\0" + c.key.encode() + b"\0\0\0\0" for c in constants)
+
+
+def write_base(folder: Path) -> BundleFacts:
+    infos = write_ptd(folder / "foundation.ptd", FOUNDATION)
+    (folder / "base.pte").write_bytes(program(FOUNDATION))
+    (folder / "tokenizer.json").write_text("{}\n")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return BundleFacts(
+        model=MODEL,
+        recipe={"weights": "8da4w", "group_size": 32},
+        bos_id=1,
+        eos_ids=(2,),
+        special_tokens={"bos_token": "<s>"},
+        constants=infos,
+    )
+
+
+def adapter_writer(
+    bundle: Bundle, name: str, value: int, own: tuple[Constant, ...] = (), foundation: str | None = None
+) -> Callable[[Path], AdapterInfo]:
+    def write(folder: Path) -> AdapterInfo:
+        constants = own or (constant("q_proj.lora_a", value), constant("q_proj.lora_b", value + 100))
+        infos = write_ptd(folder / "weights.ptd", constants)
+        (folder / "program.pte").write_bytes(program((*FOUNDATION, *constants)))
+        return AdapterInfo(
+            name=name,
+            foundation=foundation or bundle.foundation_sha256,
+            rank=4,
+            alpha=8.0,
+            targets=("q_proj",),
+            dtype="float32",
+            source="a" * 64,
+            structure="b" * 64,
+            constants=infos,
+        )
+
+    return write

@@ -1,0 +1,350 @@
+"""Every command on a toy bundle: what goes to stdout and to stderr, and the exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import bedplate
+from bedplate.cli.main import main
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run the command line in this process, where torch is imported already."""
+
+    def run(*args: object, stdin: str = "") -> Result:
+        monkeypatch.setattr(sys, "argv", ["bedplate", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main()
+        captured = capfd.readouterr()
+        return Result(code=int(exit.value.code or 0), out=captured.out, err=captured.err)
+
+    return run
+
+
+@pytest.fixture
+def copy(toy_bundle: bedplate.Bundle, tmp_path: Path) -> Path:
+    """A bundle to change, with three adapters."""
+    return Path(shutil.copytree(toy_bundle.path, tmp_path / "copy.bundle"))
+
+
+def failed(result: Result, *words: str) -> None:
+    """It ended as a user's mistake: in words, with a hint, exit code 2, and nothing on stdout."""
+    assert result.code == 2, result.err
+    assert result.out == ""
+    assert result.err.startswith("error: ") and "\nhint: " in result.err
+    for word in words:
+        assert word in result.err
+
+
+# --- Making ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("toy_bundle")  # has compiled what this needs
+def test_build_add_list_remove(
+    command: Command,
+    toy_model: Path,
+    toy_adapters: dict[str, Path],
+    toy_bundle: bedplate.Bundle,
+    unit_cache: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "new.bundle"
+    built = command("build", toy_model, "-o", out, "--max-context", 128, "--unit-cache", unit_cache)
+    assert (built.code, built.out) == (0, "")
+    assert "quantize and pack" in built.err and f"built {out} in " in built.err
+    assert (out / "foundation.ptd").read_bytes() == toy_bundle.foundation.read_bytes()
+    assert command("list", out, "--json").json() == []
+
+    added = command("add", out, toy_adapters["all"], "--name", "all", "--unit-cache", unit_cache)
+    assert (added.code, added.out) == (0, "")
+    assert "added all in " in added.err
+    (listed,) = command("list", out, "--json").json()
+    sizes = [(out / "adapters/all" / name).stat().st_size for name in ("program.pte", "weights.ptd")]
+    assert listed["bytes"] == sum(sizes)
+    assert (listed["name"], listed["rank"], listed["alpha"]) == ("all", 4, 8.0)
+    assert (listed["dtype"], len(listed["targets"])) == ("float32", 7)
+
+    removed = command("remove", out, "all")
+    assert (removed.code, removed.out, removed.err) == (0, "", "removed all\n")
+    assert command("list", out, "--json").json() == []
+
+
+def test_export(command: Command, toy_bundle: bedplate.Bundle, tmp_path: Path) -> None:
+    plain, whole = tmp_path / "plain.pte", tmp_path / "whole.pte"
+    assert command("export", toy_bundle.path, "-o", plain).out == ""
+    assert plain.read_bytes() == toy_bundle.base_program.read_bytes()
+    result = command("export", toy_bundle.path, "-o", whole, "--adapter", "all", "--with-foundation")
+    assert result.code == 0 and result.err.startswith(f"wrote {whole}: ")
+    assert whole.stat().st_size > toy_bundle.foundation.stat().st_size
+
+
+def test_cache(command: Command, tmp_path: Path, unit_cache: Path, toy_bundle: bedplate.Bundle) -> None:
+    copied = Path(shutil.copytree(unit_cache, tmp_path / "units"))
+    entries = command("cache", "list", "--unit-cache", copied, "--json").json()
+    assert {entry["kind"] for entry in entries} == {"units", "program"}
+    assert sum(entry["bytes"] for entry in entries) == sum(file.stat().st_size for file in copied.iterdir())
+    table = command("cache", "list", "--unit-cache", copied).out
+    assert all(entry["fingerprint"] in table for entry in entries)
+    assert "freed" in command("cache", "clear", "--unit-cache", copied).err
+    assert command("cache", "list", "--unit-cache", copied, "--json").json() == []
+
+
+# --- Showing --------------------------------------------------------------------------------------------------
+
+
+def test_list_as_a_table(command: Command, toy_bundle: bedplate.Bundle) -> None:
+    result = command("list", toy_bundle.path)
+    assert (result.code, result.err) == (0, "")
+    title, head, *rows = result.out.splitlines()
+    assert title.strip() == f"{toy_bundle.path}: 3 adapters"
+    assert head.split() == ["name", "rank", "alpha", "dtype", "size", "targets"]
+    assert [row.split()[0] for row in rows] == ["all", "all2", "all8"]
+    assert all("gate_proj" in row and row.rstrip().endswith("down_proj") for row in rows)
+
+
+def test_inspect_lists_every_constant_in_full(command: Command, toy_bundle: bedplate.Bundle) -> None:
+    constants = command("inspect", toy_bundle.path, "--json").json()
+    assert len(constants) == len(toy_bundle.constants())
+    for constant in constants:
+        assert constant.keys() == {"name", "dtype", "shape", "nbytes", "key", "owner", "users"}
+        assert len(constant["key"]) == 64 and constant["users"]
+    codes = next(c for c in constants if c["name"] == "layers.0.mlp.down_proj.weight#codes")
+    assert (codes["dtype"], codes["shape"], codes["nbytes"]) == ("int4", [64, 96], 64 * 96 // 2)
+    assert (codes["owner"], codes["users"]) == ("foundation", ["base", "all", "all2", "all8"])
+    table = command("inspect", toy_bundle.path).out
+    assert "…" not in table
+    assert all(c["name"] in table and c["key"][:12] in table for c in constants)
+
+
+def test_verify(command: Command, toy_bundle: bedplate.Bundle) -> None:
+    result = command("verify", toy_bundle.path, "--json")
+    assert (result.code, result.err) == (0, "")
+    verdict = result.json()
+    assert verdict["ok"] and verdict["without_effect"] == []
+    assert [program["name"] for program in verdict["sharing"]["programs"]] == ["base", "all", "all2", "all8"]
+    assert all(effect["max_difference"] > 0 for effect in verdict["effects"])
+    assert command("verify", toy_bundle.path).out.endswith("\nOK\n")
+
+
+def test_verify_names_an_adapter_without_effect(
+    command: Command, copy: Path, toy_adapters: dict[str, Path], unit_cache: Path, tmp_path: Path
+) -> None:
+    idle = Path(shutil.copytree(toy_adapters["all"], tmp_path / "idle"))
+    file = idle / "adapter_model.safetensors"
+    save_file({name: value * ("lora_B" not in name) for name, value in load_file(file).items()}, file)
+    assert command("add", copy, idle, "--name", "idle", "--unit-cache", unit_cache).code == 0
+    result = command("verify", copy, "--json")
+    assert result.code == 1
+    assert result.json()["without_effect"] == ["idle"] and not result.json()["ok"]
+    assert "NOT OK: without effect: idle" in command("verify", copy).out
+
+
+# --- Running --------------------------------------------------------------------------------------------------
+
+
+def test_run_prints_what_the_session_generates(command: Command, toy_bundle: bedplate.Bundle) -> None:
+    with bedplate.Engine(toy_bundle) as engine:
+        expected = engine.session("all").generate([{"role": "user", "content": "the fox"}], max_tokens=8)
+    options = ("--adapter", "all", "--max-tokens", 8)
+    result = command("run", toy_bundle.path, "-p", "the fox", *options)
+    assert (result.code, result.out) == (0, expected + "\n")
+    assert "8 generated" in result.err
+    assert command("run", toy_bundle.path, "-p", "-", *options, stdin="the fox").out == expected + "\n"
+    as_json = command("run", toy_bundle.path, "-p", "the fox", *options, "--json")
+    assert as_json.json()["text"] == expected
+    assert as_json.json()["statistics"]["generated_tokens"] == 8
+    raw = command("run", toy_bundle.path, "-p", "the fox", *options, "--raw", "--json").json()
+    assert raw["statistics"]["prompt_tokens"] < as_json.json()["statistics"]["prompt_tokens"]
+
+
+def test_chat_switches_adapters_and_outlives_mistakes(command: Command, toy_bundle: bedplate.Bundle) -> None:
+    lines = (
+        "the fox",
+        "/use all",
+        "/reset",
+        "the fox",
+        "/use nosuch",
+        "/what",
+        "dog " * 200,
+        "the dog",
+        "/quit",
+    )
+    result = command("chat", toy_bundle.path, "--max-tokens", 4, "--temperature", 0, stdin="\n".join(lines))
+    assert result.code == 0
+    with bedplate.Engine(toy_bundle) as engine:
+        answers, history = [], []
+        for adapter, question, new in (
+            (None, "the fox", True),
+            ("all", "the fox", True),
+            ("all", "the dog", False),
+        ):
+            history = [*([] if new else history), {"role": "user", "content": question}]
+            answers.append(engine.session(adapter).generate(history, max_tokens=4))
+            history.append({"role": "assistant", "content": answers[-1]})
+    assert result.out == "".join(answer + "\n" for answer in answers)
+    assert "no adapter 'nosuch'" in result.err and "hint: the bundle has: all, all2, all8" in result.err
+    assert "do not fit the context of 128" in result.err
+    assert "/use NAME switches the adapter" in result.err
+
+
+# --- Mistakes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["list", "inspect", "verify", "run", "chat", "remove", "add", "export"])
+def test_not_a_bundle(command: Command, tmp_path: Path, name: str) -> None:
+    rest = {"run": ("-p", "x"), "remove": ("x",), "add": (tmp_path, "--name", "x"), "export": ("-o", "x.pte")}
+    failed(command(name, tmp_path, *rest.get(name, ())), str(tmp_path), "bundle.json", "bedplate build")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("run", "BUNDLE", "-p", "x", "--adapter", "nosuch"),
+        ("chat", "BUNDLE", "--adapter", "nosuch"),
+        ("export", "BUNDLE", "-o", "TMP/x.pte", "--adapter", "nosuch"),
+        ("remove", "BUNDLE", "nosuch"),
+    ],
+    ids=lambda args: args[0],
+)
+def test_no_such_adapter(command: Command, copy: Path, tmp_path: Path, args: tuple[str, ...]) -> None:
+    filled = [arg.replace("BUNDLE", str(copy)).replace("TMP", str(tmp_path)) for arg in args]
+    failed(command(*filled), "no adapter 'nosuch'", "the bundle has: all, all2, all8")
+
+
+def test_bad_input_to_build(
+    command: Command, toy_model: Path, toy_bundle: bedplate.Bundle, tmp_path: Path
+) -> None:
+    out = tmp_path / "new.bundle"
+    failed(command("build", tmp_path / "nowhere", "-o", out), "nowhere")
+    failed(command("build", toy_model, "-o", out, "--group-size", 33), "group size 33")
+    failed(command("build", toy_model, "-o", out, "--override", "lm_head"), "PATTERN=SCHEME")
+    failed(command("build", toy_model, "-o", out, "--override", "lm_head=2bit"), "2bit", "8da4w, 8da8w, none")
+    failed(command("build", toy_model, "-o", out, "--max-context", 100_000), "--max-context")
+    failed(
+        command("build", toy_model, "-o", toy_bundle.path, "--max-context", 128), "there already", "--force"
+    )
+    failed(command("build", toy_model, "-o", tmp_path / "no" / "x", "--max-context", 128), "no such folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_to_add(
+    command: Command, copy: Path, toy_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    before = (copy / "bundle.json").read_bytes()
+    failed(command("add", copy, toy_adapters["all"], "--name", "all"), "'all' already", "bedplate remove")
+    failed(command("add", copy, toy_adapters["all"], "--name", "../x"), "cannot name an adapter")
+    failed(command("add", copy, tmp_path, "--name", "new"), str(tmp_path), "adapter_config.json")
+    assert (copy / "bundle.json").read_bytes() == before
+    assert sorted(path.name for path in (copy / "adapters").iterdir()) == ["all", "all2", "all8"]
+
+
+def test_bad_input_to_run(command: Command, toy_bundle: bedplate.Bundle) -> None:
+    failed(command("run", toy_bundle.path, "-p", "dog " * 200), "do not fit the context of 128")
+    failed(command("run", toy_bundle.path, "-p", "x", "--temperature", -1), "temperature")
+    failed(command("run", toy_bundle.path, "-p", "x", "--max-tokens", 0), "max_tokens")
+    failed(command("run", toy_bundle.path, "-p", "x", "--threads", 0), "threads")
+    failed(command("run", toy_bundle.path, "-p", "", "--raw"), "empty")
+
+
+def test_a_damaged_file_is_named(command: Command, copy: Path) -> None:
+    weights = copy / "adapters/all2/weights.ptd"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    failed(command("verify", copy), str(weights), "SHA-256", f"bedplate remove {copy} all2")
+    failed(command("run", copy, "-p", "x"), str(weights))
+    assert command("remove", copy, "all2").code == 0
+    assert command("verify", copy).code == 0
+
+
+def test_usage_errors_end_with_exit_code_2(command: Command, tmp_path: Path) -> None:
+    for args in (
+        ("build", "x"),
+        ("build", "x", "-o", "y", "--quantize", "4bit"),
+        ("nosuch",),
+        ("list", "x", "--y"),
+    ):
+        result = command(*args)
+        assert (result.code, result.out) == (2, "")
+        assert "Error: " in result.err and "--help" in result.err
+
+
+def test_a_file_that_cannot_be_written_is_an_error_in_words(
+    command: Command, toy_bundle: bedplate.Bundle, tmp_path: Path
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        result = command("export", toy_bundle.path, "-o", tmp_path / "x.pte")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    failed(result, "File too large")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- The real command, in a process of its own ------------------------------------------------------------------
+
+EXECUTABLE = Path(sys.executable).with_name("bedplate")
+
+
+@pytest.mark.usefixtures("toy_bundle")
+def test_a_build_says_nothing_but_its_stages(toy_model: Path, unit_cache: Path, tmp_path: Path) -> None:
+    args = [
+        EXECUTABLE,
+        "build",
+        toy_model,
+        "-o",
+        tmp_path / "b",
+        "--max-context",
+        "128",
+        "--unit-cache",
+        unit_cache,
+    ]
+    result = subprocess.run(args, capture_output=True, text=True, check=True)
+    assert result.stdout == ""
+    *stages, built = result.stderr.splitlines()
+    assert stages == ["import torch …", "quantize and pack …"]
+    assert built.startswith(f"built {tmp_path / 'b'} in ")
+
+
+def test_a_full_disk_behind_stdout_is_an_error(toy_bundle: bedplate.Bundle) -> None:
+    with Path("/dev/full").open("w") as full:
+        args = [EXECUTABLE, "inspect", toy_bundle.path, "--json"]
+        result = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: No space left on device\nhint: ")
+
+
+def test_a_reader_that_goes_away_is_no_error(toy_bundle: bedplate.Bundle) -> None:
+    script = f'set -o pipefail; "{EXECUTABLE}" inspect "{toy_bundle.path}" --json | head -n 1'
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "[\n", "")

@@ -1,0 +1,46 @@
+"""A lowering that is not whole is refused, and what fell out is named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bedplate.compile.stand_in import stand_in_decoder
+from bedplate.compile.units import Structure
+from bedplate.compile.xnnpack import lower
+from bedplate.errors import LoweringError
+from bedplate.model.decoder import RMSNorm
+from bedplate.model.spec import ModelSpec, RopeSpec
+from bedplate.quantize.recipe import make_recipe
+
+
+def small_structure() -> Structure:
+    spec = ModelSpec(
+        architecture="LlamaForCausalLM",
+        dim=32,
+        n_layers=1,
+        n_heads=1,
+        n_kv_heads=1,
+        head_dim=32,
+        hidden_dim=32,
+        vocab_size=32,
+        max_positions=32,
+        norm_eps=1e-5,
+        rope=RopeSpec(theta=1e4, scaling=None),
+        tied_head=True,
+        attention_bias=False,
+        mlp_bias=False,
+    )
+    return Structure(spec=spec, recipe=make_recipe("none"), max_context=32, max_chunk=16, ranks={})
+
+
+def test_an_operator_that_falls_out_of_its_delegate_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def usual_norm(self: RMSNorm, x: Tensor) -> Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+
+    monkeypatch.setattr(RMSNorm, "forward", usual_norm)
+    decoder, _ = stand_in_decoder(small_structure())
+    with pytest.raises(LoweringError, match=r"fell out .*mean\.dim of .*norm") as raised:
+        lower(decoder, max_chunk=16)
+    assert raised.value.hint

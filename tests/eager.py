@@ -1,0 +1,69 @@
+"""The eager models that a bundle is compared with: the same decoder in PyTorch, float or quantized."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bedplate.bundle.store import Bundle
+from bedplate.model.adapter import read_adapter
+from bedplate.model.checkpoint import open_checkpoint
+from bedplate.model.decoder import Decoder
+from bedplate.model.load import float_decoder
+from bedplate.model.lora import LoRALinear
+from bedplate.quantize.apply import quantize_decoder
+from bedplate.quantize.modules import QuantizedLinear
+from bedplate.quantize.recipe import EIGHT_BIT, AdapterScheme, Recipe, recipe_from_dict
+from bedplate.quantize.weights import quantize_weight
+
+
+def eager_decoder(
+    model: Path, bundle: Bundle, adapter: Path | None = None, quantize: AdapterScheme = "none"
+) -> Decoder:
+    """The decoder of `bundle`'s recipe and context, with `adapter` in its branches."""
+    recipe, max_context = recipe_from_dict(bundle.manifest.recipe), bundle.manifest.model["max_context"]
+    base = _base(model, recipe, max_context)
+    return base if adapter is None else _adapted(base, adapter, quantize)
+
+
+@functools.cache
+def _base(model: Path, recipe: Recipe, max_context: int) -> Decoder:
+    return quantize_decoder(float_decoder(open_checkpoint(model), max_context=max_context), recipe)
+
+
+def _adapted(base: Decoder, adapter: Path, quantize: AdapterScheme) -> Decoder:
+    """A decoder with branches around the very modules of `base`: quantizing those again would take long."""
+    loaded = read_adapter(adapter, base.spec)
+    decoder = Decoder(base.spec, max_context=base.max_context, ranks=loaded.ranks, device="meta")
+    decoder.embed_tokens, decoder.norm, decoder.lm_head = base.embed_tokens, base.norm, base.lm_head
+    for layer, of_base in zip(decoder.layers, base.layers, strict=True):
+        layer.input_layernorm = of_base.input_layernorm
+        layer.post_attention_layernorm = of_base.post_attention_layernorm
+        for path, module in list(layer.named_modules()):
+            if isinstance(module, LoRALinear):
+                module.linear = of_base.get_submodule(path)
+            elif isinstance(module, nn.Linear) and not path.endswith((".linear", ".lora_a", ".lora_b")):
+                layer.set_submodule(path, of_base.get_submodule(path))
+    for path, a, b in loaded.matrices():
+        for half, value in (("lora_a", a), ("lora_b", b)):
+            decoder.set_submodule(f"{path}.{half}", _branch(torch.from_numpy(value.copy()), quantize))
+    return decoder.eval()
+
+
+def _branch(weight: torch.Tensor, quantize: AdapterScheme) -> nn.Module:
+    if quantize == "8da8w":
+        return QuantizedLinear(quantize_weight(weight, EIGHT_BIT))
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def eager_logits(decoder: Decoder, tokens: list[int]) -> torch.Tensor:
+    """float32 [T, vocab], from an empty cache."""
+    decoder.reset_cache()
+    with torch.no_grad():
+        ids = torch.tensor([tokens])
+        return decoder(ids, torch.tensor([0]), torch.zeros(len(tokens)))[0]  # type: ignore[no-any-return]

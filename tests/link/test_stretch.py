@@ -1,0 +1,60 @@
+"""The oracle of compile, pack and link: the whole-graph export of the same model, by ExecuTorch alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from eager import eager_decoder
+from stock import StockProgram, export_whole
+from toy import BuildToy, save_adapter, save_toy_model, toy_config
+
+from bedplate import Bundle
+
+TOKENS = [5, 17, 101, 3, 250, 77, 8, 8, 19, 300, 2, 45]
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    save_toy_model(folder, toy_config(num_hidden_layers=4), seed=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deep_bundle(
+    build_toy: BuildToy, deep_model: Path, tmp_path_factory: pytest.TempPathFactory, unit_cache: Path
+) -> tuple[Bundle, Path]:
+    bundle = build_toy(deep_model)
+    adapter = save_adapter(tmp_path_factory.mktemp("deep_adapter"), deep_model, seed=5)
+    bundle.add(adapter, name="float", unit_cache=unit_cache)
+    bundle.add(adapter, name="8bit", quantize="8da8w", unit_cache=unit_cache)
+    return bundle, adapter
+
+
+@pytest.mark.parametrize("name", ["base", "float", "8bit"])
+def test_linked_program_equals_whole_graph_export_to_the_bit(
+    name: str, deep_bundle: tuple[Bundle, Path], deep_model: Path, tmp_path: Path
+) -> None:
+    bundle, adapter = deep_bundle
+    decoder = (
+        eager_decoder(deep_model, bundle)
+        if name == "base"
+        else eager_decoder(deep_model, bundle, adapter, "8da8w" if name == "8bit" else "none")
+    )
+    export_whole(decoder, tmp_path / "whole.pte", max_chunk=128)
+    bundle.export(
+        tmp_path / "linked.pte", adapter=None if name == "base" else name, self_contained=name != "base"
+    )
+    whole = StockProgram(tmp_path / "whole.pte")
+    linked = StockProgram(tmp_path / "linked.pte", bundle.foundation)
+
+    expected = [whole.run("forward", torch.tensor([TOKENS[:7]]), torch.tensor([0]))[0, -1]]
+    for position in range(7, len(TOKENS)):
+        step = (torch.tensor([[TOKENS[position]]]), torch.tensor([position]))
+        expected.append(whole.run("forward", *step)[0, -1])
+    assert torch.equal(linked.logits(TOKENS, prefill=7), torch.stack(expected))
+
+    everywhere = whole.run("forward", torch.tensor([TOKENS]), torch.tensor([0]))
+    assert torch.equal(linked.run("logits", torch.tensor([TOKENS]), torch.tensor([0])), everywhere)

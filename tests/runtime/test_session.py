@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from bedplate.bundle.store import Bundle
+from bedplate.errors import NotFoundError, RunError
+from bedplate.runtime.engine import Engine
+from bedplate.runtime.session import Session
+
+TEXT = [5, 9, 13, 2, 7, 11, 3, 3, 8, 21]
+
+
+@pytest.fixture(scope="module")
+def engine(toy_bundle: Bundle) -> Iterator[Engine]:
+    with Engine(toy_bundle) as engine:
+        yield engine
+
+
+@pytest.fixture
+def session(engine: Engine) -> Session:
+    return engine.session()
+
+
+@pytest.fixture(scope="module")
+def hot(engine: Engine) -> float:
+    """A temperature at which many tokens of this model are about equally likely."""
+    return float(engine.session().step(TEXT).std())
+
+
+def close(got: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+    """Equal but for the order of sums: a different number of rows is multiplied by different code."""
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
+
+
+class TestSteps:
+    @pytest.mark.parametrize("cuts", [[], [1], [4, 5], list(range(1, 10))])
+    def test_text_may_be_cut_anywhere(self, engine: Engine, session: Session, cuts: list[int]) -> None:
+        whole = engine.session().step(TEXT)
+        for begin, end in zip([0, *cuts], [*cuts, len(TEXT)], strict=True):
+            last = session.step(TEXT[begin:end])
+        close(last, whole)
+        assert session.tokens == tuple(TEXT)
+
+    def test_logits_of_every_position(self, engine: Engine, session: Session) -> None:
+        every = session.logits(TEXT)
+        assert every.shape == (len(TEXT), engine.bundle.manifest.model["vocab_size"])
+        assert every.dtype == np.float32
+        other = engine.session()
+        for position, token in enumerate(TEXT):
+            close(every[position], other.step([token]))
+
+    def test_text_longer_than_a_step_takes_is_cut(self, engine: Engine, session: Session) -> None:
+        limits = engine.limits()
+        count = min(limits.max_context, max(limits.max_seq_len, limits.max_logits_len) + 3)
+        text = [1 + i % 30 for i in range(count)]
+        every = session.logits(text)
+        assert len(every) == count
+        close(every[-1], engine.session().step(text))
+
+    def test_logits_begin_anew_and_a_step_goes_on_from_there(self, engine: Engine, session: Session) -> None:
+        session.step([1, 2, 3])
+        session.logits(TEXT[:-1])
+        close(session.step(TEXT[-1:]), engine.session().step(TEXT))
+
+    def test_the_context_fills_up_to_the_last_position(self, engine: Engine, session: Session) -> None:
+        limit = engine.limits().max_context
+        session.step([1] * limit)
+        with pytest.raises(RunError, match=rf"{limit + 1} tokens do not fit the context of {limit}\nhint"):
+            session.step([1])
+        assert len(session.tokens) == limit
+
+    @pytest.mark.parametrize(
+        ("ids", "complaint"), [([], "no tokens"), ([-1], "token -1"), ([10**6], "token 1000000")]
+    )
+    def test_what_are_no_tokens(self, session: Session, ids: list[int], complaint: str) -> None:
+        for method in (session.step, session.logits):
+            with pytest.raises(RunError, match=complaint):
+                method(ids)
+
+
+class TestGenerate:
+    def test_greedy_is_the_likeliest_token_again_and_again(self, engine: Engine, session: Session) -> None:
+        text = session.generate("ab", max_tokens=6)
+        by_hand = engine.session()
+        logits, ids = by_hand.step(engine.tokenizer.encode("ab")), []
+        while (
+            len(ids) < 6 and (token := int(logits.argmax())) not in engine.bundle.manifest.tokenizer.eos_ids
+        ):
+            ids.append(token)
+            logits = by_hand.step([token])
+        assert text == engine.tokenizer.decode(ids)
+
+    def test_pieces_join_to_the_text(self, engine: Engine, hot: float) -> None:
+        for seed in range(5):
+            settings = {"max_tokens": 20, "temperature": hot, "seed": seed}
+            whole = engine.session().generate("ab", **settings)
+            pieces = list(engine.session().generate("ab", **settings, stream=True))
+            assert "".join(pieces) == whole
+            assert all(pieces)
+
+    def test_the_seed_decides(self, engine: Engine, hot: float) -> None:
+        texts = [
+            engine.session().generate("ab", max_tokens=12, temperature=hot, seed=seed)
+            for seed in (1, 1, 2, 3)
+        ]
+        assert texts[0] == texts[1]
+        assert len(set(texts)) > 1
+
+    def test_statistics(self, engine: Engine, session: Session) -> None:
+        session.generate("abc", max_tokens=3)
+        stats = session.last
+        assert stats is not None
+        assert stats.prompt_tokens == len(engine.tokenizer.encode("abc"))
+        assert stats.prefill_seconds > 0
+        if stats.finish_reason == "length":
+            assert stats.generated_tokens == 3 and stats.decode_seconds > 0
+
+    def test_the_end_of_the_context_ends_it(self, engine: Engine, session: Session) -> None:
+        limit = engine.limits().max_context
+        prompt = "a" * (limit - 1)
+        assert len(engine.tokenizer.encode(prompt)) == limit - 1
+        session.generate(prompt, max_tokens=50, temperature=1.0)
+        assert session.last is not None
+        assert session.last.finish_reason == "stop" or session.last.generated_tokens == 2
+        assert len(session.tokens) <= limit
+
+    def test_a_prompt_longer_than_the_context(self, engine: Engine, session: Session) -> None:
+        limit = engine.limits().max_context
+        with pytest.raises(RunError, match=rf"{limit + 1} tokens do not fit the context of {limit}\nhint: "):
+            session.generate("a" * (limit + 1), max_tokens=1)
+
+    def test_a_stop_string_ends_it_and_is_left_out(
+        self, engine: Engine, session: Session, hot: float
+    ) -> None:
+        settings = {"max_tokens": 30, "temperature": hot, "seed": 3}
+        whole = engine.session().generate("ab", **settings)
+        stop = whole[len(whole) // 2 :][:2]
+        assert stop, "the toy says nothing: choose another seed"
+        pieces = list(session.generate("ab", **settings, stop=["never said!", stop], stream=True))
+        assert "".join(pieces) == whole[: whole.find(stop)]
+        assert session.last is not None and session.last.finish_reason == "stop"
+
+    def test_messages_go_through_the_template(self, engine: Engine, session: Session) -> None:
+        messages = [{"role": "user", "content": "hi"}]
+        rendered = engine.session().generate(engine.tokenizer.render(messages), max_tokens=5)
+        assert session.generate(messages, max_tokens=5) == rendered
+
+    @pytest.mark.parametrize(
+        ("settings", "complaint"),
+        [
+            ({"max_tokens": 0}, "max_tokens is 0"),
+            ({"max_tokens": 1, "temperature": -1.0}, "temperature is -1.0"),
+            ({"max_tokens": 1, "top_p": 0.0}, "top_p is 0.0"),
+            ({"max_tokens": 1, "top_k": -1}, "top_k is -1"),
+            ({"max_tokens": 1, "seed": -1}, "seed is -1"),
+            ({"max_tokens": 1, "stop": "text"}, "stop is 'text'"),
+            ({"max_tokens": 1, "stop": [""]}, r"stop is \[''\]"),
+            ({"max_tokens": 1, "prompt": ""}, "no tokens"),
+        ],
+    )
+    def test_bad_arguments_are_refused_before_anything_runs(
+        self, session: Session, settings: dict[str, object], complaint: str
+    ) -> None:
+        arguments = {"prompt": "ab", "stream": True, **settings}
+        with pytest.raises(RunError, match=rf"(?s){complaint}.*hint: "):
+            session.generate(**arguments)  # type: ignore[call-overload]
+        assert session.tokens == ()
+
+
+class TestReuse:
+    def test_a_shared_beginning_is_not_computed_again(self, engine: Engine, session: Session) -> None:
+        session.generate("abcdef", max_tokens=1)
+        again = session.generate("abcdxyz", max_tokens=4)
+        assert session.last is not None and session.last.reused_tokens == 4
+        assert again == engine.session().generate("abcdxyz", max_tokens=4)
+
+    def test_of_the_same_prompt_only_the_last_token_is(self, session: Session) -> None:
+        first = session.generate("abcdef", max_tokens=4)
+        assert session.generate("abcdef", max_tokens=4) == first
+        assert session.last is not None and session.last.reused_tokens == session.last.prompt_tokens - 1
+
+    def test_a_conversation_goes_on_where_it_was(self, engine: Engine, session: Session) -> None:
+        messages = [{"role": "user", "content": "hi"}]
+        answer = session.generate(messages, max_tokens=4)
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "and?"}]
+        first = session.last
+        session.generate(messages, max_tokens=2)
+        assert first is not None and session.last is not None
+        assert session.last.reused_tokens >= first.prompt_tokens - 1
+
+    def test_nothing_is_reused_across_adapters(self, engine: Engine, toy_bundle: Bundle) -> None:
+        one, two = sorted(toy_bundle.adapters)[:2]
+        session = engine.session(one)
+        session.generate("abcdef", max_tokens=2)
+        for name in (two, None, one):
+            session.use(name)
+            assert session.adapter == name and session.tokens == () and session.kv_bytes == 0
+            got = session.generate("abcdef", max_tokens=4)
+            assert session.last is not None and session.last.reused_tokens == 0
+            assert got == engine.session(name).generate("abcdef", max_tokens=4)
+
+    def test_using_the_same_adapter_again_keeps_everything(self, session: Session) -> None:
+        session.step(TEXT)
+        session.use(None)
+        assert session.tokens == tuple(TEXT)
+
+    def test_reset_forgets_and_gives_memory_back(self, session: Session) -> None:
+        session.step(TEXT)
+        assert session.kv_bytes > 0
+        session.reset()
+        assert (session.tokens, session.kv_bytes) == ((), 0)
+
+    def test_an_unknown_adapter(self, session: Session) -> None:
+        session.step(TEXT)
+        with pytest.raises(NotFoundError, match="no adapter 'nobody'"):
+            session.use("nobody")
+        assert session.tokens == tuple(TEXT)
+
+
+class TestCancel:
+    @pytest.fixture
+    def pieces(self, session: Session, hot: float) -> Iterator[str]:
+        """A generation that is long from ended."""
+        return session.generate("ab", max_tokens=60, temperature=hot, seed=1, stream=True)
+
+    def test_from_another_thread(self, session: Session, pieces: Iterator[str]) -> None:
+        next(pieces)
+        thread = threading.Thread(target=session.cancel)
+        thread.start()
+        thread.join()
+        assert len(list(pieces)) <= 1
+        assert session.last is not None and session.last.finish_reason == "cancelled"
+
+    def test_before_the_first_step(self, session: Session, pieces: Iterator[str]) -> None:
+        session.cancel()
+        assert list(pieces) == []
+        assert session.last is not None and session.last.generated_tokens == 0
+
+    def test_closing_the_iterator(self, session: Session, pieces: Generator[str]) -> None:
+        next(pieces)
+        pieces.close()
+        assert session.last is not None and session.last.finish_reason == "cancelled"
+
+    def test_a_newer_generation_ends_an_older_one(
+        self, engine: Engine, session: Session, pieces: Iterator[str]
+    ) -> None:
+        next(pieces)
+        newer = session.generate("xyz", max_tokens=4)
+        assert newer == engine.session().generate("xyz", max_tokens=4)
+        assert len(list(pieces)) <= 1
+
+    @pytest.mark.parametrize("what", ["reset", "step", "logits", "use"])
+    def test_whatever_changes_the_session_ends_it(
+        self, engine: Engine, session: Session, pieces: Iterator[str], what: str
+    ) -> None:
+        next(pieces)
+        if what == "use":
+            session.use(next(iter(engine.bundle.adapters)))
+        elif what == "reset":
+            session.reset()
+        else:
+            getattr(session, what)([1])
+        held = session.tokens
+        assert len(list(pieces)) <= 1
+        assert session.tokens == held

@@ -1,0 +1,105 @@
+"""The layers of docs/architecture.md: who may import whom, and who may not import torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import bedplate
+
+SOURCES = Path(bedplate.__file__).parent
+LEAVES = ("constants", "errors", "quiet", "_native")
+LAYERS = ("model", "quantize", "compile", "link", "bundle", "runtime", "assemble", "api", "cli")
+# What a device that only runs bundles imports.
+RUN_ONLY = {"bundle": {"constants", "errors"}, "runtime": {"bundle", "constants", "errors", "_native"}}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """The parts of bedplate that a file imports, also in functions and for type checkers: `link`, `errors`."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            # `from bedplate import api` names a part in its list, `from bedplate.api import Bundle` before it.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "bedplate":
+                yield rest.split(".")[0]
+
+
+def parts() -> dict[str, set[str]]:
+    """Each part of bedplate → the parts that it imports."""
+    found: dict[str, set[str]] = {}
+    for file in SOURCES.rglob("*.py"):
+        part = file.relative_to(SOURCES).parts[0].removesuffix(".py")
+        found.setdefault(part, set()).update(imports(file))
+    return {part: imported - {part} for part, imported in found.items() if part != "__init__"}
+
+
+def test_every_part_has_its_place() -> None:
+    assert parts().keys() | {"_native"} == {*LEAVES, *LAYERS}
+
+
+@pytest.mark.parametrize("part", LEAVES[:-1])
+def test_a_leaf_imports_nothing_of_bedplate(part: str) -> None:
+    assert parts()[part] == set()
+
+
+@pytest.mark.parametrize("part", LAYERS)
+def test_a_layer_imports_only_to_its_left(part: str) -> None:
+    allowed = {*LEAVES, *LAYERS[: LAYERS.index(part)]}
+    assert parts()[part] <= allowed
+
+
+@pytest.mark.parametrize("part", RUN_ONLY)
+def test_what_runs_bundles_does_not_import_what_builds_them(part: str) -> None:
+    assert parts()[part] <= RUN_ONLY[part]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "bedplate",
+        "bedplate.bundle.store",
+        "bedplate.runtime.engine",
+        "bedplate.link.linker",
+        "bedplate.assemble",
+        "bedplate.api",
+        "bedplate.cli.running",
+        "bedplate.cli.main",
+    ],
+)
+def test_imports_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print('torch' in sys.modules, 'executorch.exir' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "False False\n"
+
+
+def test_adding_an_adapter_of_a_known_structure_and_running_it_import_no_torch(
+    toy_bundle: bedplate.Bundle, toy_adapters: dict[str, Path], unit_cache: Path, tmp_path: Path
+) -> None:
+    script = """
+import shutil, sys
+import bedplate
+bundle, copy, adapter, cache = sys.argv[1:]
+opened = bedplate.Bundle.open(shutil.copytree(bundle, copy))
+opened.add(adapter, name="new", unit_cache=cache)
+opened.add(adapter, name="new8", quantize="8da8w", unit_cache=cache)
+with bedplate.Engine(opened) as engine:
+    for name in (None, "new", "new8"):
+        engine.session(name).generate("the fox", max_tokens=2)
+print("torch" in sys.modules)
+"""
+    args = [toy_bundle.path, tmp_path / "copy", toy_adapters["all"], unit_cache]
+    result = subprocess.run(
+        [sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "False\n"
