@@ -19,8 +19,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import bedplate
-from bedplate.assemble import Progress
-from bedplate.cli.output import progress_bar, reported_errors, size, stderr
+from bedplate.assemble.report import Reporter
+from bedplate.cli.output import progress_bars, reported_errors, size, stderr
 from bedplate.errors import BundleError, NotFoundError
 from bedplate.model.adapter import read_adapter
 from bedplate.model.spec import spec_from_dict
@@ -39,10 +39,10 @@ QUESTIONS = (
 
 
 def main() -> None:
-    with progress_bar() as progress:
-        bundle = current_bundle(progress)
+    with progress_bars() as bars:
+        bundle = current_bundle(bars)
         for config in sorted(ADAPTERS.glob("*/adapter_config.json")):
-            add_adapter(bundle, config.parent, progress)
+            add_adapter(bundle, config.parent, bars)
     out = Console(highlight=False)
     if not out.is_terminal:
         out.width = 110  # rich's guess is 80
@@ -61,7 +61,7 @@ def find_model() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def current_bundle(progress: Progress) -> bedplate.Bundle:
+def current_bundle(reporter: Reporter) -> bedplate.Bundle:
     """The bundle: the one that is there, or a new one."""
     try:
         bundle = bedplate.Bundle.open(BUNDLE)
@@ -75,13 +75,13 @@ def current_bundle(progress: Progress) -> bedplate.Bundle:
         stderr.print(f"building {BUNDLE} again: {escape(str(error))}")
     start = time.perf_counter()
     bundle = bedplate.build(
-        find_model(), BUNDLE, quantize=QUANTIZE, group_size=GROUP_SIZE, progress=progress, force=True
+        find_model(), BUNDLE, quantize=QUANTIZE, group_size=GROUP_SIZE, reporter=reporter, force=True
     )
     stderr.print(f"built {BUNDLE} in {time.perf_counter() - start:.1f} s")
     return bundle
 
 
-def add_adapter(bundle: bedplate.Bundle, folder: Path, progress: Progress) -> None:
+def add_adapter(bundle: bedplate.Bundle, folder: Path, reporter: Reporter) -> None:
     """Add an adapter under the name of its folder, unless the bundle has it."""
     name = folder.name
     if name in bundle.adapters:
@@ -90,7 +90,7 @@ def add_adapter(bundle: bedplate.Bundle, folder: Path, progress: Progress) -> No
             return
         bundle.remove(name)
     start = time.perf_counter()
-    bundle.add(folder, name=name, progress=progress)
+    bundle.add(folder, name=name, reporter=reporter)
     stderr.print(f"added {name} in {time.perf_counter() - start:.1f} s")
 
 

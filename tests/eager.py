@@ -14,7 +14,7 @@ from bedplate.model.checkpoint import open_checkpoint
 from bedplate.model.decoder import Decoder
 from bedplate.model.load import float_decoder
 from bedplate.model.lora import LoRALinear
-from bedplate.quantize.apply import quantize_decoder
+from bedplate.quantize.eager import quantize_decoder
 from bedplate.quantize.modules import QuantizedLinear
 from bedplate.quantize.recipe import EIGHT_BIT, AdapterScheme, Recipe, recipe_from_dict
 from bedplate.quantize.weights import quantize_weight

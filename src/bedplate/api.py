@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from bedplate import assemble
-from bedplate.assemble import Progress, no_progress
+from bedplate.assemble.add import add_adapters
+from bedplate.assemble.build import build_bundle
+from bedplate.assemble.export import export_program
+from bedplate.assemble.report import SILENT, Reporter
 from bedplate.bundle import store
 from bedplate.compile.cache import UnitCache
 from bedplate.quantize.recipe import AdapterScheme, Method, make_recipe
@@ -22,20 +24,46 @@ class Bundle(store.Bundle):
         *,
         name: str,
         quantize: AdapterScheme = "none",
+        exact_rank: bool = False,
         unit_cache: str | Path | None = None,
-        progress: Progress = no_progress,
+        reporter: Reporter = SILENT,
     ) -> store.AdapterEntry:
         """Pack a PEFT adapter folder against this bundle's foundation and add it as `name`.
 
         quantize: `none` keeps A and B in float32, `8da8w` stores them in 8 bits.
+        exact_rank: compile for the adapter's own rank, even if units of a somewhat higher one are there.
         unit_cache: folder of compiled units; None is the user's cache folder.
         Raises a BedplateError that says what does not fit; the bundle is then as it was.
         """
-        cache = _cache(unit_cache)
-        assemble.add_adapter(
-            self, Path(adapter), name=name, quantize=quantize, cache=cache, progress=progress
+        (entry,) = self.add_all(
+            {name: adapter},
+            quantize=quantize,
+            exact_rank=exact_rank,
+            unit_cache=unit_cache,
+            reporter=reporter,
         )
-        return self.adapters[name]
+        return entry
+
+    def add_all(
+        self,
+        adapters: Mapping[str, str | Path],
+        *,
+        quantize: AdapterScheme = "none",
+        exact_rank: bool = False,
+        unit_cache: str | Path | None = None,
+        reporter: Reporter = SILENT,
+    ) -> list[store.AdapterEntry]:
+        """Add several PEFT adapters by their names, all or none. Otherwise as `add`."""
+        sources = {name: Path(adapter) for name, adapter in adapters.items()}
+        add_adapters(
+            self,
+            sources,
+            quantize=quantize,
+            exact_rank=exact_rank,
+            cache=_cache(unit_cache),
+            reporter=reporter,
+        )
+        return [self.adapters[name] for name in sources]
 
     def export(
         self,
@@ -51,7 +79,7 @@ class Bundle(store.Bundle):
         with_foundation: with the foundation's inside, so that it wants no data file of it.
         NotFoundError: there is no such adapter, or no folder to write to.
         """
-        assemble.export_program(
+        export_program(
             self, Path(out), adapter=adapter, self_contained=self_contained, with_foundation=with_foundation
         )
 
@@ -72,7 +100,7 @@ def build(
     overrides: Mapping[str, str] | None = None,
     max_context: int = 2048,
     unit_cache: str | Path | None = None,
-    progress: Progress = no_progress,
+    reporter: Reporter = SILENT,
     force: bool = False,
 ) -> Bundle:
     """Build a bundle at `out` from a Hugging Face folder or a `.gguf` file.
@@ -84,13 +112,13 @@ def build(
     recipe = make_recipe(
         quantize, group_size=group_size, method=method, embedding=embedding, head=head, overrides=overrides
     )
-    assemble.build_bundle(
+    build_bundle(
         Path(model),
         Path(out),
         recipe=recipe,
         max_context=max_context,
         cache=_cache(unit_cache),
-        progress=progress,
+        reporter=reporter,
         force=force,
     )
     return Bundle.open(out, check=False)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterable
 from importlib import import_module
 
 _TALKERS = ("torchao", "torch.utils._pytree")
 
 
-def import_exporter() -> None:
-    """Import torch, torchao and ExecuTorch's exporter; seconds, the first time. ImportError: one is missing."""
+def import_modules(names: Iterable[str]) -> None:
+    """Import torch or its kin; seconds, the first time. ImportError: one is missing."""
     loggers = [logging.getLogger(name) for name in _TALKERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -18,7 +19,7 @@ def import_exporter() -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for name in ("torch", "torchao", "executorch.exir"):
+            for name in names:
                 import_module(name)
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -12,6 +12,6 @@ from bedplate.bundle.store import Bundle, create_bundle
 def bundle(tmp_path: Path) -> Bundle:
     """A bundle with the adapters `one` and `two`."""
     made = create_bundle(tmp_path / "toy.bundle", write_base)
-    made.add_adapter("one", adapter_writer(made, "one", 10))
-    made.add_adapter("two", adapter_writer(made, "two", 20))
+    made.add_adapters({"one": adapter_writer(made, "one", 10)})
+    made.add_adapters({"two": adapter_writer(made, "two", 20)})
     return made

@@ -44,6 +44,7 @@ ADAPTER = AdapterInfo(
     name="one",
     foundation="3" * 64,
     rank=4,
+    unit_rank=4,
     alpha=8.0,
     targets=("q_proj", "v_proj"),
     dtype="8da8w",

@@ -69,7 +69,7 @@ def test_built_twice_every_file_is_the_same(tmp_path: Path) -> None:
     trees = []
     for name in ("a.bundle", "b.bundle"):
         made = create_bundle(tmp_path / name, write_base)
-        made.add_adapter("one", adapter_writer(made, "one", 10))
+        made.add_adapters({"one": adapter_writer(made, "one", 10)})
         trees.append(tree(made.path))
     assert trees[0] == trees[1]
     assert set(trees[0]) == {*FILES, files.LOCK}
@@ -77,7 +77,7 @@ def test_built_twice_every_file_is_the_same(tmp_path: Path) -> None:
 
 def test_the_foundation_is_the_same_whatever_adapters_there_are(bundle: Bundle) -> None:
     before = bundle.foundation.read_bytes()
-    bundle.add_adapter("three", adapter_writer(bundle, "three", 30))
+    bundle.add_adapters({"three": adapter_writer(bundle, "three", 30)})
     bundle.remove_adapter("one")
     assert bundle.foundation.read_bytes() == before
     assert list(Bundle.open(bundle.path).adapters) == ["three", "two"]
@@ -168,24 +168,24 @@ def test_swap_where_the_system_has_no_exchange(tmp_path: Path) -> None:
 def test_a_bad_name_for_an_adapter(bundle: Bundle, name: str) -> None:
     before = tree(bundle.path)
     with pytest.raises(AdapterError, match="cannot name an adapter"):
-        bundle.add_adapter(name, adapter_writer(bundle, name, 30))
+        bundle.add_adapters({name: adapter_writer(bundle, name, 30)})
     assert tree(bundle.path) == before
 
 
 def test_a_name_already_taken(bundle: Bundle) -> None:
     before = tree(bundle.path)
     with pytest.raises(NameTakenError, match="'one' already"):
-        bundle.add_adapter("one", adapter_writer(bundle, "one", 30))
+        bundle.add_adapters({"one": adapter_writer(bundle, "one", 30)})
     assert tree(bundle.path) == before
 
 
 def test_a_name_taken_while_the_adapter_was_written(bundle: Bundle) -> None:
     def write(folder: Path) -> AdapterInfo:
-        Bundle.open(bundle.path).add_adapter("three", adapter_writer(bundle, "three", 30))
+        Bundle.open(bundle.path).add_adapters({"three": adapter_writer(bundle, "three", 30)})
         return adapter_writer(bundle, "three", 40)(folder)
 
     with pytest.raises(NameTakenError, match="'three' already"):
-        bundle.add_adapter("three", write)
+        bundle.add_adapters({"three": write})
     assert Bundle.open(bundle.path).adapters["three"].info.constants[0].name == "q_proj.lora_a"
 
 
@@ -202,21 +202,21 @@ def test_the_bundle_is_replaced_while_the_adapter_is_written(bundle: Bundle) -> 
         return info
 
     with pytest.raises(BundleError, match="replaced meanwhile"):
-        bundle.add_adapter("three", write)
+        bundle.add_adapters({"three": write})
     assert list(Bundle.open(bundle.path).adapters) == []
 
 
 def test_the_bundle_was_replaced_since_it_was_opened(bundle: Bundle) -> None:
     create_bundle(bundle.path, other_base, replace=True)
     with pytest.raises(BundleError, match="replaced meanwhile"):
-        bundle.add_adapter("three", adapter_writer(bundle, "three", 30))
+        bundle.add_adapters({"three": adapter_writer(bundle, "three", 30)})
     assert list(Bundle.open(bundle.path).adapters) == []
 
 
 def test_add_refuses_an_adapter_for_another_foundation(bundle: Bundle) -> None:
     before = tree(bundle.path)
     with pytest.raises(AdapterError, match="packed against the foundation cccccccccccc…"):
-        bundle.add_adapter("three", adapter_writer(bundle, "three", 30, foundation="c" * 64))
+        bundle.add_adapters({"three": adapter_writer(bundle, "three", 30, foundation="c" * 64)})
     assert tree(bundle.path) == before
 
 
@@ -225,7 +225,7 @@ def test_add_refuses_a_key_that_the_foundation_holds(bundle: Bundle) -> None:
     before = tree(bundle.path)
     own = (NORM, constant("q_proj.lora_a", 30))
     with pytest.raises(AdapterError, match=r"1 of its constants are in the foundation already, norm\.weight"):
-        bundle.add_adapter("three", adapter_writer(bundle, "three", 30, own))
+        bundle.add_adapters({"three": adapter_writer(bundle, "three", 30, own)})
     assert tree(bundle.path) == before
 
 
@@ -275,7 +275,7 @@ def test_a_failing_writer_leaves_nothing(bundle: Bundle, tmp_path: Path) -> None
 
     before = tree(tmp_path)
     with pytest.raises(AdapterError, match="do not fit"):
-        bundle.add_adapter("three", fail)
+        bundle.add_adapters({"three": fail})
     with pytest.raises(AdapterError, match="do not fit"):
         create_bundle(tmp_path / "b.bundle", fail)  # type: ignore[arg-type]
     assert tree(tmp_path) == before
@@ -310,17 +310,26 @@ create_bundle(root / "toy.bundle", write_base, replace=True)
 def write(folder):
     (folder / "program.pte").write_bytes(b"half")
     die()
-Bundle.open(root / "toy.bundle").add_adapter("three", write)
+Bundle.open(root / "toy.bundle").add_adapters({"three": write})
 """,
     "add, between the folder and the manifest": """
 bundle = Bundle.open(root / "toy.bundle")
-bundle._publish = lambda *_: die()
-bundle.add_adapter("three", adapter_writer(bundle, "three", 30))
+store._write_manifest = lambda *_: die()
+bundle.add_adapters({"three": adapter_writer(bundle, "three", 30)})
+""",
+    "add several, between the folders": """
+bundle = Bundle.open(root / "toy.bundle")
+rename = Path.rename
+def rename_once(path, target):
+    Path.rename = lambda *_: die()
+    return rename(path, target)
+Path.rename = rename_once
+bundle.add_adapters({name: adapter_writer(bundle, name, 30) for name in ("three", "four")})
 """,
     "add, while writing the manifest": """
 bundle = Bundle.open(root / "toy.bundle")
 Path.replace = lambda *_: die()
-bundle._publish(dict(bundle.manifest.adapters))
+bundle.add_adapters({"three": adapter_writer(bundle, "three", 30)})
 """,
     "remove, between the manifest and the folder": """
 store.shutil.rmtree = lambda *_, **__: die()
@@ -352,7 +361,7 @@ def die(): os.kill(os.getpid(), signal.SIGKILL)
     assert not (tmp_path / "new.bundle").exists()
 
     for name in {"one", "two", "three"} - now.adapters.keys():
-        now.add_adapter(name, adapter_writer(bundle, name, 30))
+        now.add_adapters({name: adapter_writer(bundle, name, 30)})
     assert list(Bundle.open(bundle.path).adapters) == ["one", "three", "two"]
     assert set(tree(bundle.path)) == set(tree_of_adapters("one", "two", "three"))
     create_bundle(tmp_path / "new.bundle", write_base)
@@ -364,7 +373,7 @@ def add_in_turn(path: Path, worker: int) -> None:
     for i in range(4):
         opened = Bundle.open(path)
         name = f"w{worker}-{i}"
-        opened.add_adapter(name, adapter_writer(opened, name, 10 + 10 * worker + i))
+        opened.add_adapters({name: adapter_writer(opened, name, 10 + 10 * worker + i)})
 
 
 def test_parallel_adds_lose_nothing(bundle: Bundle) -> None:
@@ -384,10 +393,10 @@ def test_parallel_adds_lose_nothing(bundle: Bundle) -> None:
 def test_a_running_writer_is_not_taken_for_a_leftover(bundle: Bundle) -> None:
     def write(folder: Path) -> AdapterInfo:
         info = adapter_writer(bundle, "three", 30)(folder)
-        Bundle.open(bundle.path).add_adapter("four", adapter_writer(bundle, "four", 40))
+        Bundle.open(bundle.path).add_adapters({"four": adapter_writer(bundle, "four", 40)})
         return info
 
-    bundle.add_adapter("three", write)
+    bundle.add_adapters({"three": write})
     assert list(Bundle.open(bundle.path).adapters) == ["four", "one", "three", "two"]
 
 

@@ -72,7 +72,8 @@ def test_a_key_that_is_not_resolved_once_is_named(
     bundle: Bundle, held: list[Constant], named: list[Constant], says: str
 ) -> None:
     """The key of another adapter does not count: each program has the foundation and its own file."""
-    entry = bundle.add_adapter("three", adapter_writer(bundle, "three", 30))
+    bundle.add_adapters({"three": adapter_writer(bundle, "three", 30)})
+    entry = bundle.adapters["three"]
     own = [constant("q_proj.lora_a", 30)]
     if held:
         write_ptd(entry.weights, [*own, *held])

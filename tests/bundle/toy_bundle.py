@@ -68,6 +68,7 @@ def adapter_writer(
             name=name,
             foundation=foundation or bundle.foundation_sha256,
             rank=4,
+            unit_rank=4,
             alpha=8.0,
             targets=("q_proj",),
             dtype="float32",

@@ -88,12 +88,15 @@ def test_shards_hold_the_same_as_one_file(sharded: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_floats_become_float32(folder: Path, dtype: torch.dtype) -> None:
+def test_floats_come_as_they_are_stored_and_become_float32_in_the_decoder(
+    folder: Path, dtype: torch.dtype
+) -> None:
     stored = {name: value.to(dtype) for name, value in load_file(folder / WEIGHTS).items()}
     save_file(stored, folder / WEIGHTS)
+    parameters = dict(float_decoder(open_checkpoint(folder), max_context=8).named_parameters())
     for name, value in read(folder).items():
-        assert value.dtype == torch.float32
-        assert torch.equal(value, stored[f"model.{name}"].float()), name
+        assert value.dtype == dtype and torch.equal(value, stored[f"model.{name}"]), name
+        assert torch.equal(parameters[name], value.float()), name
 
 
 def test_a_tied_head_is_the_embedding(folder: Path) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bedplate.constants import Constant
-from bedplate.quantize.apply import pack_tensor
+from bedplate.quantize.foundation import pack_tensor
 from bedplate.quantize.modules import QuantizedEmbedding, QuantizedLinear
 from bedplate.quantize.packing import pack_embedding, pack_float, pack_linear, pack_nibbles
 from bedplate.quantize.recipe import EIGHT_BIT, FLOAT, Scheme
@@ -181,7 +181,7 @@ def test_a_parameter_by_the_scheme_of_its_module(
     schemes = {} if scheme is None else {path + below: scheme}
     if path == "embed_tokens" and below:
         return
-    constants = pack_tensor(name, value.to(torch.bfloat16), schemes)
+    constants = list(pack_tensor([name], value.to(torch.bfloat16), schemes))
     assert {constant.name: constant.dtype for constant in constants} == {
         name + part: dtype for part, dtype in parts.items()
     }

@@ -10,9 +10,9 @@ from bedplate.errors import RecipeError
 from bedplate.model.decoder import LAYER_LINEARS, Decoder
 from bedplate.model.lora import LoRALinear
 from bedplate.model.spec import ModelSpec, RopeSpec
-from bedplate.quantize.apply import quantize_decoder
+from bedplate.quantize.eager import quantize_decoder
 from bedplate.quantize.modules import QuantizedEmbedding, QuantizedLinear
-from bedplate.quantize.plan import plan
+from bedplate.quantize.plan import layer_difference, plan
 from bedplate.quantize.recipe import EIGHT_BIT, FLOAT, Recipe, Rule, Scheme, make_recipe
 
 FOUR_BIT = Scheme(bits=4, group_size=32, method="hqq")
@@ -160,10 +160,15 @@ def test_a_rule_that_matches_nothing_is_an_error(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["layers.0.*", "layers.[12].mlp.up_proj", "*.2.self_attn.q_proj"])
-def test_a_rule_that_tells_layers_apart_is_an_error(pattern: str) -> None:
-    with pytest.raises(RecipeError, match="it would be stored as") as caught:
-        plan(decoder({}), make_recipe("8da4w", overrides={pattern: "8da8w"}))
-    assert caught.value.hint is not None and "layers.*" in caught.value.hint
+def test_how_a_rule_tells_layers_apart(pattern: str) -> None:
+    difference = layer_difference(plan(decoder({}), make_recipe("8da4w", overrides={pattern: "8da8w"})))
+    assert difference is not None and "is stored as" in difference and "layers.0." in difference
+
+
+@pytest.mark.parametrize("pattern", ["layers.*.mlp.up_proj", "lm_head", "*"])
+def test_a_rule_for_all_layers_tells_none_apart(pattern: str) -> None:
+    recipe = make_recipe("8da4w", overrides={pattern: "8da8w"})
+    assert layer_difference(plan(decoder(RANKS), recipe)) is None
 
 
 def test_mixed_bits_by_module() -> None:

@@ -12,7 +12,7 @@ from eager import eager_decoder, eager_logits
 from bedplate import Bundle, Engine
 from bedplate.model.checkpoint import open_checkpoint
 from bedplate.model.load import float_decoder
-from bedplate.quantize.apply import quantize_decoder
+from bedplate.quantize.eager import quantize_decoder
 from bedplate.quantize.recipe import make_recipe
 
 pytestmark = pytest.mark.real_model

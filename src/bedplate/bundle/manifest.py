@@ -43,7 +43,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantInfo:
-    """What a constant is, for people: see `link.keys.Constant`. Several names may share one key."""
+    """What a constant is, for people: see `bedplate.constants.Constant`. Several names may share one key."""
 
     name: str
     key: str
@@ -64,6 +64,7 @@ class AdapterInfo:
     """`adapter.json`.
 
     foundation: SHA-256 of the `foundation.ptd` that it was packed against.
+    rank: of the adapter; unit_rank: of its program, which is higher where zeros fill it up.
     dtype: how A and B are packed, "float32" or "8da8w".  targets: the suffixes of the modules that it adapts.
     source, structure: fingerprints of the files it came from, and of the program's structure.
     constants: what its `weights.ptd` holds.
@@ -72,6 +73,7 @@ class AdapterInfo:
     name: str
     foundation: str
     rank: int
+    unit_rank: int
     alpha: float
     targets: tuple[str, ...]
     dtype: str

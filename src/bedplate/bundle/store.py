@@ -117,42 +117,52 @@ class Bundle:
             hint = f"choose another name, or remove it first: bedplate remove {self.path} {name}"
             raise NameTakenError(f"there is an adapter {name!r} already", where=self.path, hint=hint)
 
-    def add_adapter(self, name: str, write: Callable[[Path], AdapterInfo]) -> AdapterEntry:
-        """Add an adapter: `write` puts `program.pte` and `weights.ptd` into the folder it is given.
+    def add_adapters(self, writers: Mapping[str, Callable[[Path], AdapterInfo]]) -> None:
+        """Add adapters, all or none: each writer puts `program.pte` and `weights.ptd` into the folder it is given.
 
         The lock is taken only to publish, so adapters may be written in parallel. Whatever is raised, and
         whenever the process is killed, the bundle is as it was.
         AdapterError: a bad name, or it does not fit the foundation.  NameTakenError: the name is in use.
         """
-        self.check_name(name)
+        for name in writers:
+            self.check_name(name)
         adapters = self.path / manifest.ADAPTERS
         adapters.mkdir(exist_ok=True)
         with files.workspace(adapters, "add") as draft:
             try:
-                self._write_and_publish(name, write, draft)
+                records = {name: self._write(name, write, draft / name) for name, write in writers.items()}
+                files.sync_tree(draft)
+                self._publish_drafts(draft, records)
             except (FileNotFoundError, NotFoundError) as error:
                 if draft.exists():
                     raise
                 raise self._replaced() from error  # `build --force` took the folder, and our draft with it
-        return self.adapters[name]
 
-    def _write_and_publish(self, name: str, write: Callable[[Path], AdapterInfo], draft: Path) -> None:
-        info = write(draft)
-        self._check_fit(name, info, draft)
-        (draft / manifest.ADAPTER_INFO).write_bytes(manifest.dump(info))
-        record = AdapterRecord(foundation=info.foundation, files=integrity.measure(draft))
-        files.sync_tree(draft)
-        folder = self.path / manifest.ADAPTERS / name
+    def _write(self, name: str, write: Callable[[Path], AdapterInfo], folder: Path) -> AdapterRecord:
+        folder.mkdir()
+        info = write(folder)
+        self._check_fit(name, info, folder)
+        (folder / manifest.ADAPTER_INFO).write_bytes(manifest.dump(info))
+        return AdapterRecord(foundation=info.foundation, files=integrity.measure(folder))
+
+    def _publish_drafts(self, draft: Path, records: Mapping[str, AdapterRecord]) -> None:
+        adapters = self.path / manifest.ADAPTERS
         with files.locked(self.path):
             self._refresh()
-            if info.foundation != self.foundation_sha256:
+            if any(record.foundation != self.foundation_sha256 for record in records.values()):
                 raise self._replaced()
-            self.check_name(name)
-            shutil.rmtree(folder, ignore_errors=True)  # not listed, so of a writer that was killed
-            (draft / files.LOCK).unlink()
-            draft.rename(folder)
-            files.sync_folder(folder.parent)
-            self._publish({**self.manifest.adapters, name: record})
+            for name in records:
+                self.check_name(name)
+            for name in records:
+                shutil.rmtree(
+                    adapters / name, ignore_errors=True
+                )  # not listed, so of a writer that was killed
+                (draft / name).rename(adapters / name)
+            files.sync_folder(adapters)
+            _write_manifest(
+                self.path, dataclasses.replace(self.manifest, adapters={**self.manifest.adapters, **records})
+            )
+            self._refresh()
 
     def remove_adapter(self, name: str) -> None:
         """See the function `remove_adapter`, which needs no open bundle."""
@@ -182,12 +192,23 @@ class Bundle:
     def _replaced(self) -> BundleError:
         return BundleError("the bundle was replaced meanwhile", where=self.path, hint="add the adapter again")
 
-    def _publish(self, records: dict[str, AdapterRecord]) -> None:
-        _write_manifest(self.path, dataclasses.replace(self.manifest, adapters=records))
-        self._refresh()
-
     def _refresh(self) -> None:
         self.manifest, self.adapters = _read(self.path, _manifest_bytes(self.path), check=False)
+
+
+def check_free(out: Path, *, replace: bool) -> None:
+    """NameTakenError: there is something at `out` (with `replace`: other than a bundle).  NotFoundError: there is no
+    folder to put a bundle in.
+    """
+    if not out.resolve().parent.is_dir():
+        raise NotFoundError("no such folder", where=out.resolve().parent, hint="create it first")
+    if not out.exists() or (replace and (out / manifest.MANIFEST).is_file()):
+        return
+    if replace:
+        raise NameTakenError("it is there and is not a bundle", where=out, hint="choose another place")
+    raise NameTakenError(
+        "it is there already", where=out, hint="choose another place, or replace it with --force"
+    )
 
 
 def create_bundle(out: Path, write: Callable[[Path], BundleFacts], *, replace: bool = False) -> Bundle:
@@ -199,9 +220,7 @@ def create_bundle(out: Path, write: Callable[[Path], BundleFacts], *, replace: b
     it in.
     """
     out = out.resolve()
-    if not out.parent.is_dir():
-        raise NotFoundError("no such folder", where=out.parent, hint="create it first")
-    _check_free(out, replace)
+    check_free(out, replace=replace)
     with files.workspace(out.parent, out.name) as draft:
         facts = write(draft)
         (draft / manifest.FOUNDATION_INFO).write_bytes(
@@ -210,7 +229,7 @@ def create_bundle(out: Path, write: Callable[[Path], BundleFacts], *, replace: b
         _write_manifest(draft, _describe(draft, facts))
         (draft / manifest.ADAPTERS).mkdir()
         files.sync_tree(draft)
-        _check_free(out, replace)
+        check_free(out, replace=replace)
         if out.exists():
             with files.locked(out):
                 files.swap(draft, out)
@@ -231,16 +250,6 @@ def remove_adapter(path: Path, name: str) -> None:
             raise NotFoundError(f"no adapter {name!r}", where=path, hint=f"the bundle has: {known}")
         _write_manifest(path, dataclasses.replace(document, adapters=records))
         shutil.rmtree(path / manifest.ADAPTERS / name, ignore_errors=True)
-
-
-def _check_free(out: Path, replace: bool) -> None:
-    if not out.exists() or (replace and (out / manifest.MANIFEST).is_file()):
-        return
-    if replace:
-        raise NameTakenError("it is there and is not a bundle", where=out, hint="choose another place")
-    raise NameTakenError(
-        "it is there already", where=out, hint="choose another place, or replace it with --force"
-    )
 
 
 def _describe(folder: Path, facts: BundleFacts) -> Manifest:

@@ -10,9 +10,9 @@ import typer
 
 from bedplate import api
 from bedplate.bundle import store
-from bedplate.cli.output import print_json, print_table, progress_bar, size, stderr
+from bedplate.cli.output import print_json, print_table, progress_bars, size, stderr
 from bedplate.compile.cache import UnitCache
-from bedplate.errors import RecipeError
+from bedplate.errors import AdapterError, NameTakenError, RecipeError
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")]
 CacheFolder = Annotated[
@@ -53,7 +53,7 @@ def build(
 ) -> None:
     """Build a bundle from a model. Its weights are quantized and packed, its program compiled."""
     start = time.perf_counter()
-    with progress_bar() as progress:
+    with progress_bars() as bars:
         bundle = api.build(
             model,
             out,
@@ -65,7 +65,7 @@ def build(
             overrides=_overrides(override or []),
             max_context=max_context,
             unit_cache=unit_cache,
-            progress=progress,
+            reporter=bars,
             force=force,
         )
     foundation = bundle.foundation.stat().st_size
@@ -74,26 +74,49 @@ def build(
 
 def add(
     bundle: BundlePath,
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="PEFT LoRA folder.")],
-    name: Annotated[str, typer.Option(metavar="NAME", help="Name of the adapter in the bundle.")],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT LoRA folders.")],
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Name in the bundle, one for each ADAPTER; its folder's if absent."
+        ),
+    ] = None,
     quantize: Annotated[
-        Literal["none", "8da8w"], typer.Option(help="Of its matrices: float32, or 8 bits.")
+        Literal["none", "8da8w"], typer.Option(help="Of their matrices: float32, or 8 bits.")
     ] = "none",
+    exact_rank: Annotated[
+        bool,
+        typer.Option("--exact-rank", help="Compile for this very rank, even if a higher one would do."),
+    ] = False,
     unit_cache: CacheFolder = None,
 ) -> None:
-    """Add a PEFT adapter to a bundle. Its matrices are packed against the bundle's foundation."""
+    """Add PEFT adapters to a bundle, all or none. Their matrices are packed against the bundle's foundation."""
     start = time.perf_counter()
     opened = api.Bundle.open(bundle)
-    with progress_bar() as progress:
-        entry = opened.add(
-            adapter,
-            name=name,
+    with progress_bars() as bars:
+        entries = opened.add_all(
+            _named(adapters, name or []),
             quantize=quantize,
+            exact_rank=exact_rank,
             unit_cache=unit_cache,
-            progress=progress,
+            reporter=bars,
         )
-    files = entry.program.stat().st_size + entry.weights.stat().st_size
-    stderr.print(f"added {name} in {time.perf_counter() - start:.1f} s: {size(files)}")
+    for entry in entries:
+        files = entry.program.stat().st_size + entry.weights.stat().st_size
+        filled = f", filled up to {entry.info.unit_rank}" if entry.info.unit_rank != entry.info.rank else ""
+        stderr.print(f"added {entry.name}: rank {entry.info.rank}{filled}, {size(files)}")
+    stderr.print(f"in {time.perf_counter() - start:.1f} s")
+
+
+def _named(adapters: list[Path], names: list[str]) -> dict[str, Path]:
+    if names and len(names) != len(adapters):
+        raise AdapterError(
+            f"{len(adapters)} adapters, but {len(names)} names", hint="give --name once for each, or never"
+        )
+    named = dict(zip(names or [adapter.resolve().name for adapter in adapters], adapters, strict=True))
+    if len(named) < len(adapters):
+        raise NameTakenError("two of the adapters have one name", hint="give --name once for each")
+    return named
 
 
 def remove(

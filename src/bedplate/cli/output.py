@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from bedplate.assemble import Progress as ProgressCallback
 from bedplate.errors import BedplateError
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -68,21 +67,30 @@ def print_error(error: BedplateError) -> None:
         stderr.print(f"[bold]hint:[/] {escape(error.hint)}")
 
 
+class Bars:
+    """A `Reporter`: a bar for each stage, on stderr; where there is no terminal, a line for each."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def progress(self, stage: str, done: int, total: int | None) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+            if self._bars.disable:
+                stderr.print(f"{stage} …")
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    def notice(self, text: str) -> None:
+        stderr.print(f"[bold yellow]note:[/] {escape(text)}")
+
+
 @contextmanager
-def progress_bar() -> Iterator[ProgressCallback]:
-    """A bar for each stage, on stderr, gone when all is done; where there is no terminal, a line for each."""
+def progress_bars() -> Iterator[Bars]:
+    """Bars that are gone when all is done."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-                if bars.disable:
-                    stderr.print(f"{stage} …")
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield show
+        yield Bars(bars)
 
 
 def print_json(data: Any) -> None:

@@ -71,6 +71,10 @@ class UnitCache:
         }
         return Entry(program=arrays["program"].tobytes(), fixed=fixed, facts=header["facts"])
 
+    def has(self, kind: str, fingerprint: str) -> bool:
+        """Whether there is an entry, damaged or not."""
+        return self._path(kind, fingerprint).exists()
+
     def store(self, kind: str, fingerprint: str, entry: Entry) -> None:
         """Write an entry: whole or not at all."""
         arrays = {name: constant.data for name, constant in entry.fixed.items()}

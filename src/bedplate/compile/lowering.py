@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary, serialize_pte_binary
 
 from bedplate.compile.cache import Entry, UnitCache
-from bedplate.compile.stand_in import stand_in_decoder
+from bedplate.compile.stand_in import stand_in_decoder, structure_schemes
 from bedplate.compile.symbols import fixed_constants, symbolize
-from bedplate.compile.units import Lowered, Structure, versions
+from bedplate.compile.units import LayersDifferError, Lowered, Structure, versions
 from bedplate.compile.xnnpack import lower
+from bedplate.quantize.plan import layer_difference
 
 # A prologue, a body and an epilogue: all that the linker needs of a model whose layers are alike.
 SHORT_DEPTH = 2
 
 
 def lowered_units(structure: Structure, cache: UnitCache) -> Lowered:
-    """The lowered short model of this structure. Raises LoweringError."""
+    """The lowered short model of this structure.
+
+    Raises LoweringError, and LayersDifferError if no short model can stand for it.
+    """
+    schemes = structure_schemes(structure)
+    if difference := layer_difference(schemes):
+        raise LayersDifferError(difference)
     fingerprint = structure.fingerprint(versions(), any_depth=True)
     entry = cache.load("units", fingerprint)
     if entry is not None:
@@ -31,7 +36,6 @@ def lowered_units(structure: Structure, cache: UnitCache) -> Lowered:
 
 def compile_structure(structure: Structure, *, depth: int) -> Lowered:
     """Lower the structure at the given depth: about 10 s, and some seconds for each layer. Raises LoweringError."""
-    shape = replace(structure, spec=replace(structure.spec, n_layers=depth))
-    decoder, constants = stand_in_decoder(shape)
+    decoder, constants = stand_in_decoder(structure, depth=depth)
     raw = lower(decoder, max_chunk=structure.max_chunk)
     return symbolize(raw, constants, fixed_constants(decoder))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,29 +14,44 @@ from bedplate.compile.units import Structure
 from bedplate.constants import Constant
 from bedplate.model.decoder import Decoder
 from bedplate.model.load import set_parameter
-from bedplate.quantize.apply import pack_quantized
+from bedplate.quantize.foundation import pack_quantized
 from bedplate.quantize.modules import QuantizedEmbedding, QuantizedLinear
 from bedplate.quantize.packing import pack_float
 from bedplate.quantize.plan import plan
 from bedplate.quantize.recipe import Scheme
 from bedplate.quantize.weights import QuantizedWeight
 
+_LAYER = re.compile(r"^layers\.\d+\.")
 
-def stand_in_decoder(structure: Structure) -> tuple[Decoder, dict[str, Constant]]:
-    """The decoder of `structure` with stand-in weights, and its constants by symbol.
+
+def structure_schemes(structure: Structure) -> dict[str, Scheme]:
+    """The scheme of each weight by module path, at the structure's own depth. Raises RecipeError."""
+    decoder = Decoder(structure.spec, max_context=1, ranks=structure.ranks, device="meta")
+    return plan(decoder, structure.recipe)
+
+
+def stand_in_decoder(structure: Structure, *, depth: int) -> tuple[Decoder, dict[str, Constant]]:
+    """A decoder of `depth` layers of the structure with stand-in weights, and its constants by symbol.
+
+    Layers beyond the structure's own are as its first.
 
     Structures differ in their symbols' values only by the symbol's name, so compiling is deterministic.
     """
-    decoder = Decoder(structure.spec, max_context=structure.max_context, ranks=structure.ranks, device="meta")
-    schemes = plan(decoder, structure.recipe)
+    spec = replace(structure.spec, n_layers=depth)
+    decoder = Decoder(spec, max_context=structure.max_context, ranks=structure.ranks, device="meta")
+    schemes = structure_schemes(structure)
     constants: dict[str, Constant] = {}
 
     def note(packed: list[Constant]) -> None:
         constants.update({constant.name: constant for constant in packed})
 
-    for path, scheme in schemes.items():
-        module = decoder.get_submodule(path)
-        assert isinstance(module, nn.Linear | nn.Embedding)
+    weighted = [
+        (path, module)
+        for path, module in decoder.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    ]
+    for path, module in weighted:
+        scheme = schemes.get(path) or schemes[_LAYER.sub("layers.0.", path)]
         is_embedding = isinstance(module, nn.Embedding)
         symbol = logical_path(path)
         bias = None

@@ -57,6 +57,10 @@ class Lowered:
     fixed: Mapping[str, Constant]
 
 
+class LayersDifferError(Exception):
+    """The layers of a model are not alike, so that one cannot stand for all; says how they differ."""
+
+
 def versions() -> dict[str, str]:
     """Versions of everything that a lowered program depends on."""
     return {name: version(name) for name in ("executorch", "torch", "torchao")}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from bedplate.constants import KEY_LENGTH, Constant
+
+# What a program's constant methods return, by name.
+Metadata = Mapping[str, int | bool | Sequence[int]]
 
 _HOLE = re.compile(rb"[0-9a-f]{64}")
 
@@ -22,6 +25,10 @@ class Template:
     data: bytes
     holes: Mapping[str, tuple[int, ...]]
     fixed: Mapping[str, Constant]
+
+    def fixed_constants(self) -> list[Constant]:
+        """The fixed constants, by name: a template from the cache holds them in another order than one just made."""
+        return [self.fixed[symbol] for symbol in sorted(self.fixed)]
 
     @classmethod
     def find_holes(cls, data: bytes, symbol_of: Mapping[str, str], *, fixed: Mapping[str, Constant]) -> Self:

@@ -9,17 +9,16 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from executorch.exir.schema import Bool, Chain, ContainerMetadata, EValue, ExecutionPlan, Int, Null
 
+from bedplate.link.linker import Metadata
 from bedplate.link.memory import plan_memory
 
 _CACHE_NAME = re.compile(r"^layers\.(\d+)\.([kv])_cache$")
 _DYNAMIC = 1
-
-Metadata = Mapping[str, int | bool | Sequence[int]]
 
 
 def forward_method(lowered: Any) -> Any:

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bedplate.compile.units import Lowered, placeholder
-from bedplate.errors import LoweringError
+from bedplate.compile.units import LayersDifferError, Lowered, placeholder
 
 _ATTENTION = ("llama::update_cache", "llama::update_cache", "llama::custom_sdpa")
 _LAYER = re.compile(r"^layers\.(\d+)\.")
@@ -29,7 +28,7 @@ class Joint:
 
 
 def stretch(lowered: Lowered, depth: int) -> Lowered:
-    """The lowered program at `depth` layers. Raises LoweringError if its layers do not have the expected form."""
+    """The lowered program at `depth` layers. Raises LayersDifferError if it is not of the expected form."""
     program = copy.copy(lowered.program)
     plan = copy.deepcopy(program.execution_plan[0])
     blobs = list(program.backend_delegate_data)
@@ -66,7 +65,7 @@ def _split(plan: Any) -> tuple[list[Any], list[Any], list[Any]]:
         if tuple(_name(plan, step) for step in instructions[i : i + 4]) == (*_ATTENTION, "delegate")
     ]
     if len(starts) != 2 or starts[1] != starts[0] + 4:
-        raise LoweringError(
+        raise LayersDifferError(
             "the lowered layers are not runs of [update_cache, update_cache, custom_sdpa, delegate]"
         )
     first, second = starts
@@ -88,7 +87,9 @@ def _joint(plan: Any, head: list[Any], body: list[Any], tail: list[Any]) -> Join
     taken = [i for i in _args(body[3]) if i in made_by_head and i not in slices and _is_tensor(plan, i)]
     given = [i for i in _args(body[3]) if i in made_by_body - set(gives.values()) and i not in _args(body[2])]
     if len(gives) != 3 or len(taken) != 1 or len(given) != 1 or given[0] not in _args(tail[3]):
-        raise LoweringError("the lowered layers do not pass q, k, v and one residual stream on to the next")
+        raise LayersDifferError(
+            "the lowered layers do not pass q, k, v and one residual stream on to the next"
+        )
     return Joint(gives={**gives, taken[0]: given[0]})
 
 

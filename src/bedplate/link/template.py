@@ -8,18 +8,20 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from bedplate.compile.cache import Entry, UnitCache
-from bedplate.compile.units import Lowered, Structure, placeholder, versions
-from bedplate.link.linker import Template
-
-if TYPE_CHECKING:
-    from bedplate.link.methods import Metadata
+from bedplate.compile.units import LayersDifferError, Lowered, Structure, placeholder, versions
+from bedplate.link.linker import Metadata, Template
 
 # The longest run of positions that the `logits` method takes: their logits lie in the activation arena.
 MAX_LOGITS = 64
+
+
+def is_compiled(structure: Structure, metadata: Metadata, cache: UnitCache) -> bool:
+    """Whether the cache has the structure's template, or the units to make it of."""
+    units = structure.fingerprint(versions(), any_depth=True)
+    return cache.has("program", _fingerprint(structure, metadata)) or cache.has("units", units)
 
 
 def load_template(structure: Structure, metadata: Metadata, cache: UnitCache) -> Template | None:
@@ -31,18 +33,30 @@ def load_template(structure: Structure, metadata: Metadata, cache: UnitCache) ->
     return Template(data=entry.program, holes=holes, fixed=entry.fixed)
 
 
-def make_template(structure: Structure, metadata: Metadata, cache: UnitCache) -> Template:
-    """Compile what the cache does not have, stretch it to the structure's depth, and keep the result.
+def make_template(
+    structure: Structure, metadata: Metadata, cache: UnitCache, notice: Callable[[str], None]
+) -> Template:
+    """Compile what the cache does not have, link it to the structure's depth, and keep the result.
 
-    Raises LoweringError.
+    notice: told if the whole model has to be lowered. Raises LoweringError.
     """
-    from bedplate.compile.lowering import lowered_units
-    from bedplate.link.stretch import stretch
-
-    template = template_of(stretch(lowered_units(structure, cache), structure.spec.n_layers), metadata)
+    template = template_of(lowered_program(structure, cache, notice), metadata)
     entry = Entry(program=template.data, fixed=template.fixed, facts=template.holes)
     cache.store("program", _fingerprint(structure, metadata), entry)
     return template
+
+
+def lowered_program(structure: Structure, cache: UnitCache, notice: Callable[[str], None]) -> Lowered:
+    """The lowered program of full depth: units stretched or, if the layers are not alike, the whole graph lowered."""
+    from bedplate.compile.lowering import compile_structure, lowered_units
+    from bedplate.link.stretch import stretch
+
+    depth = structure.spec.n_layers
+    try:
+        return stretch(lowered_units(structure, cache), depth)
+    except LayersDifferError as difference:
+        notice(f"{difference}: all {depth} layers are lowered one by one, which takes seconds each")
+        return compile_structure(structure, depth=depth)
 
 
 def template_of(lowered: Lowered, metadata: Metadata) -> Template:
@@ -63,7 +77,7 @@ def template_of(lowered: Lowered, metadata: Metadata) -> Template:
     return Template.find_holes(data, symbol_of, fixed=lowered.fixed)
 
 
-def _fingerprint(structure: Structure, metadata: Mapping[str, int | bool | Sequence[int]]) -> str:
+def _fingerprint(structure: Structure, metadata: Metadata) -> str:
     content = json.dumps(
         [structure.fingerprint(versions(), any_depth=False), dict(metadata), MAX_LOGITS], sort_keys=True
     )

@@ -1,7 +1,7 @@
 """Checkpoints as a stream of (name, tensor): safetensors folders (sharded or not) and GGUF files.
 
-Names are Hugging Face's without the leading `model.`; tensors are float32, one at a time, so that a model is never
-in memory as a whole.
+Names are Hugging Face's without the leading `model.`; tensors come one at a time, so that a model is never in memory
+as a whole.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bedplate.errors import CheckpointError, NotFoundError, UnsupportedError
+from bedplate.errors import CheckpointError, UnsupportedError
+from bedplate.model.decoder import Decoder
 from bedplate.model.gguf_file import GgufFile
 from bedplate.model.safetensors_folder import SafetensorsFolder
-from bedplate.model.spec import ModelSpec
+from bedplate.model.spec import ModelSpec, check_exists
 
 
 class Checkpoint(Protocol):
@@ -34,7 +35,7 @@ class Checkpoint(Protocol):
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, float32 tensor), each read when it is asked for."""
+        """(name, tensor), floats of the dtype they are stored in, each read when it is asked for."""
         ...
 
 
@@ -43,8 +44,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises NotFoundError, CheckpointError or UnsupportedError.
     """
-    if not path.exists():
-        raise NotFoundError("no such file or folder", where=path, hint="give a model folder or a .gguf file")
+    check_exists(path)
     checkpoint: Checkpoint = GgufFile(path) if path.is_file() else SafetensorsFolder(path)
     _check_shapes(checkpoint)
     return checkpoint
@@ -59,13 +59,15 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+def expected_model(spec: ModelSpec) -> Decoder:
+    """The decoder of this spec, of names and shapes alone."""
+    with torch.device("meta"):
+        return Decoder(spec, max_context=1)
+
+
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that a checkpoint of this spec holds. A tied head is no tensor of its own."""
-    from bedplate.model.decoder import Decoder
-
-    with torch.device("meta"):
-        decoder = Decoder(spec, max_context=1)
-    shapes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected_model(spec).state_dict().items()}
     if spec.tied_head:
         del shapes["lm_head.weight"]
     return shapes
@@ -74,7 +76,8 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def checked_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """`checkpoint.tensors()`, each checked for finite values."""
     for name, tensor in checkpoint.tensors():
-        if not torch.isfinite(tensor).all():
+        # Block by block: the mask of a large embedding would be as large as a layer.
+        if not all(torch.isfinite(block).all() for block in torch.split(tensor, 4096)):
             raise CheckpointError(
                 f"tensor {name} holds NaN or infinity",
                 where=checkpoint.path,

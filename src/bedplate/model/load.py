@@ -19,7 +19,7 @@ def float_decoder(
     decoder = Decoder(checkpoint.spec, max_context=max_context, ranks=ranks, device="meta")
     for name, tensor in checked_tensors(checkpoint):
         for target in tied_names(name, checkpoint.spec):
-            set_parameter(decoder, target, tensor)
+            set_parameter(decoder, target, tensor.float())
     for module in decoder.modules():
         if isinstance(module, LoRALinear):
             for branch in (module.lora_a, module.lora_b):

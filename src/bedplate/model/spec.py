@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bedplate.errors import CheckpointError, UnsupportedError
+from bedplate.errors import CheckpointError, NotFoundError, UnsupportedError
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 _DAMAGED = "the file is damaged: download it again"
@@ -75,6 +75,12 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def check_exists(model: Path) -> None:
+    """NotFoundError: there is nothing at this path."""
+    if not model.exists():
+        raise NotFoundError("no such file or folder", where=model, hint="give a model folder or a .gguf file")
 
 
 def spec_from_dict(data: Mapping[str, Any]) -> ModelSpec:

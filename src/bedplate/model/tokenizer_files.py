@@ -16,7 +16,8 @@ from typing import Any
 import gguf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from bedplate.errors import CheckpointError, NotFoundError, UnsupportedError
+from bedplate.errors import CheckpointError, UnsupportedError
+from bedplate.model.spec import check_exists
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 # What the table says is what the model's own tokenizer.json says, and llama.cpp does for the name.
@@ -50,8 +51,7 @@ def read_tokenizer(model: Path) -> TokenizerFiles:
     NotFoundError: no such path.  CheckpointError: files are missing or contradict each other.
     UnsupportedError: a kind of tokenizer that bedplate cannot rebuild.
     """
-    if not model.exists():
-        raise NotFoundError("no such file or folder", where=model, hint="give a model folder or a .gguf file")
+    check_exists(model)
     return _read_folder(model) if model.is_dir() else _read_gguf(model)
 
 

@@ -19,10 +19,11 @@ def pack_nibbles(codes: NDArray[np.int8], *, low_first: bool) -> NDArray[np.uint
 
     low_first: whether the even column takes the low four bits (XNNPACK) or the high four (`embedding_4bit`).
     """
-    shifted = (codes.astype(np.int16) + 8).astype(np.uint8)
+    shifted = codes.view(np.uint8) + np.uint8(8)  # wraps around: -8 is 248, and 248 + 8 is 0
     even, odd = shifted[:, 0::2], shifted[:, 1::2]
     low, high = (even, odd) if low_first else (odd, even)
-    return np.bitwise_or(np.left_shift(high, 4), low, dtype=np.uint8)
+    packed: NDArray[np.uint8] = np.left_shift(high, np.uint8(4)) | low
+    return packed
 
 
 def pack_float(name: str, value: NDArray[np.float32], *, is_tensor: bool) -> list[Constant]:

@@ -18,8 +18,7 @@ def plan(model: nn.Module, recipe: Recipe) -> dict[str, Scheme]:
 
     A LoRALinear's base goes by the path of the LoRALinear itself (`….q_proj`, not `….q_proj.linear`), so a rule
     means the same module with and without an adapter. What is a LoRA branch is decided by structure, never by
-    name. Raises RecipeError for a width that the group size does not divide, a rule that matches no linear, and
-    rules that tell layers apart.
+    name. Raises RecipeError for a width that the group size does not divide, and for a rule that matches no linear.
     """
     modules = dict(model.named_modules())
     schemes: dict[str, Scheme] = {}
@@ -35,7 +34,6 @@ def plan(model: nn.Module, recipe: Recipe) -> dict[str, Scheme]:
                 scheme = _checked(logical, recipe.scheme_of(logical), module.in_features)
                 schemes[path] = foundation[logical] = scheme
     _check_rules(recipe, foundation)
-    _check_alike(foundation)
     return schemes
 
 
@@ -49,17 +47,14 @@ def _check_rules(recipe: Recipe, paths: Collection[str]) -> None:
             )
 
 
-def _check_alike(schemes: Mapping[str, Scheme]) -> None:
-    # A program's layers are one lowered layer, repeated.
+def layer_difference(schemes: Mapping[str, Scheme]) -> str | None:
+    """How the schemes tell layers apart, in words; None: all layers are stored alike."""
     first: dict[str, str] = {}
     for path, scheme in schemes.items():
         other = first.setdefault(re.sub(r"^layers\.\d+\.", "layers.*.", path), path)
         if scheme != schemes[other]:
-            raise RecipeError(
-                f"it would be stored as {scheme}, but {other} as {schemes[other]}",
-                where=path,
-                hint="all layers must be alike: write layers.*.… in the rule",
-            )
+            return f"{path} is stored as {scheme}, but {other} as {schemes[other]}"
+    return None
 
 
 def _checked(path: str, scheme: Scheme, width: int) -> Scheme:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ _ALGORITHMS = {
     "plain": IntxChooseQParamsAlgorithm.AFFINE,
     "hqq": IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY,
 }
+
+_BLOCK_NUMBERS = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,12 +41,29 @@ class QuantizedWeight:
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-    """Quantize float32 [rows, columns]. The scheme has bits 4 or 8.
+    """Quantize a matrix of floats, [rows, columns], in float32. The scheme has bits 4 or 8.
 
+    Goes by blocks of rows, so that beside codes and scales it needs little memory and stays in the processor's cache.
     Raises RecipeError for values so large that no scale is found.
     """
     assert scheme.bits is not None and weight.ndim == 2
-    group_size = scheme.group_size or weight.shape[1]
+    rows, columns = weight.shape
+    group_size = scheme.group_size or columns
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    scales = torch.empty(rows, columns // group_size)
+    for block in row_blocks(weight):
+        codes[block], scales[block] = _quantize_block(weight[block].float(), scheme, group_size)
+    return QuantizedWeight(codes=codes, scales=scales, bits=scheme.bits, group_size=group_size)
+
+
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Slices of rows that together make the matrix, each of some 2^18 numbers."""
+    step = max(1, _BLOCK_NUMBERS // matrix.shape[1])
+    for start in range(0, matrix.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _quantize_block(weight: Tensor, scheme: Scheme, group_size: int) -> tuple[Tensor, Tensor]:
     four, eight = torch.int4, torch.int8  # type: ignore[attr-defined]  # torch's stubs lack int4
     target = four if scheme.bits == 4 else eight
     method = scheme.method if scheme.bits == 4 else "plain"
@@ -67,9 +87,4 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
             custom_zero_point=torch.zeros_like(scale, dtype=torch.int8),
         )
     assert not quantized.zero_point.any(), "symmetric quantization has no zero points"
-    return QuantizedWeight(
-        codes=quantized.qdata.contiguous(),
-        scales=quantized.scale.reshape(weight.shape[0], -1).float(),
-        bits=scheme.bits,
-        group_size=group_size,
-    )
+    return quantized.qdata, quantized.scale.reshape(weight.shape[0], -1)

@@ -1,0 +1,130 @@
+"""PEFT adapters → adapters of a bundle. With the units of their structure at hand, no torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bedplate.assemble.report import Reporter
+from bedplate.assemble.templates import Templates
+from bedplate.bundle import manifest
+from bedplate.bundle.ptd import write_ptd
+from bedplate.bundle.store import Bundle
+from bedplate.compile.cache import UnitCache
+from bedplate.compile.units import Structure, versions
+from bedplate.constants import Constant
+from bedplate.link.linker import Template, link
+from bedplate.model.adapter import Adapter, read_adapter
+from bedplate.model.spec import spec_from_dict
+from bedplate.quantize.recipe import AdapterScheme, recipe_from_dict
+from bedplate.quantize.rows import pack_branch
+
+# Zeros are computed with like any number: a rank is at most doubled for want of units, or raised to this.
+SMALL_RANK = 16
+
+
+def add_adapters(
+    bundle: Bundle,
+    sources: Mapping[str, Path],
+    *,
+    quantize: AdapterScheme,
+    exact_rank: bool,
+    cache: UnitCache,
+    reporter: Reporter,
+) -> None:
+    """Pack PEFT adapters against the bundle's foundation and add them under the names in `sources`: all or none.
+
+    exact_rank: compile units for a rank that has none, where a larger rank that has some would do with zeros.
+    Raises AdapterError, UnsupportedError, NameTakenError, NotFoundError, LoweringError; whatever is raised, the
+    bundle is as it was.
+    """
+    for name in sources:
+        bundle.check_name(name)
+    spec = spec_from_dict(bundle.manifest.model)
+    adapters = {name: read_adapter(source, spec) for name, source in sources.items()}
+    tokenizer = bundle.manifest.tokenizer
+    templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
+    packer = _Packer(bundle, quantize, templates, exact_rank)
+    bundle.add_adapters({name: partial(packer.write, name, adapter) for name, adapter in adapters.items()})
+
+
+class _Packer:
+    """Packs adapters for one bundle."""
+
+    def __init__(
+        self, bundle: Bundle, quantize: AdapterScheme, templates: Templates, exact_rank: bool
+    ) -> None:
+        self._bundle, self._quantize = bundle, quantize
+        self._templates, self._exact_rank = templates, exact_rank
+        self._foundation = {constant.name: constant.key for constant in bundle.foundation_info.constants}
+
+    def write(self, name: str, adapter: Adapter, folder: Path) -> manifest.AdapterInfo:
+        """Write `weights.ptd` and `program.pte` into `folder`."""
+        structure = adapter_structure(self._bundle, adapter.ranks, self._quantize)
+        if not self._exact_rank:
+            structure = _at_unit_rank(structure, self._templates)
+        template = self._templates.get(structure)
+        keys = dict(self._foundation)
+        packed = _noting(pack_adapter(adapter, structure, template), keys)
+        in_foundation = frozenset(self._foundation.values())
+        constants = write_ptd(folder / manifest.ADAPTER_WEIGHTS, packed, leave_out=in_foundation)
+        (folder / manifest.ADAPTER_PROGRAM).write_bytes(link(template, keys))
+        return manifest.AdapterInfo(
+            name=name,
+            foundation=self._bundle.foundation_sha256,
+            rank=adapter.rank,
+            unit_rank=max(structure.ranks.values()),
+            alpha=adapter.alpha,
+            targets=tuple(adapter.ranks),
+            dtype="float32" if self._quantize == "none" else self._quantize,
+            source=adapter.fingerprint,
+            structure=structure.fingerprint(versions(), any_depth=False),
+            constants=constants,
+        )
+
+
+def adapter_structure(bundle: Bundle, ranks: Mapping[str, int], quantize: AdapterScheme) -> Structure:
+    """The structure of an adapter's program: the bundle's own, with branches."""
+    model: dict[str, Any] = bundle.manifest.model
+    return Structure(
+        spec=spec_from_dict(model),
+        recipe=recipe_from_dict(bundle.manifest.recipe).for_adapter(quantize),
+        max_context=model["max_context"],
+        max_chunk=model["max_chunk"],
+        ranks=ranks,
+    )
+
+
+def _at_unit_rank(structure: Structure, templates: Templates) -> Structure:
+    """The structure itself or, if it has no units, the same at the next rank that has some, within reason."""
+    rank = max(structure.ranks.values())
+    for unit_rank in range(rank, max(2 * rank, SMALL_RANK) + 1):
+        rounded = replace(structure, ranks=dict.fromkeys(structure.ranks, unit_rank))
+        if templates.is_compiled(rounded):
+            return rounded
+    return structure
+
+
+def pack_adapter(adapter: Adapter, structure: Structure, template: Template) -> Iterator[Constant]:
+    """Constants of an adapter's branches, and those that its program's structure fixes.
+
+    A structure of a higher rank gets rows of zeros below A and columns of zeros beside B: they add nothing.
+    """
+    scheme = structure.recipe.adapter
+    for path, a, b in adapter.matrices():
+        unit_rank = structure.ranks[path.split(".", 2)[2]]
+        zeros = unit_rank - len(a)
+        yield from pack_branch(f"{path}.lora_a.weight", np.pad(a, ((0, zeros), (0, 0))), scheme)
+        yield from pack_branch(f"{path}.lora_b.weight", np.pad(b, ((0, 0), (0, zeros))), scheme)
+    yield from template.fixed_constants()
+
+
+def _noting(constants: Iterable[Constant], keys: dict[str, str]) -> Iterator[Constant]:
+    for constant in constants:
+        keys[constant.name] = constant.key
+        yield constant

@@ -1,0 +1,55 @@
+"""How a command that takes a while tells what it does, and the import that takes a while itself."""
+
+from __future__ import annotations
+
+import sys
+from typing import Protocol
+
+from bedplate.errors import UnsupportedError
+from bedplate.quiet import import_modules
+
+
+class Reporter(Protocol):
+    """Told what a command does as it goes."""
+
+    def progress(self, stage: str, done: int, total: int | None) -> None:
+        """`done` of `total` steps of a stage are behind us; None: nobody knows how many there are."""
+
+    def notice(self, text: str) -> None:
+        """Something was done otherwise than a user might think."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def progress(self, stage: str, done: int, total: int | None) -> None:
+        pass
+
+    def notice(self, text: str) -> None:
+        pass
+
+
+SILENT: Reporter = Silent()
+
+
+def load_torch(reporter: Reporter) -> None:
+    """Import torch and torchao, which quantize. UnsupportedError: they are not installed."""
+    _load(("torch", "torchao"), "import torch", reporter)
+
+
+def load_exporter(reporter: Reporter) -> None:
+    """Import torch and ExecuTorch's exporter, which compile. UnsupportedError: they are not installed."""
+    _load(("torch", "torchao", "executorch.exir"), "import the exporter", reporter)
+
+
+def _load(modules: tuple[str, ...], stage: str, reporter: Reporter) -> None:
+    if all(module in sys.modules for module in modules):
+        return
+    reporter.progress(stage, 0, None)
+    try:
+        import_modules(modules)
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            f"this needs the Python package {error.name}", hint="pip install 'bedplate[build]'"
+        ) from error
+    reporter.progress(stage, 1, 1)

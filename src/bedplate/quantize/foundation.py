@@ -1,0 +1,40 @@
+"""A checkpoint's tensors → the foundation's constants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from bedplate.constants import Constant
+from bedplate.quantize.packing import pack_embedding, pack_float, pack_linear
+from bedplate.quantize.recipe import Scheme
+from bedplate.quantize.weights import QuantizedWeight, quantize_weight
+
+
+def pack_tensor(names: Sequence[str], value: Tensor, schemes: Mapping[str, Scheme]) -> Iterator[Constant]:
+    """Constants of the parameters `names` (`….q_proj.weight`), which share one value, by the schemes of their modules.
+
+    schemes: as `plan` gives them. What has no scheme (norms) is a float32 tensor of the program. Raises RecipeError.
+    """
+    quantized: dict[Scheme, QuantizedWeight] = {}  # a tied head is often stored as the embedding is
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        scheme = schemes.get(path) or schemes.get(f"{path}.linear")
+        is_embedding = path == "embed_tokens"
+        if scheme is None or scheme.bits is None or leaf == "bias":
+            dense = value.detach().to(torch.float32).contiguous().numpy()
+            yield from pack_float(name, dense, is_tensor=scheme is None or is_embedding)
+            continue
+        if scheme not in quantized:
+            quantized[scheme] = quantize_weight(value.detach(), scheme)
+        yield from pack_quantized(name, quantized[scheme], is_embedding=is_embedding)
+
+
+def pack_quantized(name: str, weight: QuantizedWeight, *, is_embedding: bool) -> list[Constant]:
+    """Constants of a quantized weight: its codes and its scales."""
+    codes, scales = weight.codes.numpy(), weight.scales.numpy()
+    if is_embedding:
+        return pack_embedding(name, codes, scales, bits=weight.bits)
+    return pack_linear(name, codes, scales, bits=weight.bits, group_size=weight.group_size)
