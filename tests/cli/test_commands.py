@@ -85,7 +85,7 @@ def test_build_add_list_remove(
 
     added = command("add", out, toy_adapters["all"], "--name", "all", "--unit-cache", unit_cache)
     assert (added.code, added.out) == (0, "")
-    assert "added all in " in added.err
+    assert "added all: rank 4, 1" in added.err and "1 adapter in " in added.err
     (listed,) = command("list", out, "--json").json()
     sizes = [(out / "adapters/all" / name).stat().st_size for name in ("program.pte", "weights.ptd")]
     assert listed["bytes"] == sum(sizes)

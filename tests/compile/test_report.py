@@ -40,7 +40,7 @@ def test_an_operator_that_falls_out_of_its_delegate_is_named(monkeypatch: pytest
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
 
     monkeypatch.setattr(RMSNorm, "forward", usual_norm)
-    decoder, _ = stand_in_decoder(small_structure())
+    decoder, _ = stand_in_decoder(small_structure(), depth=2)
     with pytest.raises(LoweringError, match=r"fell out .*mean\.dim of .*norm") as raised:
         lower(decoder, max_chunk=16)
     assert raised.value.hint

@@ -11,6 +11,14 @@ from stock import StockProgram, export_whole
 from toy import BuildToy, save_adapter, save_toy_model, toy_config
 
 from bedplate import Bundle
+from bedplate.assemble.add import adapter_structure
+from bedplate.compile.cache import UnitCache
+from bedplate.compile.lowering import compile_structure, lowered_units
+from bedplate.link.stretch import stretch
+from bedplate.link.template import template_of
+from bedplate.model.adapter import read_adapter
+from bedplate.model.spec import spec_from_dict
+from bedplate.quantize.recipe import AdapterScheme
 
 TOKENS = [5, 17, 101, 3, 250, 77, 8, 8, 19, 300, 2, 45]
 
@@ -58,3 +66,23 @@ def test_linked_program_equals_whole_graph_export_to_the_bit(
 
     everywhere = whole.run("forward", torch.tensor([TOKENS]), torch.tensor([0]))
     assert torch.equal(linked.run("logits", torch.tensor([TOKENS]), torch.tensor([0])), everywhere)
+
+
+@pytest.mark.parametrize("quantize", [None, "8da8w"])
+def test_stretched_units_name_what_the_whole_graph_names(
+    quantize: AdapterScheme | None, deep_bundle: tuple[Bundle, Path], unit_cache: Path
+) -> None:
+    """Symbol by symbol, and the constants that a structure fixes by key and bytes."""
+    bundle, adapter = deep_bundle
+    spec = spec_from_dict(bundle.manifest.model)
+    ranks = read_adapter(adapter, spec).ranks if quantize else {}
+    structure = adapter_structure(bundle, ranks, quantize or "none")
+    linked = template_of(stretch(lowered_units(structure, UnitCache(unit_cache)), spec.n_layers), {})
+    whole = template_of(compile_structure(structure, depth=spec.n_layers), {})
+    assert linked.holes.keys() == whole.holes.keys()
+    assert {name: len(at) for name, at in linked.holes.items()} == {
+        name: len(at) for name, at in whole.holes.items()
+    }
+    assert [(c.name, c.key, c.data.tobytes()) for c in linked.fixed_constants()] == [
+        (c.name, c.key, c.data.tobytes()) for c in whole.fixed_constants()
+    ]

@@ -46,11 +46,12 @@ def build_bundle(
     check_exists(model)
     load_torch(reporter)
     from bedplate.model.checkpoint import expected_model, fingerprint, open_checkpoint
+    from bedplate.model.gguf_file import GgufFile
     from bedplate.model.tokenizer_files import read_tokenizer
     from bedplate.quantize.plan import plan
 
     checkpoint = open_checkpoint(model)
-    tokenizer = read_tokenizer(model)
+    tokenizer = read_tokenizer(model, checkpoint.reader if isinstance(checkpoint, GgufFile) else None)
     if not 1 <= max_context <= checkpoint.spec.max_positions:
         raise UnsupportedError(
             f"the model knows {checkpoint.spec.max_positions} positions, not a context of {max_context}",

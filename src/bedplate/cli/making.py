@@ -105,7 +105,8 @@ def add(
         files = entry.program.stat().st_size + entry.weights.stat().st_size
         filled = f", filled up to {entry.info.unit_rank}" if entry.info.unit_rank != entry.info.rank else ""
         stderr.print(f"added {entry.name}: rank {entry.info.rank}{filled}, {size(files)}")
-    stderr.print(f"in {time.perf_counter() - start:.1f} s")
+    count = "1 adapter" if len(entries) == 1 else f"{len(entries)} adapters"
+    stderr.print(f"{count} in {time.perf_counter() - start:.1f} s")
 
 
 def _named(adapters: list[Path], names: list[str]) -> dict[str, Path]:

@@ -25,6 +25,7 @@ from safetensors.numpy import save
 from bedplate.constants import Constant
 
 _SUFFIX = ".unit"
+_DRAFT = ".draft-"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +87,7 @@ class UnitCache:
         header = json.dumps({"facts": entry.facts, "fixed": fixed, "sha256": _digest(arrays)}, sort_keys=True)
         data = save(arrays, {"bedplate": header})
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=_DRAFT, delete=False) as file:
             try:
                 file.write(data)
                 file.flush()
@@ -108,9 +109,10 @@ class UnitCache:
     def clear(self) -> int:
         """Remove all entries; return how many bytes that freed."""
         freed = 0
-        for entry in self.entries():
-            entry.path.unlink(missing_ok=True)
-            freed += entry.nbytes
+        drafts = self.folder.glob(f"{_DRAFT}*")  # of writers that were killed
+        for path in [*drafts, *(entry.path for entry in self.entries())]:
+            freed += path.stat().st_size
+            path.unlink(missing_ok=True)
         return freed
 
     def _path(self, kind: str, fingerprint: str) -> Path:

@@ -21,7 +21,7 @@ from executorch.exir.backend.partitioner import DelegationSpec
 from torch.export import Dim, ExportedProgram
 
 from bedplate.compile.report import check_lowering
-from bedplate.model.decoder import Decoder
+from bedplate.model.decoder import Decoder, register_operators
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,6 +37,7 @@ class RawProgram:
 
 def lower(decoder: Decoder, *, max_chunk: int) -> RawProgram:
     """Export `decoder` for 1 … max_chunk tokens a call and lower it. Takes seconds a layer. Raises LoweringError."""
+    register_operators()
     with _quiet():
         exported = _export(decoder, max_chunk)
         edge = to_edge_transform_and_lower(

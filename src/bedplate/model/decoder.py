@@ -6,12 +6,13 @@ C max_context.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers torch.ops.llama
 from torch import Tensor, nn
 
 from bedplate.model.lora import LoRALinear
@@ -181,6 +182,7 @@ class Decoder(nn.Module):
         last_rows [R] counts by its length alone: R is 1 for generation, S for evaluation. A length is what the
         exporter can bound, so one lowered head serves both; the linker makes a method for each and drops the input.
         """
+        register_operators()
         pos, length, rows = input_pos.item(), tokens.shape[1], last_rows.shape[0]
         torch._check(pos >= 0)  # type: ignore[no-untyped-call]
         torch._check(pos + length <= self.max_context)  # type: ignore[no-untyped-call]
@@ -195,6 +197,12 @@ class Decoder(nn.Module):
         for layer in self.layers:
             layer.k_cache.zero_()  # type: ignore[operator]
             layer.v_cache.zero_()  # type: ignore[operator]
+
+
+@functools.cache
+def register_operators() -> None:
+    """Make torch know `llama::update_cache` and `llama::custom_sdpa`, which takes seconds."""
+    import_module("executorch.extension.llm.custom_ops.custom_ops")
 
 
 def _linear(

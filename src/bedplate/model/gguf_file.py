@@ -48,32 +48,37 @@ _USED = {*_FIELDS.values(), *_HEAD_WIDTHS, "llama.vocab_size"}
 _USE_FOLDER = "use the model's Hugging Face folder, if it is of the Llama family at all"
 
 
+def open_gguf(path: Path) -> gguf.GGUFReader:
+    """Read the index of a GGUF file: its fields and where its tensors lie. Takes seconds. Raises CheckpointError."""
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise CheckpointError(
+            f"is not a whole GGUF file: {error}",
+            where=path,
+            hint="give a Hugging Face folder or a .gguf file; if it is one, download it again",
+        ) from None
+
+
 class GgufFile:
     """A `Checkpoint`. Raises CheckpointError or UnsupportedError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = (path,)
-        try:
-            self._reader = gguf.GGUFReader(path)
-        except (ValueError, OSError, IndexError, KeyError) as error:
-            raise CheckpointError(
-                f"is not a whole GGUF file: {error}",
-                where=path,
-                hint="give a Hugging Face folder or a .gguf file; if it is one, download it again",
-            ) from None
-        self.spec = spec_from_config(_config(self._reader, path), where=path)
+        self.reader = open_gguf(path)
+        self.spec = spec_from_config(_config(self.reader, path), where=path)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         # The format lists dimensions from the innermost on.
         return {
             _name(tensor.name, self.path): tuple(int(size) for size in reversed(tensor.shape))
-            for tensor in self._reader.tensors
+            for tensor in self.reader.tensors
         }
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         heads = {"q_proj": self.spec.n_heads, "k_proj": self.spec.n_kv_heads}
-        for stored in self._reader.tensors:
+        for stored in self.reader.tensors:
             name = _name(stored.name, self.path)
             tensor = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy())
             n_heads = heads.get(name.split(".")[-2]) if "." in name else None

@@ -17,6 +17,7 @@ import gguf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from bedplate.errors import CheckpointError, UnsupportedError
+from bedplate.model.gguf_file import open_gguf
 from bedplate.model.spec import check_exists
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -45,14 +46,16 @@ class TokenizerFiles:
     special_tokens: dict[str, str]
 
 
-def read_tokenizer(model: Path) -> TokenizerFiles:
-    """Read the tokenizer of a Hugging Face folder or a `.gguf` file.
+def read_tokenizer(model: Path, reader: gguf.GGUFReader | None = None) -> TokenizerFiles:
+    """Read the tokenizer of a Hugging Face folder or a `.gguf` file; `reader` is of that file, if it is open already.
 
     NotFoundError: no such path.  CheckpointError: files are missing or contradict each other.
     UnsupportedError: a kind of tokenizer that bedplate cannot rebuild.
     """
     check_exists(model)
-    return _read_folder(model) if model.is_dir() else _read_gguf(model)
+    if model.is_dir():
+        return _read_folder(model)
+    return _read_gguf(reader or open_gguf(model), model)
 
 
 def _read_folder(folder: Path) -> TokenizerFiles:
@@ -128,13 +131,7 @@ def _chat_template(folder: Path, setting: Any) -> str | None:
     return named["default"]
 
 
-def _read_gguf(path: Path) -> TokenizerFiles:
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        hint = "download it again"
-        raise CheckpointError(f"is not a whole GGUF file: {error}", where=path, hint=hint) from None
-
+def _read_gguf(reader: gguf.GGUFReader, path: Path) -> TokenizerFiles:
     def field(name: str) -> Any:
         entry = reader.fields.get(f"tokenizer.{name}")
         return None if entry is None else entry.contents()
