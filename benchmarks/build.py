@@ -1,0 +1,261 @@
+"""What it takes to build and to add: bedplate beside ExecuTorch's `export_llm` and OpenVINO's conversion, in one run.
+
+    python benchmarks/build.py MODEL.gguf [--openvino PYTHON] [--skip-stock]
+
+PYTHON is that of an environment with `optimum-intel[openvino]`. Every step is a process of its own, timed whole, with
+its peak of resident memory. Prints a Markdown table and writes build.json beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+SMOLLM2 = {"layers": 30, "dim": 576, "kv_heads": 3, "heads": 9}
+# ExecuTorch's own names of the weights, after Meta's.
+META_NAMES = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "embed_tokens": "tok_embeddings",
+}
+# A small process between, for a process starts with the peak of the one that it comes from.
+LAUNCHER = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+_, status, usage = os.wait4(process.pid, 0)
+print(json.dumps([time.perf_counter() - start, usage.ru_maxrss]))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
+LLAMA_1B: dict[str, Any] = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "intermediate_size": 8192,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--openvino", type=Path)
+    parser.add_argument("--skip-stock", action="store_true", help="The stock export takes ten minutes.")
+    options = parser.parse_args()
+    rows: dict[str, dict[str, float]] = {}
+
+    def measure(name: str, command: Sequence[object]) -> None:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        rows[name] = run(command)
+        print(f"  {rows[name]['seconds']:.1f} s, {rows[name]['peak_mb']:.0f} MB", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        save_hugging_face(options.model, folder / "smollm2")
+        adapters = [save_adapter(folder / "smollm2", folder / f"adapter{seed}", seed) for seed in range(3)]
+        measure_smollm2(measure, options.model, folder, adapters)
+        measure_depth(measure, folder)
+        measure_llama_1b(measure, folder)
+        if options.openvino:
+            measure("OpenVINO: optimum-cli export, int4 sym g32", openvino_command(options.openvino, folder))
+        if not options.skip_stock:
+            measure("ExecuTorch: export_llm, 8da4w g32", stock_command(folder))
+    result = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    (Path(__file__).parent / "build.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{result['date']}, {result['machine']}\n\n| | s | peak MB |\n|---|---|---|")
+    for name, row in rows.items():
+        print(f"| {name} | {row['seconds']:.1f} | {row['peak_mb']:,.0f} |")
+
+
+def measure_smollm2(measure: Any, model: Path, folder: Path, adapters: list[Path]) -> None:
+    units = ["--unit-cache", folder / "units"]
+    measure("bedplate build, nothing cached", bedplate("build", model, "-o", folder / "a", *units))
+    measure("bedplate build, units cached", bedplate("build", model, "-o", folder / "b", *units))
+    other = ["build", folder / "smollm2", "-o", folder / "c", *units]
+    measure("bedplate build, units cached, from float32 safetensors", bedplate(*other))
+    one, two, three = adapters
+    measure("bedplate add, r16 on seven linears, nothing cached", bedplate("add", folder / "a", one, *units))
+    measure("bedplate add, the same, units cached", bedplate("add", folder / "a", two, *units))
+    measure("bedplate add, three at once", bedplate("add", folder / "b", one, two, three, *units))
+    eight = ["--quantize", "8da8w", *units]
+    measure("bedplate add, 8 bits, nothing cached", bedplate("add", folder / "c", one, *eight))
+    measure("bedplate add, 8 bits, units cached", bedplate("add", folder / "c", two, *eight))
+
+
+def measure_depth(measure: Any, folder: Path) -> None:
+    for depth in (30, 60):
+        model = folder / f"depth{depth}"
+        config = LlamaConfig.from_pretrained(folder / "smollm2", num_hidden_layers=depth)
+        save_random(config, model, folder / "smollm2")
+        for state in ("nothing", "units"):
+            out = folder / f"depth{depth}.{state}"
+            command = ["build", model, "-o", out, "--unit-cache", folder / f"units{depth}"]
+            measure(f"bedplate build, {depth} layers of random weights, {state} cached", bedplate(*command))
+
+
+def measure_llama_1b(measure: Any, folder: Path) -> None:
+    config = LlamaConfig(**LLAMA_1B, bos_token_id=0, eos_token_id=1)
+    save_random(config, folder / "llama", folder / "smollm2")
+    for state in ("nothing", "units"):
+        out = folder / f"llama.{state}"
+        command = ["build", folder / "llama", "-o", out, "--unit-cache", folder / "llama-units"]
+        measure(f"bedplate build, Llama-3.2-1B's dimensions in bf16, {state} cached", bedplate(*command))
+
+
+def bedplate(*words: object) -> list[object]:
+    return [Path(sys.executable).with_name("bedplate"), *words]
+
+
+def stock_command(folder: Path) -> list[object]:
+    """ExecuTorch's exporter over the same weights, with the settings of its own SmolLM2 recipe."""
+    weights = AutoModelForCausalLM.from_pretrained(folder / "smollm2", dtype=torch.float32).state_dict()
+    checkpoint = {meta_name(name): meta_layout(name, value) for name, value in weights.items()}
+    torch.save(checkpoint, folder / "meta.pth")
+    config: Any = LlamaConfig.from_pretrained(folder / "smollm2")
+    params = {
+        "dim": config.hidden_size,
+        "hidden_dim": config.intermediate_size,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "n_layers": config.num_hidden_layers,
+        "norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "use_scaled_rope": False,
+        "vocab_size": config.vocab_size,
+    }
+    (folder / "params.json").write_text(json.dumps(params))
+    settings = {
+        "base.model_class": "smollm2",
+        "base.checkpoint": folder / "meta.pth",
+        "base.params": folder / "params.json",
+        "model.dtype_override": "fp32",
+        "model.use_kv_cache": True,
+        "model.use_sdpa_with_kv_cache": True,
+        "export.max_seq_length": 2048,
+        "export.max_context_length": 2048,
+        "export.output_dir": folder,
+        "export.output_name": "stock.pte",
+        "quantization.qmode": "8da4w",
+        "quantization.group_size": 32,
+        "backend.xnnpack.enabled": True,
+        "backend.xnnpack.extended_ops": True,
+    }
+    words = [f"{name}={value}" for name, value in settings.items()]
+    return [sys.executable, "-W", "ignore", "-m", "executorch.extension.llm.export.export_llm", *words]
+
+
+def meta_name(name: str) -> str:
+    path = name.removeprefix("model.").removesuffix(".weight")
+    for theirs, ours in META_NAMES.items():
+        path = path.replace(theirs, ours)
+    return {"lm_head": "output"}.get(path, path) + ".weight"
+
+
+def meta_layout(name: str, value: torch.Tensor) -> torch.Tensor:
+    """Meta's q and k interleave the two halves of each head's rows."""
+    heads = {"q_proj": SMOLLM2["heads"], "k_proj": SMOLLM2["kv_heads"]}.get(name.split(".")[-2])
+    if heads is None:
+        return value
+    return value.view(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
+
+
+def openvino_command(python: Path, folder: Path) -> list[object]:
+    int4 = ["--weight-format", "int4", "--sym", "--group-size", "32", "--ratio", "1.0"]
+    task = ["--task", "text-generation-with-past"]
+    return [
+        python.with_name("optimum-cli"),
+        *("export", "openvino", "--model", folder / "smollm2", *task, *int4),
+        folder / "openvino",
+    ]
+
+
+def save_hugging_face(gguf: Path, folder: Path) -> None:
+    """The model of a GGUF as a Hugging Face folder of float32."""
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    save(model, config, folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def save_random(config: LlamaConfig, folder: Path, tokenizer: Path) -> None:
+    """A model of random bfloat16 weights, with the tokenizer of another."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config)
+    model.to(dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02)
+    model.tie_weights()
+    save(model, config.to_dict(), folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def save(model: Any, config: dict[str, Any], folder: Path) -> None:
+    folder.mkdir()
+    weights = {
+        name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
+
+
+def save_adapter(model: Path, folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = get_peft_model(
+        base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def run(command: Sequence[object]) -> dict[str, float]:
+    """Seconds and peak resident memory (MB of 10^6 bytes) of a process. CalledProcessError: it failed."""
+    words = [sys.executable, "-c", LAUNCHER, *map(str, command)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        sys.stderr.write(done.stderr[-3000:])
+        raise subprocess.CalledProcessError(done.returncode, words)
+    seconds, peak = json.loads(done.stdout.splitlines()[-1])
+    return {"seconds": round(seconds, 2), "peak_mb": round(peak * PEAK_UNIT / 1e6)}
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else name}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    main()
