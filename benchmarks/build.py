@@ -72,18 +72,21 @@ def main() -> None:
 
     def measure(name: str, command: Sequence[object]) -> None:
         print(f"{name} …", file=sys.stderr, flush=True)
-        rows[name] = run(command)
+        rows[name] = run(command, folder)
         print(f"  {rows[name]['seconds']:.1f} s, {rows[name]['peak_mb']:.0f} MB", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_hugging_face(options.model, folder / "smollm2")
         adapters = [save_adapter(folder / "smollm2", folder / f"adapter{seed}", seed) for seed in range(3)]
-        measure_smollm2(measure, options.model, folder, adapters)
+        measure_smollm2(measure, options.model.absolute(), folder, adapters)
         measure_depth(measure, folder)
         measure_llama_1b(measure, folder)
         if options.openvino:
-            measure("OpenVINO: optimum-cli export, int4 sym g32", openvino_command(options.openvino, folder))
+            measure(
+                "OpenVINO: optimum-cli export, int4 sym g32",
+                openvino_command(options.openvino.absolute(), folder),
+            )
         if not options.skip_stock:
             measure("ExecuTorch: export_llm, 8da4w g32", stock_command(folder))
     result = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
@@ -239,10 +242,10 @@ def save_adapter(model: Path, folder: Path, seed: int) -> Path:
     return folder
 
 
-def run(command: Sequence[object]) -> dict[str, float]:
-    """Seconds and peak resident memory (MB of 10^6 bytes) of a process. CalledProcessError: it failed."""
+def run(command: Sequence[object], folder: Path) -> dict[str, float]:
+    """Seconds and peak resident memory (MB of 10^6 bytes) of a process in `folder`. CalledProcessError: it failed."""
     words = [sys.executable, "-c", LAUNCHER, *map(str, command)]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder)
     if done.returncode:
         sys.stderr.write(done.stderr[-3000:])
         raise subprocess.CalledProcessError(done.returncode, words)

@@ -1,0 +1,182 @@
+"""Speed and memory of running, beside ExecuTorch's own runtime, llama.cpp and OpenVINO, in one run.
+
+    python benchmarks/runtime.py BUNDLE --adapter NAME --adapter8 NAME [--other PYTHON --gguf FILE --openvino FOLDER]
+
+BUNDLE holds a rank-16 adapter on all seven linears twice: in float32 (--adapter) and in 8 bits (--adapter8). PYTHON
+is that of an environment with `openvino-genai` and `llama-cpp-python`; FILE is the model as Q4_0, FOLDER what
+`optimum-cli export openvino` made. Each system runs in a process of its own, with 2 threads, and all take turns for
+several rounds: the best of a system's rounds counts, for what else the machine does only takes away. Prints a Markdown
+table and writes runtime.json beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROUNDS = 3
+# Each reads its arguments and prints one JSON object of figures. Speeds in tokens/s, times in ms, memory in MB.
+COMMON = """
+import json, os, sys, time
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+def seconds(work):
+    start = time.perf_counter(); work(); return time.perf_counter() - start
+PROMPT = [(i * 7919) % 40000 + 100 for i in range(1000)]
+"""
+BEDPLATE = """
+import bedplate
+path, adapter, adapter8 = sys.argv[1:]
+bundle = bedplate.Bundle.open(path, check=False)
+engine = bedplate.Engine(bundle, threads=2)
+def decode(session, start, count):
+    session.reset()
+    session.step(PROMPT[:start])
+    def run():
+        for i in range(count): session.step([PROMPT[i]])
+    return count / seconds(run)
+session = engine.session()
+found = {"load_ms": 1e3 * seconds(lambda: engine.load(None))}
+session.step(PROMPT[:16])
+found["decode"] = max(decode(session, 16, 200) for _ in range(2))
+found["resident_mb"] = resident()
+def prefill(): session.reset(); session.step(PROMPT[:241])
+found["prefill"] = 241 / min(seconds(prefill) for _ in range(3))
+found["decode_1000"] = decode(session, 1000, 200)
+for name, key in ((adapter, "float32"), (adapter8, "8bit")):
+    before = resident()
+    found[f"adapter_{key}_load_ms"] = 1e3 * seconds(lambda: engine.load(name))
+    used = engine.session(name)
+    used.step(PROMPT[:16])
+    used.reset()
+    found[f"adapter_{key}_mb"] = resident() - before
+    found[f"decode_{key}"] = max(decode(used, 16, 200) for _ in range(2))
+    found[f"prefill_{key}"] = 241 / min(seconds(lambda: (used.reset(), used.step(PROMPT[:241]))) for _ in range(3))
+session.reset()
+found["switch_ms"] = 1e3 * min(seconds(lambda: session.use(name)) for name in (adapter, adapter8) * 50)
+print(json.dumps(found))
+"""
+STOCK = """
+import torch, executorch.kernels.quantized
+from executorch.extension.llm.custom_ops import custom_ops
+from executorch.extension.pybindings.portable_lib import _load_for_executorch
+torch.set_num_threads(2)
+program, data = sys.argv[1:]
+module = _load_for_executorch(program, data or None)
+def step(tokens, position):
+    module.run_method("forward", (torch.tensor([tokens]), torch.tensor([position])))
+def fill(count):
+    for at in range(0, count, 128): step(PROMPT[at:min(at + 128, count)], at)
+def decode(start, count):
+    fill(start)
+    def run():
+        for i in range(count): step([PROMPT[i]], start + i)
+    return count / seconds(run)
+found = {"decode": max(decode(16, 200) for _ in range(2)), "resident_mb": resident()}
+found["prefill"] = 241 / min(seconds(lambda: fill(241)) for _ in range(3))
+found["decode_1000"] = decode(1000, 200)
+print(json.dumps(found))
+"""
+LLAMA_CPP = """
+from llama_cpp import Llama
+model = Llama(sys.argv[1], n_ctx=2048, n_threads=2, n_threads_batch=2, n_batch=256, verbose=False)
+def decode(start, count):
+    model.reset(); model.eval(PROMPT[:start])
+    def run():
+        for i in range(count): model.eval([PROMPT[i]])
+    return count / seconds(run)
+found = {"decode": max(decode(16, 200) for _ in range(2)), "resident_mb": resident()}
+def prefill(): model.reset(); model.eval(PROMPT[:241])
+found["prefill"] = 241 / min(seconds(prefill) for _ in range(3))
+found["decode_1000"] = decode(1000, 200)
+print(json.dumps(found))
+"""
+OPENVINO = """
+import numpy, openvino, openvino_genai as genai
+pipe = genai.LLMPipeline(sys.argv[1], "CPU", INFERENCE_NUM_THREADS=2, ATTENTION_BACKEND="SDPA")
+def run(start, count):
+    config = genai.GenerationConfig(max_new_tokens=count, min_new_tokens=count, ignore_eos=True)
+    tokens, mask = numpy.array([PROMPT[:start]], numpy.int64), numpy.ones((1, start), numpy.int64)
+    inputs = genai.TokenizedInputs(openvino.Tensor(tokens), openvino.Tensor(mask))
+    return pipe.generate(inputs, config).perf_metrics
+found = {"decode": 1e3 / min(run(16, 200).get_tpot().mean for _ in range(2)), "resident_mb": resident()}
+found["prefill"] = 241e3 / min(run(241, 2).get_ttft().mean for _ in range(3))
+found["decode_1000"] = 1e3 / run(1000, 200).get_tpot().mean
+print(json.dumps(found))
+"""
+FIRST_TOKEN = """
+import sys, bedplate
+engine = bedplate.Engine(bedplate.Bundle.open(sys.argv[1], check=False), threads=2)
+engine.session().generate("Hello", max_tokens=1)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--adapter", required=True)
+    parser.add_argument("--adapter8", required=True)
+    parser.add_argument("--other", type=Path, help="python of an environment with llama.cpp and OpenVINO")
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--openvino", type=Path)
+    options = parser.parse_args()
+    bundle = options.bundle
+    systems: dict[str, list[str]] = {
+        "bedplate": [sys.executable, BEDPLATE, str(bundle), options.adapter, options.adapter8],
+        "ExecuTorch's runtime, bedplate's files": [
+            *(sys.executable, STOCK, str(bundle / "base.pte"), str(bundle / "foundation.ptd"))
+        ],
+    }
+    if options.gguf:
+        systems["llama.cpp Q4_0"] = [str(options.other), LLAMA_CPP, str(options.gguf)]
+    if options.openvino:
+        systems["OpenVINO int4"] = [str(options.other), OPENVINO, str(options.openvino)]
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
+    for number in range(ROUNDS):
+        for name, (python, script, *arguments) in systems.items():
+            print(f"round {number + 1}: {name} …", file=sys.stderr, flush=True)
+            rounds[name].append(figures(python, script, arguments))
+    rows = {name: best(found) for name, found in rounds.items()}
+    rows["bedplate"]["first_token_ms"] = min(first_token(bundle) for _ in range(5))
+    text = json.dumps({"date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=2)
+    (Path(__file__).parent / "runtime.json").write_text(text + "\n")
+    print_table(rows)
+
+
+def figures(python: str, script: str, arguments: list[str]) -> dict[str, float]:
+    words = [python, "-W", "ignore", "-c", COMMON + script, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return {name: float(value) for name, value in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def best(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Of each figure the best: the highest speed, the lowest time and memory."""
+    pick = {name: min if name.endswith(("_ms", "_mb")) else max for name in rounds[0]}
+    return {name: pick[name](found[name] for found in rounds) for name in rounds[0]}
+
+
+def first_token(bundle: Path) -> float:
+    """Milliseconds from the start of a process to its first token."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", FIRST_TOKEN, str(bundle)], check=True)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def print_table(rows: dict[str, dict[str, float]]) -> None:
+    print(f"| | {' | '.join(rows)} |\n|---|{'---|' * len(rows)}")
+    for figure in dict.fromkeys(figure for row in rows.values() for figure in row):
+        cells = (f"{row[figure]:,.3g}" if figure in row else "–" for row in rows.values())
+        print(f"| {figure} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
