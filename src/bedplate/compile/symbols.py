@@ -27,7 +27,8 @@ def fixed_constants(decoder: Decoder) -> dict[str, Constant]:
     """The constants that every decoder of a structure shares whatever its weights, by symbol."""
     rope, norm = decoder.rope, decoder.norm
     tables = [("rope.cos", rope.cos, True), ("rope.sin", rope.sin, True)]
-    rows = [("rope.rotation", rope.rotation, False), ("rms_norm.mean_row", norm.mean_row, False)]
+    rows = [("rms_norm.mean_row", norm.mean_row, False), ("rms_norm.eps", norm.eps, False)]
+    rows.append(("rope.rotation", rope.rotation, False))
     packed = [pack_float(name, value.numpy(), is_tensor=tensor)[0] for name, value, tensor in tables + rows]
     return {constant.name: constant for constant in packed}
 

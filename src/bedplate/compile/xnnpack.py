@@ -20,6 +20,7 @@ from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec
 from torch.export import Dim, ExportedProgram
 
+from bedplate.compile.delegate_graph import lean_delegates
 from bedplate.compile.report import check_lowering
 from bedplate.model.decoder import Decoder, register_operators
 
@@ -38,7 +39,7 @@ class RawProgram:
 def lower(decoder: Decoder, *, max_chunk: int) -> RawProgram:
     """Export `decoder` for 1 … max_chunk tokens a call and lower it. Takes seconds a layer. Raises LoweringError."""
     register_operators()
-    with _quiet():
+    with _quiet(), lean_delegates():
         exported = _export(decoder, max_chunk)
         edge = to_edge_transform_and_lower(
             exported,

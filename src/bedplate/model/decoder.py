@@ -31,19 +31,23 @@ LAYER_LINEARS = (
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight. `mean` is a linear with one row of 1/D: the partitioner refuses `mean`."""
+    """x / sqrt(mean(x²) + eps) · weight.
+
+    mean(x²) + eps is a linear with one row of 1/D and eps as its bias: the partitioner refuses `mean`.
+    """
 
     mean_row: Tensor
+    eps: Tensor
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
         self.register_buffer("mean_row", torch.full((1, dim), 1.0 / dim), persistent=False)
+        self.register_buffer("eps", torch.full((1,), eps), persistent=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        mean_BS1 = F.linear(x_BSD * x_BSD, self.mean_row)
-        return x_BSD * torch.rsqrt(mean_BS1 + self.eps) * self.weight
+        mean_BS1 = F.linear(x_BSD * x_BSD, self.mean_row, self.eps)
+        return x_BSD * torch.rsqrt(mean_BS1) * self.weight
 
 
 class Rope(nn.Module):

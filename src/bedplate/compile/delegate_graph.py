@@ -1,0 +1,80 @@
+"""A delegate's graph, made leaner before it is written: what ExecuTorch's lowering computes twice is computed once.
+
+At one token a call an operator costs as much in dispatch as in arithmetic, and the lowering quantizes the input of
+each linear anew, though q, k and v, or gate and up, take the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from executorch.backends.xnnpack import xnnpack_preprocess
+from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
+    XNNConvert,
+    XNNFullyConnected,
+    XNNGraph,
+)
+
+
+@contextmanager
+def lean_delegates() -> Iterator[None]:
+    """Within this context, XNNPACK's preprocessing writes lean graphs."""
+    serialize = xnnpack_preprocess.serialize_xnnpack_binary
+
+    def serialize_lean(graph: XNNGraph, constant_data: bytearray) -> bytes:
+        share_conversions(graph)
+        return serialize(graph, constant_data)  # type: ignore[no-any-return]
+
+    xnnpack_preprocess.serialize_xnnpack_binary = serialize_lean
+    try:
+        yield
+    finally:
+        xnnpack_preprocess.serialize_xnnpack_binary = serialize
+
+
+def share_conversions(graph: XNNGraph) -> None:
+    """Of several conversions of one value for linears of one weight type keep the first.
+
+    Results stay the same to the bit. Weight types count, for where XNNPACK has KleidiAI's kernels, it lays a
+    converted value out as the linears that take it want it.
+    """
+    values = {_tensor(value).id_out: value for value in graph.xvalues}
+    kept: dict[str, int] = {}
+    replaced: dict[int, int] = {}
+    for node in graph.xnodes:
+        convert = node.xnode_union
+        if isinstance(convert, XNNConvert):
+            weights = _weight_types(graph, values, convert.output_id)
+            what = repr((convert.input_id, convert.flags, weights, _anonymous(values[convert.output_id])))
+            first = kept.setdefault(what, convert.output_id)
+            if first != convert.output_id:
+                replaced[convert.output_id] = first
+    graph.xnodes[:] = [node for node in graph.xnodes if not _makes(node.xnode_union, replaced)]
+    graph.xvalues[:] = [value for index, value in values.items() if index not in replaced]
+    for node in graph.xnodes:
+        if isinstance(node.xnode_union, XNNFullyConnected):
+            taken = node.xnode_union.input1_id
+            node.xnode_union.input1_id = replaced.get(taken, taken)
+
+
+def _weight_types(graph: XNNGraph, values: Mapping[int, Any], converted: int) -> set[int]:
+    linears = (node.xnode_union for node in graph.xnodes if isinstance(node.xnode_union, XNNFullyConnected))
+    return {int(_tensor(values[one.filter_id]).datatype) for one in linears if one.input1_id == converted}
+
+
+def _makes(operator: Any, outputs: Mapping[int, int]) -> bool:
+    return isinstance(operator, XNNConvert) and operator.output_id in outputs
+
+
+def _tensor(value: Any) -> Any:
+    return getattr(value.xvalue_union, "tensor_value", value.xvalue_union)
+
+
+def _anonymous(value: Any) -> Any:
+    """The value less its number."""
+    value = copy.deepcopy(value)
+    _tensor(value).id_out = None
+    return value
