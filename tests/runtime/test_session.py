@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Generator, Iterator
 
@@ -240,6 +241,27 @@ class TestCancel:
         session.cancel()
         assert list(pieces) == []
         assert session.last is not None and session.last.generated_tokens == 0
+
+    def test_in_the_middle_of_a_long_prompt(self, session: Session) -> None:
+        """The prompt of this toy goes in one chunk, unless its program is made to take less at once."""
+        program = session._engine.load(None)
+        limits = dataclasses.replace(program.limits, max_seq_len=2)
+        session._engine._programs[None] = dataclasses.replace(program, limits=limits)
+        done: list[tuple[int, int]] = []
+
+        def read(tokens: int, total: int) -> None:
+            done.append((tokens, total))
+            if len(done) == 2:
+                session.cancel()
+
+        try:
+            assert session.generate("the quick brown fox jumps", max_tokens=5, on_prefill=read) == ""
+            count = len(session._engine.tokenizer.encode("the quick brown fox jumps"))
+            assert done == [(2, count), (4, count)]
+            assert len(session.tokens) == 4
+            assert session.last is not None and session.last.finish_reason == "cancelled"
+        finally:
+            session._engine._programs[None] = program
 
     def test_closing_the_iterator(self, session: Session, pieces: Generator[str]) -> None:
         next(pieces)

@@ -93,6 +93,14 @@ def progress_bars() -> Iterator[Bars]:
         yield Bars(bars)
 
 
+def show_prefill(done: int, total: int) -> None:
+    """How much of a long prompt is read, in a line of a terminal that the answer then takes over."""
+    if stderr.is_terminal:
+        stderr.print(
+            f"[dim]reading the prompt: {done} of {total} tokens[/]", end="\r" if done < total else "\r\x1b[K"
+        )
+
+
 def print_json(data: Any) -> None:
     """Data for a script: one JSON document on stdout."""
     sys.stdout.write(json.dumps(data, indent=2, default=_as_json, ensure_ascii=False) + "\n")

@@ -10,7 +10,7 @@ import typer
 
 from bedplate.bundle.store import Bundle
 from bedplate.cli.making import BundlePath
-from bedplate.cli.output import print_error, print_json, stderr
+from bedplate.cli.output import print_error, print_json, show_prefill, stderr
 from bedplate.errors import BedplateError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def run(
         session = engine.session(adapter)
         pieces = session.generate(
             text if raw else _messages(system, text),
+            on_prefill=show_prefill,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -118,7 +119,7 @@ def _exchange(
     session: Session, history: list[dict[str, str]], question: str, options: dict[str, Any]
 ) -> list[dict[str, str]]:
     asked = [*history, {"role": "user", "content": question}]
-    answer = _stream(session.generate(asked, stream=True, **options))
+    answer = _stream(session.generate(asked, stream=True, on_prefill=show_prefill, **options))
     _print_speed(session.last)
     return [*asked, {"role": "assistant", "content": answer}]
 

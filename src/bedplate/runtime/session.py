@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -51,6 +51,7 @@ class _Request:
     sampling: Sampling
     seed: int
     stop: Sequence[str]
+    on_prefill: Callable[[int, int], None] | None
     stats: Statistics
 
 
@@ -142,6 +143,7 @@ class Session:
         top_k: int = ...,
         seed: int = ...,
         stop: Sequence[str] = ...,
+        on_prefill: Callable[[int, int], None] | None = ...,
         stream: Literal[False] = ...,
     ) -> str: ...
 
@@ -156,6 +158,7 @@ class Session:
         top_k: int = ...,
         seed: int = ...,
         stop: Sequence[str] = ...,
+        on_prefill: Callable[[int, int], None] | None = ...,
         stream: Literal[True],
     ) -> Iterator[str]: ...
 
@@ -169,6 +172,7 @@ class Session:
         top_k: int = 0,
         seed: int = 0,
         stop: Sequence[str] = (),
+        on_prefill: Callable[[int, int], None] | None = None,
         stream: bool = False,
     ) -> str | Iterator[str]:
         """Continue text (taken as it is) or a conversation (put through the chat template).
@@ -177,6 +181,9 @@ class Session:
         of `stop` (both left out), after max_tokens, at the end of the context, or by `cancel`. What the
         prompt's beginning shares with what the session holds is not computed again. Whatever else the session
         is asked for meanwhile ends a generation that is still being streamed.
+
+        A long prompt goes in chunks: after each, `on_prefill` gets the tokens done and those of the whole prompt,
+        and `cancel` counts.
 
         Returns the text, or with `stream` an iterator of its pieces. Statistics are in `last`.
         RunError: the prompt is empty or longer than the context, or an argument is out of its range.
@@ -200,6 +207,7 @@ class Session:
                 sampling=sampling,
                 seed=seed,
                 stop=tuple(stop),
+                on_prefill=on_prefill,
                 stats=Statistics(prompt_tokens=len(ids)),
             )
             self._running, self.last = request, request.stats
@@ -248,11 +256,14 @@ class Session:
             shared = min(_common_prefix(self._tokens, request.prompt), len(request.prompt) - 1)
             del self._tokens[shared:]
         request.stats.reused_tokens = shared
-        logits = None
+        logits, done = None, shared
         for chunk in _chunks(request.prompt[shared:], request.program.limits.max_seq_len):
             logits = self._continue(request, chunk)
             if logits is None:
                 return None
+            done += len(chunk)
+            if request.on_prefill is not None:
+                request.on_prefill(done, len(request.prompt))
         request.stats.prefill_seconds = time.perf_counter() - start
         return logits
 

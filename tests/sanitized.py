@@ -1,0 +1,62 @@
+"""Tests of the runtime with the extension built under a sanitizer.
+
+    python tests/sanitized.py address|thread [PYTEST ARGUMENTS]
+
+What the sanitizer sees is our own code: ExecuTorch's libraries come as they are, so memory that they hand around is
+known only where it is allocated, and their threads' own locks not at all. Linux with GCC.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TESTS = ["tests/native", "tests/runtime"]
+# Python frees little at exit; leaks of ours are what test_soak measures.
+OPTIONS = {
+    "address": {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1"},
+    "thread": {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1"},
+}
+# The sanitized module takes the place of the installed one before anything imports that.
+RUN = """
+import importlib.util, sys
+import pytest
+path, *arguments = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("bedplate._native", path)
+sys.modules["bedplate._native"] = native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+sys.exit(pytest.main(["-p", "no:cacheprovider", *arguments]))
+"""
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in OPTIONS:
+        raise SystemExit(__doc__)
+    sanitizer, arguments = sys.argv[1], sys.argv[2:] or TESTS
+    module = build(sanitizer)
+    library = {"address": "libasan.so", "thread": "libtsan.so"}[sanitizer]
+    found = subprocess.run(["gcc", f"-print-file-name={library}"], check=True, capture_output=True, text=True)
+    environment = {**os.environ, **OPTIONS[sanitizer], "LD_PRELOAD": found.stdout.strip()}
+    done = subprocess.run([sys.executable, "-c", RUN, str(module), *arguments], cwd=ROOT, env=environment)
+    raise SystemExit(done.returncode)
+
+
+def build(sanitizer: str) -> Path:
+    """The path of the module, built in a folder of its own."""
+    folder = ROOT / "build" / f"sanitized-{sanitizer}"
+    settings = {
+        "BEDPLATE_SANITIZE": sanitizer,
+        "CMAKE_BUILD_TYPE": "RelWithDebInfo",
+        "Python_EXECUTABLE": sys.executable,
+    }
+    definitions = [f"-D{name}={value}" for name, value in settings.items()]
+    subprocess.run(["cmake", "-S", ROOT / "native", "-B", folder, *definitions], check=True)
+    subprocess.run(["cmake", "--build", folder, "--parallel", "2"], check=True)
+    return next(folder.glob("_native*.so"))
+
+
+if __name__ == "__main__":
+    main()
