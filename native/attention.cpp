@@ -132,6 +132,31 @@ void merge(const AttentionShape& s, const Plan& plan, const AttentionTile& tile,
     }
 }
 
+#if defined(__SANITIZE_THREAD__)
+extern "C" void __tsan_acquire(void* address);
+extern "C" void __tsan_release(void* address);
+
+// The pool orders what comes before a run, its tasks and what comes after, but in code that the sanitizer has
+// not seen.
+template <class Task>
+void run_on(executorch::extension::threadpool::ThreadPool& pool, const Task& task, std::size_t count) {
+    static char before, after;
+    const auto ordered = [&](std::size_t index) {
+        __tsan_acquire(&before);
+        task(index);
+        __tsan_release(&after);
+    };
+    __tsan_release(&before);
+    pool.run(ordered, count);
+    __tsan_acquire(&after);
+}
+#else
+template <class Task>
+void run_on(executorch::extension::threadpool::ThreadPool& pool, const Task& task, std::size_t count) {
+    pool.run(task, count);
+}
+#endif
+
 }  // namespace
 
 void attention(const AttentionShape& s, const float* q, const float* k, const float* v, float* out) {
@@ -148,7 +173,7 @@ void attention(const AttentionShape& s, const float* q, const float* k, const fl
     const bool serial = s.kv_heads * plan.rows * plan.keys * s.head_dim < kSerialProducts;
     auto* pool = serial ? nullptr : executorch::extension::threadpool::get_threadpool();
     if (pool != nullptr)
-        pool->run(task, plan.tasks);
+        run_on(*pool, task, plan.tasks);
     else
         for (std::int64_t i = 0; i < plan.tasks; ++i) task(i);
     if (whole) return;

@@ -31,13 +31,23 @@ def eager_decoder(
 
 @functools.cache
 def _base(model: Path, recipe: Recipe, max_context: int) -> Decoder:
-    return quantize_decoder(float_decoder(open_checkpoint(model), max_context=max_context), recipe)
+    checkpoint = open_checkpoint(model)
+    corrections = recipe.corrections(checkpoint.spec)
+    return quantize_decoder(
+        float_decoder(checkpoint, max_context=max_context, corrections=corrections), recipe
+    )
 
 
 def _adapted(base: Decoder, adapter: Path, quantize: AdapterScheme) -> Decoder:
     """A decoder with branches around the very modules of `base`: quantizing those again would take long."""
     loaded = read_adapter(adapter, base.spec)
-    decoder = Decoder(base.spec, max_context=base.max_context, ranks=loaded.ranks, device="meta")
+    decoder = Decoder(
+        base.spec,
+        max_context=base.max_context,
+        ranks=loaded.ranks,
+        corrections=base.corrections,
+        device="meta",
+    )
     decoder.embed_tokens, decoder.norm, decoder.lm_head = base.embed_tokens, base.norm, base.lm_head
     for layer, of_base in zip(decoder.layers, base.layers, strict=True):
         layer.input_layernorm = of_base.input_layernorm

@@ -37,9 +37,10 @@ def main() -> None:
         raise SystemExit(__doc__)
     sanitizer, arguments = sys.argv[1], sys.argv[2:] or TESTS
     module = build(sanitizer)
-    library = {"address": "libasan.so", "thread": "libtsan.so"}[sanitizer]
-    found = subprocess.run(["gcc", f"-print-file-name={library}"], check=True, capture_output=True, text=True)
-    environment = {**os.environ, **OPTIONS[sanitizer], "LD_PRELOAD": found.stdout.strip()}
+    # libstdc++ too: the sanitizer looks for its functions when Python, which has none of it, starts.
+    libraries = [{"address": "libasan.so", "thread": "libtsan.so"}[sanitizer], "libstdc++.so.6"]
+    preload = ":".join(where_is(library) for library in libraries)
+    environment = {**os.environ, **OPTIONS[sanitizer], "LD_PRELOAD": preload}
     done = subprocess.run([sys.executable, "-c", RUN, str(module), *arguments], cwd=ROOT, env=environment)
     raise SystemExit(done.returncode)
 
@@ -56,6 +57,11 @@ def build(sanitizer: str) -> Path:
     subprocess.run(["cmake", "-S", ROOT / "native", "-B", folder, *definitions], check=True)
     subprocess.run(["cmake", "--build", folder, "--parallel", "2"], check=True)
     return next(folder.glob("_native*.so"))
+
+
+def where_is(library: str) -> str:
+    words = ["gcc", f"-print-file-name={library}"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bedplate.api import Bundle as Bundle
     from bedplate.api import build as build
+    from bedplate.api import evaluate as evaluate
     from bedplate.errors import BedplateError as BedplateError
     from bedplate.runtime.engine import Engine as Engine
     from bedplate.runtime.session import Session as Session
@@ -21,8 +22,9 @@ _WHERE = {
     "Engine": "bedplate.runtime.engine",
     "Session": "bedplate.runtime.session",
     "build": "bedplate.api",
+    "evaluate": "bedplate.api",
 }
-__all__ = ["BedplateError", "Bundle", "Engine", "Session", "build"]
+__all__ = ["BedplateError", "Bundle", "Engine", "Session", "build", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from bedplate.assemble.add import add_adapters
 from bedplate.assemble.build import build_bundle
+from bedplate.assemble.evaluate import Evaluation, evaluate_bundle
 from bedplate.assemble.export import export_program
 from bedplate.assemble.report import SILENT, Reporter
 from bedplate.bundle import store
 from bedplate.compile.cache import UnitCache
 from bedplate.quantize.recipe import AdapterScheme, Method, make_recipe
+
+# Measured: docs/recipes.md has the table.
+METHOD: Method = "offset"
+RECOVERY_RANK = 0
 
 
 class Bundle(store.Bundle):
@@ -94,10 +99,12 @@ def build(
     *,
     quantize: str = "8da4w",
     group_size: int = 32,
-    method: Method = "hqq",
+    method: Method = METHOD,
     embedding: Literal["4", "8", "float"] = "8",
     head: str | None = None,
     overrides: Mapping[str, str] | None = None,
+    recovery_rank: int = RECOVERY_RANK,
+    calibration: str | Path | None = None,
     max_context: int = 2048,
     unit_cache: str | Path | None = None,
     reporter: Reporter = SILENT,
@@ -106,22 +113,49 @@ def build(
     """Build a bundle at `out` from a Hugging Face folder or a `.gguf` file.
 
     quantize: `8da4w`, `8da8w` or `none`; group_size, method, embedding, head and overrides refine it, see
-    `quantize.recipe.make_recipe`. max_context: positions that a session can hold. force: replace a bundle at `out`.
+    `quantize.recipe.make_recipe`. recovery_rank: directions in which 4-bit weights get their error back; 0: none.
+    calibration: a text that the model might read, from which the recovery learns what counts; None: bedplate's own.
+    max_context: positions that a session can hold. force: replace a bundle at `out`.
     Raises a BedplateError that says what is wrong; nothing is then left at `out`.
     """
     recipe = make_recipe(
-        quantize, group_size=group_size, method=method, embedding=embedding, head=head, overrides=overrides
+        quantize,
+        group_size=group_size,
+        method=method,
+        embedding=embedding,
+        head=head,
+        overrides=overrides,
+        recovery_rank=recovery_rank,
     )
     build_bundle(
         Path(model),
         Path(out),
         recipe=recipe,
+        calibration=None if calibration is None else Path(calibration),
         max_context=max_context,
         cache=_cache(unit_cache),
         reporter=reporter,
         force=force,
     )
     return Bundle.open(out, check=False)
+
+
+def evaluate(
+    bundle: store.Bundle,
+    model: str | Path,
+    text: str | Path,
+    *,
+    adapters: Sequence[str] | None = None,
+    threads: int | None = None,
+    reporter: Reporter = SILENT,
+) -> list[Evaluation]:
+    """What quantization costs: the bundle's programs against the float checkpoint it was built from, on a text file.
+
+    adapters: beside the base; None: all of them. Raises a BedplateError that says what is wrong.
+    """
+    return evaluate_bundle(
+        bundle, Path(model), Path(text), adapters=adapters, threads=threads, reporter=reporter
+    )
 
 
 def _cache(folder: str | Path | None) -> UnitCache:

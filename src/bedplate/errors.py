@@ -42,6 +42,10 @@ class UnsupportedError(BedplateError):
     """A config asks for something that bedplate does not do."""
 
 
+class CalibrationError(BedplateError):
+    """A text that tells nothing about a model's activations."""
+
+
 class RecipeError(BedplateError):
     """A quantization recipe cannot be applied to the model."""
 

@@ -73,13 +73,6 @@ def test_a_single_file(folder: Path) -> None:
     )
 
 
-def test_shapes_come_in_the_order_of_the_tensors(sharded: Path) -> None:
-    checkpoint = open_checkpoint(sharded)
-    assert [(name, tuple(value.shape)) for name, value in checkpoint.tensors()] == [
-        *checkpoint.shapes().items()
-    ]
-
-
 def test_shards_hold_the_same_as_one_file(sharded: Path) -> None:
     whole, parts = read(sharded.parent / "whole"), read(sharded)
     assert set(parts) == set(whole)

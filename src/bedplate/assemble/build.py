@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,13 @@ from bedplate.compile.units import Structure
 from bedplate.constants import Constant
 from bedplate.errors import UnsupportedError
 from bedplate.link.linker import Template, link
-from bedplate.model.spec import check_exists
+from bedplate.model.spec import CORRECTED_TOGETHER, check_exists
 from bedplate.quantize.recipe import Recipe, Scheme
 
 if TYPE_CHECKING:
     from bedplate.model.checkpoint import Checkpoint
+    from bedplate.model.tokenizer_files import TokenizerFiles
+    from bedplate.quantize.calibration import Statistics
 
 # The longest run of tokens that one call takes. Longer prompts go in several; more than this gains no speed and
 # makes the activation arena larger.
@@ -32,6 +35,7 @@ def build_bundle(
     out: Path,
     *,
     recipe: Recipe,
+    calibration: Path | None,
     max_context: int,
     cache: UnitCache,
     reporter: Reporter,
@@ -39,8 +43,9 @@ def build_bundle(
 ) -> Bundle:
     """Quantize and pack a checkpoint, compile its program, and publish both as a bundle.
 
-    Raises CheckpointError, UnsupportedError, RecipeError, LoweringError, NameTakenError, NotFoundError; whatever is
-    raised, nothing is left at `out`.
+    calibration: a text for the recipe's recovery; None: the one that comes with bedplate.
+    Raises CheckpointError, UnsupportedError, RecipeError, CalibrationError, LoweringError, NameTakenError,
+    NotFoundError; whatever is raised, nothing is left at `out`.
     """
     check_free(out, replace=force)
     check_exists(model)
@@ -71,7 +76,8 @@ def build_bundle(
 
     def write(folder: Path) -> BundleFacts:
         template = templates.get(structure)
-        packed = _foundation(checkpoint, schemes, template, reporter)
+        statistics = _statistics(checkpoint, tokenizer, structure, calibration, reporter)
+        packed = _foundation(checkpoint, structure, schemes, statistics, template, reporter)
         constants = write_ptd(folder / manifest.FOUNDATION, packed)
         keys = {constant.name: constant.key for constant in constants}
         (folder / manifest.BASE_PROGRAM).write_bytes(link(template, keys))
@@ -96,14 +102,63 @@ def build_bundle(
 
 
 def _foundation(
-    checkpoint: Checkpoint, schemes: Mapping[str, Scheme], template: Template, reporter: Reporter
+    checkpoint: Checkpoint,
+    structure: Structure,
+    schemes: Mapping[str, Scheme],
+    statistics: Statistics,
+    template: Template,
+    reporter: Reporter,
 ) -> Iterator[Constant]:
-    from bedplate.model.checkpoint import checked_tensors, tied_names
-    from bedplate.quantize.foundation import pack_tensor
+    from bedplate.model.checkpoint import checked_tensor, tied_names
+    from bedplate.quantize.correction import quantize_corrected
+    from bedplate.quantize.foundation import pack_corrected, pack_tensor
 
-    total = len(checkpoint.shapes())
-    for done, (name, tensor) in enumerate(checked_tensors(checkpoint)):
-        reporter.progress("quantize and pack", done, total)
+    together = _corrected_together(structure)
+    names, done = list(checkpoint.shapes()), 0
+    in_groups = {f"{path}.weight" for paths in together.values() for path in paths}
+    for name in names:
+        if name in in_groups:
+            continue
+        reporter.progress("quantize and pack", done, len(names))
+        tensor = checked_tensor(checkpoint, name)
         yield from pack_tensor(tied_names(name, checkpoint.spec), tensor, schemes)
-    reporter.progress("quantize and pack", total, total)
+        done += 1
+    for place, paths in together.items():
+        reporter.progress("quantize and pack", done, len(names))
+        corrected = quantize_corrected(
+            {path: checked_tensor(checkpoint, f"{path}.weight") for path in paths},
+            {path: schemes[path] for path in paths},
+            rank=structure.corrections[paths[0].split(".", 2)[2]],
+            rms=statistics.get(place),
+        )
+        yield from pack_corrected(place, corrected)
+        done += len(paths)
+    reporter.progress("quantize and pack", done, len(names))
     yield from template.fixed_constants()
+
+
+def _statistics(
+    checkpoint: Checkpoint,
+    tokenizer: TokenizerFiles,
+    structure: Structure,
+    calibration: Path | None,
+    reporter: Reporter,
+) -> Statistics:
+    """What the recovery has to know of the model's activations; nothing if there is none."""
+    from bedplate.quantize.calibration import calibration_tokens, input_statistics
+
+    if calibration is None and not (structure.recipe.recovery_rank and structure.corrections):
+        return {}
+    tokens = calibration_tokens(calibration, tokenizer.tokenizer_json, reporter.notice)
+    return input_statistics(checkpoint, tokens, partial(reporter.progress, "calibrate"))
+
+
+def _corrected_together(structure: Structure) -> dict[str, tuple[str, ...]]:
+    """Module path of each correction → those of the linears that it corrects, which have one input."""
+    together = {}
+    for layer in range(structure.spec.n_layers):
+        for place, names in CORRECTED_TOGETHER.items():
+            paths = tuple(f"layers.{layer}.{name}" for name in names if name in structure.corrections)
+            if paths:
+                together[f"layers.{layer}.{place}"] = paths
+    return together

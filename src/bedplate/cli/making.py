@@ -29,9 +29,11 @@ def build(
     ] = "8da4w",
     group_size: Annotated[int, typer.Option(help="Columns that share a 4-bit scale; 0: a whole row.")] = 32,
     method: Annotated[
-        Literal["hqq", "plain"],
-        typer.Option(help="How 4-bit scales are chosen: for least error, or by range."),
-    ] = "hqq",
+        Literal["offset", "hqq", "plain"],
+        typer.Option(
+            help="How 4-bit codes are chosen: with an offset for each group, for least error, by range."
+        ),
+    ] = api.METHOD,
     embedding: Annotated[
         Literal["4", "8", "float"], typer.Option(help="Bits of the embedding, unless --quantize none.")
     ] = "8",
@@ -44,6 +46,13 @@ def build(
             metavar="PATTERN=SCHEME",
             help="Of some linears, e.g. 'layers.*.mlp.down_proj=8da8w'; may be given more than once.",
         ),
+    ] = None,
+    recovery_rank: Annotated[
+        int, typer.Option(help="Directions in which 4-bit weights get their error back; 0: none.")
+    ] = api.RECOVERY_RANK,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text for the recovery to learn from; bedplate's own if absent."),
     ] = None,
     max_context: Annotated[int, typer.Option(help="Positions that a session can hold.")] = 2048,
     unit_cache: CacheFolder = None,
@@ -63,6 +72,8 @@ def build(
             embedding=embedding,
             head=head,
             overrides=_overrides(override or []),
+            recovery_rank=recovery_rank,
+            calibration=calibration,
             max_context=max_context,
             unit_cache=unit_cache,
             reporter=bars,

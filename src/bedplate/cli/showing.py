@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from bedplate.bundle import usage
 from bedplate.bundle.store import Bundle
 from bedplate.cli.making import BundlePath
-from bedplate.cli.output import print_json, print_table, size, stdout
+from bedplate.cli.output import print_json, print_table, progress_bars, size, stdout
 
 Json = Annotated[bool, typer.Option("--json", help="As JSON, for a script.")]
 
@@ -92,6 +93,44 @@ def verify(
         _show_verdict(opened, sharing, {effect.name: effect for effect in effects}, idle)
     if idle:
         raise typer.Exit(1)
+
+
+def evaluate(
+    bundle: BundlePath,
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="Text file to read.")],
+    model: Annotated[
+        Path, typer.Option("--model", metavar="MODEL", help="What the bundle was built from: the reference.")
+    ],
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="May be given more than once; all if absent.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads; the physical cores if absent.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what quantization costs. Base and adapters against the float model, on a text."""
+    from bedplate import api
+
+    with progress_bars() as bars:
+        found = api.evaluate(
+            Bundle.open(bundle), model, text, adapters=adapter, threads=threads, reporter=bars
+        )
+    if as_json:
+        print_json(found)
+        return
+    columns = ["program", ">NLL", ">float NLL", ">perplexity", ">float perplexity", ">mean KL", ">top-1 kept"]
+    rows = [
+        [
+            *(one.name, f"{one.nll:.4f}", f"{one.float_nll:.4f}"),
+            *(
+                f"{one.perplexity:.2f}",
+                f"{one.float_perplexity:.2f}",
+                f"{one.mean_kl:.4f}",
+                f"{one.top1:.1%}",
+            ),
+        ]
+        for one in found
+    ]
+    print_table(f"{bundle} against {model}, {found[0].positions:,} positions of {text}", columns, rows)
 
 
 def _show_verdict(

@@ -14,6 +14,7 @@ from bedplate.compile.units import Structure
 from bedplate.constants import Constant
 from bedplate.model.decoder import Decoder
 from bedplate.model.load import set_parameter
+from bedplate.model.spec import ModelSpec
 from bedplate.quantize.foundation import pack_quantized
 from bedplate.quantize.modules import QuantizedEmbedding, QuantizedLinear
 from bedplate.quantize.packing import pack_float
@@ -26,7 +27,7 @@ _LAYER = re.compile(r"^layers\.\d+\.")
 
 def structure_schemes(structure: Structure) -> dict[str, Scheme]:
     """The scheme of each weight by module path, at the structure's own depth. Raises RecipeError."""
-    decoder = Decoder(structure.spec, max_context=1, ranks=structure.ranks, device="meta")
+    decoder = _decoder(structure, structure.spec, max_context=1)
     return plan(decoder, structure.recipe)
 
 
@@ -38,7 +39,7 @@ def stand_in_decoder(structure: Structure, *, depth: int) -> tuple[Decoder, dict
     Structures differ in their symbols' values only by the symbol's name, so compiling is deterministic.
     """
     spec = replace(structure.spec, n_layers=depth)
-    decoder = Decoder(spec, max_context=structure.max_context, ranks=structure.ranks, device="meta")
+    decoder = _decoder(structure, spec, max_context=structure.max_context)
     schemes = structure_schemes(structure)
     constants: dict[str, Constant] = {}
 
@@ -77,6 +78,11 @@ def stand_in_decoder(structure: Structure, *, depth: int) -> tuple[Decoder, dict
             set_parameter(decoder, name, value)
             note(pack_float(name, value.numpy(), is_tensor=True))
     return decoder.eval(), constants
+
+
+def _decoder(structure: Structure, spec: ModelSpec, *, max_context: int) -> Decoder:
+    ranks, corrections = structure.ranks, structure.corrections
+    return Decoder(spec, max_context=max_context, ranks=ranks, corrections=corrections, device="meta")
 
 
 def logical_path(path: str) -> str:

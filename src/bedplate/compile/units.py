@@ -14,7 +14,7 @@ from bedplate.model.spec import ModelSpec
 from bedplate.quantize.recipe import Recipe
 
 # Rises when units of an older bedplate no longer fit the linker.
-UNIT_FORMAT = 2
+UNIT_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,11 @@ class Structure:
     max_context: int
     max_chunk: int
     ranks: Mapping[str, int]
+
+    @property
+    def corrections(self) -> dict[str, int]:
+        """Rank of the correction of each linear that has one, by its name in a layer."""
+        return self.recipe.corrections(self.spec)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 
 from bedplate.errors import AdapterError, NotFoundError, UnsupportedError
-from bedplate.model.spec import ModelSpec
+from bedplate.model.spec import ModelSpec, linear_shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -282,17 +282,3 @@ def _check_targets(targets: Any, ranks: Mapping[str, int], where: Path) -> None:
 
 def _is_suffix(linear: str, name: str) -> bool:
     return linear == name or linear.endswith("." + name) or name.endswith("." + linear)
-
-
-def linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of each linear of a layer, by its name in the layer, in the order of the model."""
-    q_width, kv_width = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-    return {
-        "self_attn.q_proj": (q_width, spec.dim),
-        "self_attn.k_proj": (kv_width, spec.dim),
-        "self_attn.v_proj": (kv_width, spec.dim),
-        "self_attn.o_proj": (spec.dim, q_width),
-        "mlp.gate_proj": (spec.hidden_dim, spec.dim),
-        "mlp.up_proj": (spec.hidden_dim, spec.dim),
-        "mlp.down_proj": (spec.dim, spec.hidden_dim),
-    }

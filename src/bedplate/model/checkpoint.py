@@ -1,4 +1,4 @@
-"""Checkpoints as a stream of (name, tensor): safetensors folders (sharded or not) and GGUF files.
+"""Checkpoints, read tensor by tensor: safetensors folders (sharded or not) and GGUF files.
 
 Names are Hugging Face's without the leading `model.`; tensors come one at a time, so that a model is never in memory
 as a whole.
@@ -31,11 +31,11 @@ class Checkpoint(Protocol):
     def files(self) -> tuple[Path, ...]: ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor by name, in the order in which `tensors` yields them; reads no values."""
+        """Shape of each tensor by name; reads no values."""
         ...
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor), floats of the dtype they are stored in, each read when it is asked for."""
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name`, floats of the dtype they are stored in."""
         ...
 
 
@@ -73,17 +73,23 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def checked_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """`checkpoint.tensor(name)`. Raises CheckpointError for values that are not finite."""
+    tensor = checkpoint.tensor(name)
+    # Block by block: the mask of a large embedding would be as large as a layer.
+    if not all(torch.isfinite(block).all() for block in torch.split(tensor, 4096)):
+        raise CheckpointError(
+            f"tensor {name} holds NaN or infinity",
+            where=checkpoint.path,
+            hint="its training diverged, or the file is damaged: download it again",
+        )
+    return tensor
+
+
 def checked_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """`checkpoint.tensors()`, each checked for finite values."""
-    for name, tensor in checkpoint.tensors():
-        # Block by block: the mask of a large embedding would be as large as a layer.
-        if not all(torch.isfinite(block).all() for block in torch.split(tensor, 4096)):
-            raise CheckpointError(
-                f"tensor {name} holds NaN or infinity",
-                where=checkpoint.path,
-                hint="its training diverged, or the file is damaged: download it again",
-            )
-        yield name, tensor
+    """(name, tensor) of all, in the order of `shapes()`, each read when it is asked for."""
+    for name in checkpoint.shapes():
+        yield name, checked_tensor(checkpoint, name)
 
 
 def tied_names(name: str, spec: ModelSpec) -> tuple[str, ...]:

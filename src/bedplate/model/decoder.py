@@ -99,8 +99,50 @@ def rope_table(spec: RopeSpec, head_dim: int, max_context: int) -> tuple[Tensor,
     return angles.cos(), angles.sin()
 
 
+class Correction(nn.Module):
+    """What quantization took from linears of one input, given back through a narrow waist: (x Dᵀ) Bᵀ for each.
+
+    directions: D [rank, in]; under each linear's own name its B [out, rank].
+    """
+
+    def __init__(self, in_features: int, rank: int, outputs: Mapping[str, int], device: str | None) -> None:
+        super().__init__()
+        self.outputs = tuple(outputs)
+        self.directions: nn.Module = nn.Linear(in_features, rank, bias=False, device=device)
+        for name, width in outputs.items():
+            self.add_module(name, nn.Linear(rank, width, bias=False, device=device))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        narrow = self.directions(x)
+        return {name: self.get_submodule(name)(narrow) for name in self.outputs}
+
+
+def _correct(correction: Correction | None, x: Tensor) -> dict[str, Tensor]:
+    return {} if correction is None else correction(x)
+
+
+def _plus(y: Tensor, corrected: Mapping[str, Tensor], name: str) -> Tensor:
+    return y + corrected[name] if name in corrected else y
+
+
+def _correction(
+    corrections: Mapping[str, int], linears: Mapping[str, nn.Module], prefix: str, device: str | None
+) -> Correction | None:
+    """For those of the linears (of one input) that `corrections` names; None: it names none."""
+    named = {name: linear for name, linear in linears.items() if f"{prefix}.{name}" in corrections}
+    if not named:
+        return None
+    widths = {linear.in_features for linear in named.values()}
+    ranks = {corrections[f"{prefix}.{name}"] for name in named}
+    assert len(widths) == len(ranks) == 1, "linears of one input share their directions"
+    outputs = {name: linear.out_features for name, linear in named.items()}
+    return Correction(widths.pop(), ranks.pop(), outputs, device)  # type: ignore[arg-type]
+
+
 class Attention(nn.Module):
-    def __init__(self, spec: ModelSpec, ranks: Mapping[str, int], device: str | None) -> None:
+    def __init__(
+        self, spec: ModelSpec, ranks: Mapping[str, int], corrections: Mapping[str, int], device: str | None
+    ) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = spec.n_heads, spec.n_kv_heads, spec.head_dim
         q_width, kv_width = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
@@ -109,28 +151,45 @@ class Attention(nn.Module):
         self.k_proj = _linear(spec.dim, kv_width, bias, ranks.get("self_attn.k_proj"), device)
         self.v_proj = _linear(spec.dim, kv_width, bias, ranks.get("self_attn.v_proj"), device)
         self.o_proj = _linear(q_width, spec.dim, bias, ranks.get("self_attn.o_proj"), device)
+        of_input = {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
+        self.input_correction = _correction(corrections, of_input, "self_attn", device)
+        self.output_correction = _correction(corrections, {"o_proj": self.o_proj}, "self_attn", device)
 
     def forward(
         self, x: Tensor, k_cache: Tensor, v_cache: Tensor, rope: Rope, cos: Tensor, sin: Tensor, pos: int
     ) -> Tensor:
-        q_BSHN = rope(self.q_proj(x).view(1, -1, self.n_heads, self.head_dim), cos, sin)
-        k_BSKN = rope(self.k_proj(x).view(1, -1, self.n_kv_heads, self.head_dim), cos, sin)
-        v_BSKN = self.v_proj(x).view(1, -1, self.n_kv_heads, self.head_dim)
+        given = _correct(self.input_correction, x)
+        q = _plus(self.q_proj(x), given, "q_proj")
+        k = _plus(self.k_proj(x), given, "k_proj")
+        v = _plus(self.v_proj(x), given, "v_proj")
+        q_BSHN = rope(q.view(1, -1, self.n_heads, self.head_dim), cos, sin)
+        k_BSKN = rope(k.view(1, -1, self.n_kv_heads, self.head_dim), cos, sin)
+        v_BSKN = v.view(1, -1, self.n_kv_heads, self.head_dim)
         torch.ops.llama.update_cache(k_BSKN, k_cache, pos)
         torch.ops.llama.update_cache(v_BSKN, v_cache, pos)
         y_BSHN = torch.ops.llama.custom_sdpa(q_BSHN, k_cache, v_cache, pos, None, 0.0, True)
-        return self.o_proj(y_BSHN.view(1, -1, self.n_heads * self.head_dim))  # type: ignore[no-any-return]
+        y = y_BSHN.view(1, -1, self.n_heads * self.head_dim)
+        return _plus(self.o_proj(y), _correct(self.output_correction, y), "o_proj")
 
 
 class MLP(nn.Module):
-    def __init__(self, spec: ModelSpec, ranks: Mapping[str, int], device: str | None) -> None:
+    def __init__(
+        self, spec: ModelSpec, ranks: Mapping[str, int], corrections: Mapping[str, int], device: str | None
+    ) -> None:
         super().__init__()
         self.gate_proj = _linear(spec.dim, spec.hidden_dim, spec.mlp_bias, ranks.get("mlp.gate_proj"), device)
         self.up_proj = _linear(spec.dim, spec.hidden_dim, spec.mlp_bias, ranks.get("mlp.up_proj"), device)
         self.down_proj = _linear(spec.hidden_dim, spec.dim, spec.mlp_bias, ranks.get("mlp.down_proj"), device)
+        of_input = {"gate_proj": self.gate_proj, "up_proj": self.up_proj}
+        self.input_correction = _correction(corrections, of_input, "mlp", device)
+        self.output_correction = _correction(corrections, {"down_proj": self.down_proj}, "mlp", device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        given = _correct(self.input_correction, x)
+        gate = _plus(self.gate_proj(x), given, "gate_proj")
+        up = _plus(self.up_proj(x), given, "up_proj")
+        y = F.silu(gate) * up
+        return _plus(self.down_proj(y), _correct(self.output_correction, y), "down_proj")
 
 
 class Layer(nn.Module):
@@ -138,13 +197,18 @@ class Layer(nn.Module):
     v_cache: Tensor
 
     def __init__(
-        self, spec: ModelSpec, max_context: int, ranks: Mapping[str, int], device: str | None
+        self,
+        spec: ModelSpec,
+        max_context: int,
+        ranks: Mapping[str, int],
+        corrections: Mapping[str, int],
+        device: str | None,
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(spec.dim, spec.norm_eps)
-        self.self_attn = Attention(spec, ranks, device)
+        self.self_attn = Attention(spec, ranks, corrections, device)
         self.post_attention_layernorm = RMSNorm(spec.dim, spec.norm_eps)
-        self.mlp = MLP(spec, ranks, device)
+        self.mlp = MLP(spec, ranks, corrections, device)
         cache_shape = (1, max_context, spec.n_kv_heads, spec.head_dim)
         self.register_buffer("k_cache", torch.zeros(cache_shape), persistent=False)
         self.register_buffer("v_cache", torch.zeros(cache_shape), persistent=False)
@@ -158,6 +222,7 @@ class Decoder(nn.Module):
     """A decoder of the Llama family with its KV cache inside.
 
     ranks: LoRA rank of each linear that has a branch, by its name in a layer (`mlp.up_proj`); the same in all layers.
+    corrections: rank of the correction of each linear that has one, likewise; equal where linears have one input.
     device: where the linears and the embedding are made; "meta" when their values come from elsewhere anyway.
     """
 
@@ -167,16 +232,19 @@ class Decoder(nn.Module):
         *,
         max_context: int,
         ranks: Mapping[str, int] | None = None,
+        corrections: Mapping[str, int] | None = None,
         device: str | None = None,
     ) -> None:
         super().__init__()
-        ranks = ranks or {}
-        if unknown := sorted(set(ranks) - set(LAYER_LINEARS)):
+        ranks, corrections = ranks or {}, corrections or {}
+        if unknown := sorted((set(ranks) | set(corrections)) - set(LAYER_LINEARS)):
             raise ValueError(f"no such linears: {unknown}")
-        self.spec, self.max_context = spec, max_context
+        self.spec, self.max_context, self.corrections = spec, max_context, dict(corrections)
         self.embed_tokens: nn.Module = nn.Embedding(spec.vocab_size, spec.dim, device=device)
         self.rope = Rope(spec.rope, spec.head_dim, max_context)
-        self.layers = nn.ModuleList(Layer(spec, max_context, ranks, device) for _ in range(spec.n_layers))
+        self.layers = nn.ModuleList(
+            Layer(spec, max_context, ranks, corrections, device) for _ in range(spec.n_layers)
+        )
         self.norm = RMSNorm(spec.dim, spec.norm_eps)
         self.lm_head: nn.Module = _linear(spec.dim, spec.vocab_size, False, None, device)
 

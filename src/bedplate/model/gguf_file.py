@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +67,20 @@ class GgufFile:
         self.files = (path,)
         self.reader = open_gguf(path)
         self.spec = spec_from_config(_config(self.reader, path), where=path)
+        self._stored = {_name(tensor.name, path): tensor for tensor in self.reader.tensors}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         # The format lists dimensions from the innermost on.
         return {
-            _name(tensor.name, self.path): tuple(int(size) for size in reversed(tensor.shape))
-            for tensor in self.reader.tensors
+            name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self._stored.items()
         }
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensor(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        tensor = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy())
         heads = {"q_proj": self.spec.n_heads, "k_proj": self.spec.n_kv_heads}
-        for stored in self.reader.tensors:
-            name = _name(stored.name, self.path)
-            tensor = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy())
-            n_heads = heads.get(name.split(".")[-2]) if "." in name else None
-            yield name, tensor if n_heads is None else _unpermute(tensor, n_heads)
+        n_heads = heads.get(name.split(".")[-2])
+        return tensor if n_heads is None else _unpermute(tensor, n_heads)
 
 
 def _unpermute(tensor: Tensor, n_heads: int) -> Tensor:

@@ -8,15 +8,20 @@ import torch
 from torch import nn
 
 from bedplate.model.checkpoint import Checkpoint, checked_tensors, tied_names
-from bedplate.model.decoder import Decoder
+from bedplate.model.decoder import Correction, Decoder
 from bedplate.model.lora import LoRALinear
 
 
 def float_decoder(
-    checkpoint: Checkpoint, *, max_context: int, ranks: Mapping[str, int] | None = None
+    checkpoint: Checkpoint,
+    *,
+    max_context: int,
+    ranks: Mapping[str, int] | None = None,
+    corrections: Mapping[str, int] | None = None,
 ) -> Decoder:
-    """A float32 Decoder. Its LoRA branches, if any, start as no-ops."""
-    decoder = Decoder(checkpoint.spec, max_context=max_context, ranks=ranks, device="meta")
+    """A float32 Decoder. Its LoRA branches and corrections, if any, start as no-ops."""
+    spec = checkpoint.spec
+    decoder = Decoder(spec, max_context=max_context, ranks=ranks, corrections=corrections, device="meta")
     for name, tensor in checked_tensors(checkpoint):
         for target in tied_names(name, checkpoint.spec):
             set_parameter(decoder, target, tensor.float())
@@ -25,6 +30,10 @@ def float_decoder(
             for branch in (module.lora_a, module.lora_b):
                 branch.to_empty(device="cpu")
             module.reset_lora_parameters()
+        elif isinstance(module, Correction):
+            for linear in module.children():
+                linear.to_empty(device="cpu")
+                nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
     return decoder.eval()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +46,11 @@ class SafetensorsFolder:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self._stored.items()}
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, stored in self._stored.items():
-            # Opened for each: a tensor lies in the file's mapping, whose pages count as ours until it is gone.
-            with safe_open(stored.file, framework="pt") as reader:
-                yield name, reader.get_tensor(stored.name)
+    def tensor(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        # Opened for each: a tensor lies in the file's mapping, whose pages count as ours until it is gone.
+        with safe_open(stored.file, framework="pt") as reader:
+            return reader.get_tensor(stored.name)  # type: ignore[no-any-return]
 
     def _check_tied_head(self) -> None:
         # transformers, too, takes a head that differs for a model whose config is wrong.

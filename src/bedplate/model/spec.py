@@ -93,6 +93,29 @@ def spec_from_dict(data: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(**fields)
 
 
+def linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of each linear of a layer, by its name in the layer, in the order of the model."""
+    q_width, kv_width = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    return {
+        "self_attn.q_proj": (q_width, spec.dim),
+        "self_attn.k_proj": (kv_width, spec.dim),
+        "self_attn.v_proj": (kv_width, spec.dim),
+        "self_attn.o_proj": (spec.dim, q_width),
+        "mlp.gate_proj": (spec.hidden_dim, spec.dim),
+        "mlp.up_proj": (spec.hidden_dim, spec.dim),
+        "mlp.down_proj": (spec.dim, spec.hidden_dim),
+    }
+
+
+# The linears of a layer that have one input, by the place of the correction that they share (see Correction).
+CORRECTED_TOGETHER = {
+    "self_attn.input_correction": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.output_correction": ("self_attn.o_proj",),
+    "mlp.input_correction": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.output_correction": ("mlp.down_proj",),
+}
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Read a `config.json`. Raises CheckpointError if it is missing or is no JSON object."""
     try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bedplate.constants import Constant
+from bedplate.quantize.correction import Corrected
 from bedplate.quantize.packing import pack_embedding, pack_float, pack_linear
 from bedplate.quantize.recipe import Scheme
 from bedplate.quantize.weights import QuantizedWeight, quantize_weight
@@ -30,6 +31,16 @@ def pack_tensor(names: Sequence[str], value: Tensor, schemes: Mapping[str, Schem
         if scheme not in quantized:
             quantized[scheme] = quantize_weight(value.detach(), scheme)
         yield from pack_quantized(name, quantized[scheme], is_embedding=is_embedding)
+
+
+def pack_corrected(place: str, corrected: Corrected) -> Iterator[Constant]:
+    """Constants of linears of one input (`….q_proj` → weight) and of their correction at the module path `place`."""
+    for path, weight in corrected.weights.items():
+        yield from pack_quantized(f"{path}.weight", weight, is_embedding=False)
+    yield from pack_quantized(f"{place}.directions.weight", corrected.directions, is_embedding=False)
+    for path, back in corrected.backs.items():
+        name = f"{place}.{path.rpartition('.')[2]}.weight"
+        yield from pack_quantized(name, back, is_embedding=False)
 
 
 def pack_quantized(name: str, weight: QuantizedWeight, *, is_embedding: bool) -> list[Constant]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from bedplate.errors import RecipeError
+from bedplate.model.decoder import Correction
 from bedplate.model.lora import is_lora_base, is_lora_branch
-from bedplate.quantize.recipe import Recipe, Scheme
+from bedplate.quantize.recipe import EIGHT_BIT, Recipe, Scheme
 
 
 def plan(model: nn.Module, recipe: Recipe) -> dict[str, Scheme]:
@@ -27,14 +29,24 @@ def plan(model: nn.Module, recipe: Recipe) -> dict[str, Scheme]:
         if isinstance(module, nn.Embedding):
             schemes[path] = _checked(path, recipe.embedding, module.embedding_dim)
         elif isinstance(module, nn.Linear):
+            parent, _, leaf = path.rpartition(".")
             if is_lora_branch(path, modules):
                 schemes[path] = recipe.adapter_scheme()
+            elif isinstance(modules.get(parent), Correction):
+                schemes[path] = correction_scheme(leaf, module.in_features)
             else:
                 logical = path.removesuffix(".linear") if is_lora_base(path, modules) else path
                 scheme = _checked(logical, recipe.scheme_of(logical), module.in_features)
+                if logical == "lm_head" and scheme.method == "offset":
+                    scheme = replace(scheme, method="hqq")  # it has no correction that offsets could go into
                 schemes[path] = foundation[logical] = scheme
     _check_rules(recipe, foundation)
     return schemes
+
+
+def correction_scheme(leaf: str, width: int) -> Scheme:
+    """Directions are stored as the weights beside them, and so take the same quantized input; the rest has 8 bits."""
+    return Scheme(bits=4, group_size=32) if leaf == "directions" and width % 32 == 0 else EIGHT_BIT
 
 
 def _check_rules(recipe: Recipe, paths: Collection[str]) -> None:

@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from bedplate.errors import RecipeError
+from bedplate.model.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes
 
-Method = Literal["plain", "hqq"]
+Method = Literal["plain", "hqq", "offset"]
 AdapterScheme = Literal["none", "8da8w"]
 
 
@@ -18,7 +19,8 @@ class Scheme:
     """How one weight is stored.
 
     bits: 4 or 8, or None for float32. group_size: columns that share a scale, or None for one scale a row.
-    method: how scales are chosen: from the range (`plain`), or by half-quadratic quantization (`hqq`).
+    method: how scales of 4 bits are chosen: from the range (`plain`), by half-quadratic quantization (`hqq`), or so
+        that the codes cover a group's own range from end to end (`offset`), whose middle then goes into a correction.
     """
 
     bits: Literal[4, 8] | None
@@ -51,12 +53,16 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Linears and the embedding of the foundation by `rules`; both halves of every LoRA branch by `adapter`."""
+    """Linears and the embedding of the foundation by `rules`; both halves of every LoRA branch by `adapter`.
+
+    recovery_rank: directions in which each 4-bit linear of a layer gets its quantization error back; 0: none.
+    """
 
     name: str
     rules: tuple[Rule, ...]
     embedding: Scheme
     adapter: AdapterScheme
+    recovery_rank: int = 0
 
     def __post_init__(self) -> None:
         if self.adapter not in get_args(AdapterScheme):
@@ -77,6 +83,29 @@ class Recipe:
             "no rule of the recipe matches", where=path, hint="end the rules with the pattern '*'"
         )
 
+    def corrections(self, spec: ModelSpec) -> dict[str, int]:
+        """Rank of the correction of each linear of a layer that has one, by its name in the layer.
+
+        A direction for each group's offset (method `offset`), and `recovery_rank` more.
+        """
+        ranks: dict[str, int] = {}
+        shapes = linear_shapes(spec)
+        for names in CORRECTED_TOGETHER.values():
+            schemes = {
+                name: {self.scheme_of(f"layers.{layer}.{name}") for layer in range(spec.n_layers)}
+                for name in names
+            }
+            corrected = [name for name in names if any(scheme.bits == 4 for scheme in schemes[name])]
+            offsets = {
+                shapes[name][1] // (scheme.group_size or shapes[name][1])
+                for name in corrected
+                for scheme in schemes[name]
+                if scheme.bits == 4 and scheme.method == "offset"
+            }
+            rank = max(offsets, default=0) + self.recovery_rank
+            ranks |= dict.fromkeys(corrected if rank else (), rank)
+        return ranks
+
     def adapter_scheme(self) -> Scheme:
         return FLOAT if self.adapter == "none" else EIGHT_BIT
 
@@ -93,13 +122,17 @@ def make_recipe(
     head: str | None = None,
     overrides: Mapping[str, str] | None = None,
     adapter: AdapterScheme = "none",
+    recovery_rank: int = 0,
 ) -> Recipe:
     """The recipe that a user names: `8da4w`, `8da8w` (both quantize activations to 8 bits a row) or `none`.
 
     head: `8da4w`, `8da8w` or `none` for the head; None takes 8 bits beside 4 (docs/recipes.md has the table).
     overrides: pattern → `8da4w` | `8da8w` | `none`, tried before everything else, in order.
-    group_size: of 4-bit weights; 0 means one scale a row. Raises RecipeError.
+    group_size, method: of 4-bit weights; group size 0 means one scale a row. recovery_rank: see Recipe.
+    Raises RecipeError.
     """
+    if not 0 <= recovery_rank <= 256:
+        raise RecipeError(f"recovery rank {recovery_rank} is not supported", hint="choose 0 (none) to 256")
     if group_size < 0 or group_size % 32:
         raise RecipeError(
             f"group size {group_size} is not supported",
@@ -130,6 +163,7 @@ def make_recipe(
         rules=tuple(rules),
         embedding=FLOAT if name == "none" else embeddings[embedding],
         adapter=adapter,
+        recovery_rank=recovery_rank,
     )
 
 
@@ -140,4 +174,5 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
         rules=tuple(Rule(pattern=rule["pattern"], scheme=Scheme(**rule["scheme"])) for rule in data["rules"]),
         embedding=Scheme(**data["embedding"]),
         adapter=data["adapter"],
+        recovery_rank=data["recovery_rank"],
     )

@@ -21,6 +21,8 @@ _ALGORITHMS = {
 }
 
 _BLOCK_NUMBERS = 1 << 18
+# Shares of a group's range that its codes may cover: cutting the ends off makes the steps between finer.
+_RANGES = (1.0, 0.94, 0.88, 0.82, 0.76)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,6 +56,54 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     for block in row_blocks(weight):
         codes[block], scales[block] = _quantize_block(weight[block].float(), scheme, group_size)
     return QuantizedWeight(codes=codes, scales=scales, bits=scheme.bits, group_size=group_size)
+
+
+def quantize_with_offsets(
+    weight: Tensor, group_size: int, importance: Tensor | None = None
+) -> tuple[QuantizedWeight, Tensor]:
+    """W ≈ codes · scales + offsets: 4-bit codes that cover each group's own range, and offsets float32 [rows, groups].
+
+    Of some narrower ranges the one with the least squared error counts, columns weighted by `importance` (float32
+    [columns]). A matrix that was stored so once, as in GGUF's Q4_1, is found again, up to the rounding of scales.
+    """
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    scales, offsets = (torch.empty(rows, columns // group_size) for _ in range(2))
+    for block in row_blocks(weight):
+        codes[block], scales[block], offsets[block] = _offset_block(
+            weight[block].float(), group_size, importance
+        )
+    return QuantizedWeight(codes=codes, scales=scales, bits=4, group_size=group_size), offsets
+
+
+def _offset_block(
+    weight: Tensor, group_size: int, importance: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = weight.reshape(len(weight), -1, group_size)
+    weights = torch.ones(groups.shape[1:])
+    if importance is not None:
+        weights = importance.clamp_min(importance.mean() * 1e-6).view(groups.shape[1:])
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    code, scale, offset = torch.zeros_like(groups), torch.zeros_like(low), torch.zeros_like(low)
+    least = torch.full_like(low, torch.inf)
+    for share in _RANGES:
+        found = _cover(groups, weights, (high + low) / 2, (high - low) / 2 * share)
+        error = ((groups - found[0] * found[1] - found[2]).square() * weights).sum(-1, keepdim=True)
+        better = error < least
+        code, scale, offset = (
+            torch.where(better, new, old) for new, old in zip(found, (code, scale, offset), strict=True)
+        )
+        least = torch.where(better, error, least)
+    return code.to(torch.int8).view(weight.shape), scale.squeeze(-1), offset.squeeze(-1)
+
+
+def _cover(groups: Tensor, weights: Tensor, middle: Tensor, half: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes that cover middle ± half from end to end, their scales, and the offsets of least error for them."""
+    scale = (half / 7.5).clamp_min(torch.finfo(torch.float32).tiny * 16).to(torch.bfloat16).float()
+    offset = middle + scale / 2  # code -8 lies at the lower end, code 7 at the upper
+    code = ((groups - offset) / scale).round().clamp(-8, 7)
+    left = ((groups - code * scale - offset) * weights).sum(-1, keepdim=True)
+    return code, scale, offset + left / weights.sum(-1, keepdim=True)
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:

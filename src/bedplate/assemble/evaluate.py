@@ -1,0 +1,183 @@
+"""A bundle's programs against the float checkpoint, on a text: what quantization costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bedplate.assemble.report import Reporter, load_torch
+from bedplate.bundle.ptd import read_ptd
+from bedplate.bundle.store import AdapterEntry, Bundle
+from bedplate.errors import CheckpointError, NotFoundError, RunError
+from bedplate.runtime.engine import Engine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bedplate.model.checkpoint import Checkpoint
+
+SEQUENCE = 512  # tokens that are a text of their own, so that all is read with about as much context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A program, `base` or an adapter's, over the positions of a text.
+
+    nll, float_nll: negative log-likelihood of the next token, nats, of the program and of the float model.
+    mean_kl: KL divergence of the program's next-token distribution from the float model's, nats.
+    top1: share of positions whose likeliest token is the float model's.
+    """
+
+    name: str
+    positions: int
+    nll: float
+    float_nll: float
+    mean_kl: float
+    top1: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll)
+
+    @property
+    def float_perplexity(self) -> float:
+        return math.exp(self.float_nll)
+
+
+def evaluate_bundle(
+    bundle: Bundle,
+    model: Path,
+    text_file: Path,
+    *,
+    adapters: Sequence[str] | None,
+    threads: int | None,
+    reporter: Reporter,
+) -> list[Evaluation]:
+    """The base and the named adapters (None: all), each against the checkpoint in float32 with the adapter as stored.
+
+    NotFoundError: no such file or adapter.  CheckpointError: the bundle was not built from this model.
+    RunError: the text is empty or not UTF-8.
+    """
+    names = list(bundle.adapters) if adapters is None else list(adapters)
+    with Engine(bundle, threads=threads) as engine:
+        for name in names:
+            engine.check_adapter(name)
+        tokens = engine.tokenizer.encode(_read(text_file))
+        if len(tokens) < 2:
+            raise RunError("holds no text", where=text_file, hint="give some thousand words of prose")
+        load_torch(reporter)
+        from bedplate.model.checkpoint import fingerprint, open_checkpoint
+
+        checkpoint = open_checkpoint(model)
+        if fingerprint(checkpoint) != bundle.manifest.model["fingerprint"]:
+            raise CheckpointError(
+                f"is not what {bundle.path} was built from",
+                where=model,
+                hint="give the model that build was given",
+            )
+        return [_evaluate(engine, checkpoint, name, tokens, reporter) for name in (None, *names)]
+
+
+def _evaluate(
+    engine: Engine, checkpoint: Checkpoint, name: str | None, tokens: list[int], reporter: Reporter
+) -> Evaluation:
+    from bedplate.model.reference import head_weight, hidden_states, logits, sequences
+
+    label = name or "base"
+    length = min(SEQUENCE, engine.limits(name).max_context)
+    # A last piece of one token has no next token to be asked for.
+    texts = [text for text in sequences(tokens, length) if len(text) > 1]
+    entry = None if name is None else engine.bundle.adapters[name]
+    hidden = hidden_states(
+        checkpoint,
+        texts,
+        updates=lambda path: None if entry is None else _update(entry, path),
+        progress=partial(reporter.progress, f"{label}: float model"),
+    )
+    head, sums, session = head_weight(checkpoint), _Sums(), engine.session(name)
+    for done, (text, states) in enumerate(zip(texts, hidden, strict=True)):
+        reporter.progress(f"{label}: program", done, len(texts))
+        ours = session.logits(text)
+        at = 0
+        for block in logits(states, head):
+            rows = block.numpy()
+            sums.add(rows, ours[at : at + len(rows)], text[at + 1 : at + 1 + len(rows)])
+            at += len(rows)
+    reporter.progress(f"{label}: program", len(texts), len(texts))
+    return sums.result(label)
+
+
+@dataclass(kw_only=True)
+class _Sums:
+    positions: int = 0
+    predicted: int = 0
+    nll: float = 0.0
+    float_nll: float = 0.0
+    kl: float = 0.0
+    same: int = 0
+
+    def add(self, theirs: NDArray[np.float32], ours: NDArray[np.float32], following: Sequence[int]) -> None:
+        """Logits [rows, vocab] of both, and the tokens that do follow (one fewer at the end of a text)."""
+        log_p, log_q = _log_softmax(theirs), _log_softmax(ours)
+        self.positions += len(theirs)
+        self.kl += float((np.exp(log_p) * (log_p - log_q)).sum())
+        self.same += int((theirs.argmax(axis=1) == ours.argmax(axis=1)).sum())
+        rows = np.arange(len(following))
+        self.predicted += len(following)
+        self.float_nll -= float(log_p[rows, following].sum())
+        self.nll -= float(log_q[rows, following].sum())
+
+    def result(self, name: str) -> Evaluation:
+        return Evaluation(
+            name=name,
+            positions=self.positions,
+            nll=self.nll / self.predicted,
+            float_nll=self.float_nll / self.predicted,
+            mean_kl=self.kl / self.positions,
+            top1=self.same / self.positions,
+        )
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # type: ignore[no-any-return]
+
+
+def _update(entry: AdapterEntry, path: str) -> Tensor | None:
+    """B A of the adapter's branch at `path`, float32 [out, in], as the bundle holds them; None: it has none there."""
+    import torch
+
+    a, b = (_matrix(entry, f"{path}.{half}.weight") for half in ("lora_a", "lora_b"))
+    return None if a is None or b is None else torch.from_numpy(b @ a)
+
+
+def _matrix(entry: AdapterEntry, name: str) -> NDArray[np.float32] | None:
+    infos = {info.name: info for info in entry.info.constants}
+    data = read_ptd(entry.weights)
+
+    def stored(part: str, dtype: type[np.generic]) -> NDArray[np.generic]:
+        info = infos[name + part]
+        return data.data(info.key).view(dtype).reshape(info.shape)
+
+    if name in infos:
+        return stored("", np.float32).astype(np.float32)
+    if f"{name}#codes" not in infos:
+        return None
+    return stored("#codes", np.int8).astype(np.float32) * stored("#scales", np.float32).astype(np.float32)
+
+
+def _read(path: Path) -> str:
+    hint = "give a text file in UTF-8"
+    if not path.is_file():
+        raise NotFoundError("no such file", where=path, hint=hint)
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"is no text in UTF-8 (byte {error.start})", where=path, hint=hint) from None

@@ -1,0 +1,121 @@
+"""Linears of one input → their quantized weights, and the correction that gives back what those lost.
+
+W x ≈ Q x + B D x: Q has 4 bits. D, the directions, is shared by the linears: first a row of ones for each group of
+columns, whose B are the groups' offsets; then `recovery_rank` rows for what is still amiss, the largest singular
+directions of the error as the activations see it (LQER: its columns scaled by the root mean square of the inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bedplate.quantize.plan import correction_scheme
+from bedplate.quantize.recipe import EIGHT_BIT, Scheme
+from bedplate.quantize.weights import QuantizedWeight, quantize_weight, quantize_with_offsets
+
+_OVERSAMPLING, _ITERATIONS = 8, 4  # of the randomized SVD (Halko et al., algorithm 4.4)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Corrected:
+    """weights: of the linears, by name. directions: D. backs: B of each linear, by name."""
+
+    weights: Mapping[str, QuantizedWeight]
+    directions: QuantizedWeight
+    backs: Mapping[str, QuantizedWeight]
+
+
+def quantize_corrected(
+    weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme], *, rank: int, rms: Tensor | None
+) -> Corrected:
+    """Quantize linears of one input, [rows, columns] each, with a correction of `rank` directions in all.
+
+    rms: root mean square of the input's columns, float32 [columns]; None if no direction goes beyond the offsets.
+    A linear whose scheme has not 4 bits gets a correction of zeros. Raises RecipeError.
+    """
+    quantized: dict[str, QuantizedWeight] = {}
+    offsets: dict[str, Tensor] = {}
+    columns = next(iter(weights.values())).shape[1]
+    for name, weight in weights.items():
+        scheme = schemes[name]
+        if scheme.method == "offset" and scheme.bits == 4:
+            importance = None if rms is None else rms.square()
+            quantized[name], offsets[name] = quantize_with_offsets(
+                weight, scheme.group_size or columns, importance
+            )
+        else:
+            quantized[name] = quantize_weight(weight, scheme)
+    groups = next((offset.shape[1] for offset in offsets.values()), 0)
+    ones = (
+        torch.eye(groups).repeat_interleave(columns // groups, dim=1) if groups else torch.empty(0, columns)
+    )
+    errors = {
+        name: weights[name].float() - quantized[name].dequantize() - _spread(offsets.get(name), columns)
+        for name in weights
+        if schemes[name].bits == 4
+    }
+    found = torch.empty(0, columns)
+    if rank > groups:
+        assert rms is not None, "directions beyond the offsets are found by what the activations see"
+        found = _directions(
+            torch.cat(list(errors.values())), rms, rank - groups, max(columns // max(groups, 1), 1)
+        )
+    scheme = correction_scheme("directions", columns)
+    directions = quantize_weight(torch.cat((ones, found)), scheme)
+    backs = {
+        name: quantize_weight(
+            _backs(directions.dequantize(), offsets.get(name), errors.get(name), groups, rms, len(weight)),
+            EIGHT_BIT,
+        )
+        for name, weight in weights.items()
+    }
+    return Corrected(weights=quantized, directions=directions, backs=backs)
+
+
+def _spread(offsets: Tensor | None, columns: int) -> Tensor | float:
+    return 0.0 if offsets is None else offsets.repeat_interleave(columns // offsets.shape[1], dim=1)
+
+
+def _directions(error: Tensor, rms: Tensor, count: int, group_size: int) -> Tensor:
+    """The leading right singular vectors of error · diag(rms), seen from the input: float32 [count, columns].
+
+    Scaled so that what comes out of them is about as large as a sum over a group of the input's columns.
+    """
+    scale = rms.clamp_min(rms.mean() * 1e-3)
+    seen = error * scale
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(seen.shape[1], min(count + _OVERSAMPLING, *seen.shape), generator=generator)
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(seen.T @ (seen @ basis)).Q
+    _, _, right = torch.linalg.svd(seen @ basis, full_matrices=False)
+    vectors = (basis @ right.T).T[:count]
+    if len(vectors) < count:
+        vectors = torch.cat((vectors, torch.zeros(count - len(vectors), vectors.shape[1])))
+    scaled: Tensor = vectors / scale * (group_size**0.5 * scale.mean())
+    return scaled
+
+
+def _backs(
+    directions: Tensor,
+    offsets: Tensor | None,
+    error: Tensor | None,
+    groups: int,
+    rms: Tensor | None,
+    rows: int,
+) -> Tensor:
+    """B float32 [rows, rank] for the directions as they are stored."""
+    back = torch.zeros(rows, len(directions))
+    if offsets is not None:
+        ones, size = directions[:groups], directions.shape[1] // groups
+        back[:, :groups] = offsets / torch.stack([ones[i, i * size] for i in range(groups)])
+    if error is not None and len(directions) > groups:
+        assert rms is not None
+        found = (directions[groups:] * rms).double()
+        gram = found @ found.T
+        gram += torch.eye(len(gram), dtype=torch.float64) * gram.diagonal().mean().clamp_min(1e-30) * 1e-6
+        back[:, groups:] = torch.linalg.solve(gram, found @ (error * rms).double().T).T.float()
+    return back
