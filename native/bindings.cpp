@@ -41,7 +41,10 @@ nb::capsule owner_of(std::unique_ptr<float[]> data) {
 struct LoadedProgram {  // frees its program as the only one that computes
     std::unique_ptr<Program> program;
     ~LoadedProgram() {
-        alone([&] { program.reset(); });
+        alone([&] {
+            program.reset();
+            trim_heap();
+        });
     }
 };
 

@@ -1,5 +1,6 @@
 #include "platform.h"
 
+#include <malloc.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -49,6 +50,12 @@ Turn::Turn() : lock_(turns), before_(executorch::runtime::get_pal_impl()->emit_l
 Turn::~Turn() {
     const_cast<executorch::runtime::PalImpl*>(executorch::runtime::get_pal_impl())->emit_log_message =
         before_;
+}
+
+void trim_heap() {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
 }
 
 void set_threads(std::uint32_t count) {

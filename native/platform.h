@@ -43,6 +43,9 @@ class Turn {
     pal_emit_log_message_method before_;
 };
 
+// Gives back to the system what loading or freeing a program left unused on the heap.
+void trim_heap();
+
 void set_threads(std::uint32_t count);
 std::size_t threads();
 

@@ -43,7 +43,10 @@ std::map<std::string, std::vector<Constant>> Program::constants() const {
 
 Method& Program::loaded(const std::string& method) {
     auto& slot = methods_[method];
-    if (slot == nullptr) slot = open(method);
+    if (slot == nullptr) {
+        slot = open(method);
+        trim_heap();
+    }
     return *slot;
 }
 

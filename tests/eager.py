@@ -14,6 +14,8 @@ from bedplate.model.checkpoint import open_checkpoint
 from bedplate.model.decoder import Decoder
 from bedplate.model.load import float_decoder
 from bedplate.model.lora import LoRALinear
+from bedplate.model.tokenizer_files import read_tokenizer
+from bedplate.quantize.calibration import calibration_tokens, input_statistics
 from bedplate.quantize.eager import quantize_decoder
 from bedplate.quantize.modules import QuantizedLinear
 from bedplate.quantize.recipe import EIGHT_BIT, AdapterScheme, Recipe, recipe_from_dict
@@ -33,9 +35,12 @@ def eager_decoder(
 def _base(model: Path, recipe: Recipe, max_context: int) -> Decoder:
     checkpoint = open_checkpoint(model)
     corrections = recipe.corrections(checkpoint.spec)
-    return quantize_decoder(
-        float_decoder(checkpoint, max_context=max_context, corrections=corrections), recipe
-    )
+    decoder = float_decoder(checkpoint, max_context=max_context, corrections=corrections)
+    statistics = {}
+    if recipe.recovery_rank:
+        tokens = calibration_tokens(None, read_tokenizer(model).tokenizer_json, lambda text: None)
+        statistics = input_statistics(checkpoint, tokens, lambda done, total: None)
+    return quantize_decoder(decoder, recipe, statistics)
 
 
 def _adapted(base: Decoder, adapter: Path, quantize: AdapterScheme) -> Decoder:

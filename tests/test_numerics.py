@@ -52,6 +52,38 @@ def test_quantized_bundle_equals_eager_quantized_model(
     assert (logits.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.9
 
 
+@pytest.mark.parametrize("name", [None, "all"])
+def test_recovery_stands_beside_adapters(
+    name: str | None,
+    build_toy: BuildToy,
+    toy_model: Path,
+    toy_adapters: dict[str, Path],
+    unit_cache: Path,
+) -> None:
+    """Offsets and recovered directions in the program, and in the eager model that is quantized the same way."""
+    bundle = build_toy(recovery_rank=4)
+    adapter = None if name is None else toy_adapters[name]
+    if adapter is not None:
+        bundle.add(adapter, name="all", unit_cache=unit_cache)
+    assert not any("correction" in c.name for e in bundle.adapters.values() for c in e.info.constants)
+    expected = eager_logits(eager_decoder(toy_model, bundle, adapter), TOKENS).numpy()
+    with Engine(bundle, threads=1) as engine:
+        logits = engine.session(name).logits(TOKENS)
+    # As above: both quantize activations to 8 bits, and where one lies between two codes they may choose differently.
+    assert np.median(np.abs(logits - expected)) < 0.02 * expected.std()
+    assert (logits.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.9
+
+
+def test_a_recovered_foundation_is_the_same_built_twice(build_toy: BuildToy, tmp_path: Path) -> None:
+    one, other = build_toy(recovery_rank=4), build_toy(recovery_rank=4)
+    assert one.manifest == other.manifest
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "other words make other activations: quick brown dogs, lazy foxes and five dozen liquor jugs. " * 9
+    )
+    assert build_toy(recovery_rank=4, calibration=text).manifest != one.manifest
+
+
 def test_adapters_whose_b_differs_by_a_factor_give_what_they_give_alone(
     build_toy: BuildToy, toy_adapters: dict[str, Path], unit_cache: Path, tmp_path: Path
 ) -> None:

@@ -170,6 +170,23 @@ def test_verify_names_an_adapter_without_effect(
 # --- Running --------------------------------------------------------------------------------------------------
 
 
+def test_eval(command: Command, float_bundle: bedplate.Bundle, toy_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 5)
+    arguments = ("eval", float_bundle.path, text, "--model", toy_model, "--adapter", "qv")
+    result = command(*arguments)
+    assert result.code == 0 and "mean KL" in result.out
+    assert [line.split()[0] for line in result.out.splitlines()[2:]] == ["base", "qv"]
+    found = command(*arguments, "--json").json()
+    assert [one["name"] for one in found] == ["base", "qv"]
+    assert abs(found[0]["mean_kl"]) < 1e-6
+    failed(
+        command("eval", float_bundle.path, tmp_path / "none.txt", "--model", toy_model),
+        "no such file",
+        "hint:",
+    )
+
+
 def test_run_prints_what_the_session_generates(command: Command, toy_bundle: bedplate.Bundle) -> None:
     with bedplate.Engine(toy_bundle) as engine:
         expected = engine.session("all").generate([{"role": "user", "content": "the fox"}], max_tokens=8)

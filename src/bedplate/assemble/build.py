@@ -115,7 +115,9 @@ def _foundation(
 
     together = _corrected_together(structure)
     names, done = list(checkpoint.shapes()), 0
-    in_groups = {f"{path}.weight" for paths in together.values() for path in paths}
+    in_groups = {
+        f"{path}.weight" for paths in together.values() for path in paths if schemes[path].bits is not None
+    }
     for name in names:
         if name in in_groups:
             continue

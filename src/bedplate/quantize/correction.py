@@ -34,8 +34,9 @@ def quantize_corrected(
 ) -> Corrected:
     """Quantize linears of one input, [rows, columns] each, with a correction of `rank` directions in all.
 
-    rms: root mean square of the input's columns, float32 [columns]; None if no direction goes beyond the offsets.
-    A linear whose scheme has not 4 bits gets a correction of zeros. Raises RecipeError.
+    rms: root mean square of the input's columns, float32 [columns]; None: directions beyond the offsets stay zero.
+    A linear whose scheme has not 4 bits gets a correction of zeros; one of floats is none of the `weights` that are
+    returned. Raises RecipeError.
     """
     quantized: dict[str, QuantizedWeight] = {}
     offsets: dict[str, Tensor] = {}
@@ -47,7 +48,7 @@ def quantize_corrected(
             quantized[name], offsets[name] = quantize_with_offsets(
                 weight, scheme.group_size or columns, importance
             )
-        else:
+        elif scheme.bits is not None:
             quantized[name] = quantize_weight(weight, scheme)
     groups = next((offset.shape[1] for offset in offsets.values()), 0)
     ones = (
@@ -58,12 +59,10 @@ def quantize_corrected(
         for name in weights
         if schemes[name].bits == 4
     }
-    found = torch.empty(0, columns)
-    if rank > groups:
-        assert rms is not None, "directions beyond the offsets are found by what the activations see"
-        found = _directions(
-            torch.cat(list(errors.values())), rms, rank - groups, max(columns // max(groups, 1), 1)
-        )
+    found = torch.zeros(rank - groups, columns)
+    if len(found) and rms is not None and errors:
+        group_size = max(columns // max(groups, 1), 1)
+        found = _directions(torch.cat(list(errors.values())), rms, len(found), group_size)
     scheme = correction_scheme("directions", columns)
     directions = quantize_weight(torch.cat((ones, found)), scheme)
     backs = {
@@ -112,8 +111,7 @@ def _backs(
     if offsets is not None:
         ones, size = directions[:groups], directions.shape[1] // groups
         back[:, :groups] = offsets / torch.stack([ones[i, i * size] for i in range(groups)])
-    if error is not None and len(directions) > groups:
-        assert rms is not None
+    if error is not None and rms is not None and len(directions) > groups:
         found = (directions[groups:] * rms).double()
         gram = found @ found.T
         gram += torch.eye(len(gram), dtype=torch.float64) * gram.diagonal().mean().clamp_min(1e-30) * 1e-6

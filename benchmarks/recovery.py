@@ -1,0 +1,135 @@
+"""What four bits lose and what corrections give back: quality on held-out text, bytes, and decode speed.
+
+    python benchmarks/recovery.py MODEL TEXT --name NAME [--calibration FILE]
+
+Builds a bundle for each recipe and runs `bedplate.evaluate` on TEXT, which no calibration may have seen. Decode speed
+is the best of several rounds in which the bundles take turns. Prints a Markdown table, writes the figures under NAME
+into recovery.json beside this file, and draws all of that file as docs/recovery.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import bedplate
+
+STOCK = "8da4w hqq everywhere"
+RECIPES: dict[str, dict[str, Any]] = {
+    STOCK: {"method": "hqq", "head": "8da4w", "embedding": "4", "recovery_rank": 0},
+    "hqq": {"method": "hqq", "recovery_rank": 0},
+    "hqq, rank 16": {"method": "hqq", "recovery_rank": 16},
+    "hqq, rank 32": {"method": "hqq", "recovery_rank": 32},
+    "offset": {"method": "offset", "recovery_rank": 0},
+    "offset, rank 16": {"method": "offset", "recovery_rank": 16},
+    "offset, rank 32": {"method": "offset", "recovery_rank": 32},
+    "8da8w": {"quantize": "8da8w"},
+}
+ROUNDS, DECODED = 4, 200
+HERE = Path(__file__).parent
+COLORS = ("#1f6feb", "#d1242f")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--calibration", type=Path)
+    options = parser.parse_args()
+    rows: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bundles = {}
+        for number, (name, recipe) in enumerate(RECIPES.items()):
+            out = Path(folder) / f"{number}.bundle"
+            start = time.perf_counter()
+            bundles[name] = bedplate.build(options.model, out, calibration=options.calibration, **recipe)
+            seconds = time.perf_counter() - start
+            (found,) = bedplate.evaluate(bundles[name], options.model, options.text)
+            rows[name] = {
+                "foundation_bytes": bundles[name].foundation.stat().st_size,
+                "build_seconds": seconds,
+                "positions": found.positions,
+                "float_nll": found.float_nll,
+                "nll_loss": found.nll - found.float_nll,
+                "mean_kl": found.mean_kl,
+                "top1": found.top1,
+            }
+            print(name, rows[name], flush=True)
+        for name, speed in decode_speeds(bundles).items():
+            rows[name]["decode_tokens_per_second"] = speed
+    file = HERE / "recovery.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results[options.name] = {"date": time.strftime("%Y-%m-%d"), "rows": rows}
+    file.write_text(json.dumps(results, indent=2) + "\n")
+    (HERE.parent / "docs" / "recovery.svg").write_text(plot(results))
+    print_table(rows)
+
+
+def decode_speeds(bundles: dict[str, bedplate.Bundle]) -> dict[str, float]:
+    best = dict.fromkeys(bundles, 0.0)
+    for _ in range(ROUNDS):
+        for name, bundle in bundles.items():
+            with bedplate.Engine(bundle) as engine:
+                session = engine.session()
+                session.step([5] * 16)
+                start = time.perf_counter()
+                for token in range(DECODED):
+                    session.step([token + 5])
+                best[name] = max(best[name], DECODED / (time.perf_counter() - start))
+    return best
+
+
+def print_table(rows: dict[str, dict[str, float]]) -> None:
+    stock = rows[STOCK]
+    print("| recipe | NLL above float | mean KL | top-1 kept | foundation MB | decode, relative |")
+    print("|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        speed = row["decode_tokens_per_second"] / stock["decode_tokens_per_second"]
+        print(
+            f"| {name} | {row['nll_loss']:.4f} | {row['mean_kl']:.4f} | {row['top1']:.1%} "
+            f"| {row['foundation_bytes'] / 1e6:.1f} | {speed:.2f} |"
+        )
+
+
+def plot(results: dict[str, Any]) -> str:
+    """Mean KL against bytes, both relative to the stock recipe, on axes from 0."""
+    width, height, margin = 640, 400, 60
+    right, top = 1.6, 1.05
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across, up = (width - 2 * margin) / right, (height - 2 * margin) / top
+        return margin + x * across, height - margin - y * up
+
+    drawn = [f'<rect width="{width}" height="{height}" fill="white"/>']
+    for tick in (0.0, 0.5, 1.0, 1.5):
+        x, y = at(tick, 0)
+        drawn.append(label(x, y + 18, f"{tick:g}", anchor="middle"))
+    for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        x, y = at(0, tick)
+        drawn += [f'<path d="M{x:.0f} {y:.0f}H{width - margin}" stroke="#ddd"/>']
+        drawn += [label(x - 8, y + 4, f"{tick:g}", anchor="end")]
+    x, y = at(right / 2, 0)
+    drawn.append(label(x, y + 40, f"foundation bytes, {STOCK} = 1", anchor="middle"))
+    drawn.append(label(margin, 24, f"mean KL to the float model, {STOCK} = 1"))
+    for color, (number, (model, result)) in zip(COLORS, enumerate(results.items()), strict=False):
+        stock = result["rows"][STOCK]
+        drawn.append(label(width - margin, 24 + 16 * number, model, color=color, anchor="end"))
+        for name, row in result["rows"].items():
+            x, y = at(row["foundation_bytes"] / stock["foundation_bytes"], row["mean_kl"] / stock["mean_kl"])
+            drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
+            drawn.append(label(x + 7, y - 4, name, color=color))
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+    return "\n".join([f'{opening} font-family="sans-serif" font-size="11">', *drawn, "</svg>"]) + "\n"
+
+
+def label(x: float, y: float, text: str, *, color: str = "#222", anchor: str = "start") -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}" fill="{color}" text-anchor="{anchor}">{text}</text>'
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""`evaluate`: programs against the float checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from toy import TEXT, BuildToy, save_toy_model, toy_config
+
+import bedplate
+from bedplate.errors import BedplateError, CheckpointError, NotFoundError, RunError
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def test_a_float_bundle_loses_nothing(float_bundle: bedplate.Bundle, toy_model: Path, text: Path) -> None:
+    found = bedplate.evaluate(float_bundle, toy_model, text)
+    assert [one.name for one in found] == ["base", "all", "qv"]
+    assert len({one.float_nll for one in found}) == 3, "each adapter has a reference of its own"
+    for one in found:
+        assert one.positions > 100
+        assert abs(one.mean_kl) < 1e-6 and abs(one.nll - one.float_nll) < 1e-4 and one.top1 > 0.99
+        assert one.perplexity == pytest.approx(one.float_perplexity, rel=1e-3)
+
+
+def test_quantization_costs_something(toy_bundle: bedplate.Bundle, toy_model: Path, text: Path) -> None:
+    base, eight = bedplate.evaluate(toy_bundle, toy_model, text, adapters=["all8"])
+    assert (base.name, eight.name) == ("base", "all8")
+    assert base.mean_kl > 1e-4 and eight.mean_kl > 1e-4 and base.top1 < 1
+
+
+@pytest.mark.parametrize("recovery_rank", [0, 8])
+def test_corrections_give_back_what_four_bits_lose(
+    recovery_rank: int, build_toy: BuildToy, toy_model: Path, text: Path
+) -> None:
+    plain = build_toy(method="plain")
+    corrected = build_toy(method="offset" if recovery_rank == 0 else "plain", recovery_rank=recovery_rank)
+    (loss,), (left,) = (bedplate.evaluate(one, toy_model, text) for one in (plain, corrected))
+    assert left.mean_kl < 0.9 * loss.mean_kl
+
+
+def test_another_model(toy_bundle: bedplate.Bundle, text: Path, tmp_path: Path) -> None:
+    save_toy_model(tmp_path / "other", toy_config(), seed=9)
+    with pytest.raises(CheckpointError, match=r"not what .* was built from"):
+        bedplate.evaluate(toy_bundle, tmp_path / "other", text)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "says"),
+    [
+        (None, NotFoundError, "no such file"),
+        (b"", RunError, "holds no text"),
+        (b"\xff\xfe", RunError, "UTF-8"),
+    ],
+    ids=["missing", "empty", "binary"],
+)
+def test_bad_texts(
+    content: bytes | None,
+    error: type[BedplateError],
+    says: str,
+    toy_bundle: bedplate.Bundle,
+    toy_model: Path,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(error) as caught:
+        bedplate.evaluate(toy_bundle, toy_model, file)
+    assert says in str(caught.value) and caught.value.hint
+
+
+def test_no_such_adapter(toy_bundle: bedplate.Bundle, toy_model: Path, text: Path) -> None:
+    with pytest.raises(NotFoundError, match="no adapter 'nobody'"):
+        bedplate.evaluate(toy_bundle, toy_model, text, adapters=["nobody"])
