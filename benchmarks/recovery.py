@@ -30,6 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "8da8w": {"quantize": "8da8w"},
 }
 ROUNDS, DECODED = 4, 200
+SEQUENCE = 512  # tokens that evaluation reads at once
 HERE = Path(__file__).parent
 COLORS = ("#1f6feb", "#d1242f")
 
@@ -47,7 +48,9 @@ def main() -> None:
         for number, (name, recipe) in enumerate(RECIPES.items()):
             out = Path(folder) / f"{number}.bundle"
             start = time.perf_counter()
-            bundles[name] = bedplate.build(options.model, out, calibration=options.calibration, **recipe)
+            bundles[name] = bedplate.build(
+                options.model, out, calibration=options.calibration, max_context=SEQUENCE, **recipe
+            )
             seconds = time.perf_counter() - start
             (found,) = bedplate.evaluate(bundles[name], options.model, options.text)
             rows[name] = {

@@ -8,10 +8,10 @@ What a killed writer leaves is either hidden, and removed by the next writer, or
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,12 +42,33 @@ class BundleFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterEntry:
-    """An adapter of an open bundle: its `program.pte`, its `weights.ptd`, and what `adapter.json` says."""
+    """An adapter of an open bundle, in `folder`. foundation: SHA-256 of the bundle's."""
 
     name: str
-    program: Path
-    weights: Path
-    info: AdapterInfo
+    folder: Path
+    foundation: str
+
+    @property
+    def program(self) -> Path:
+        return self.folder / manifest.ADAPTER_PROGRAM
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / manifest.ADAPTER_WEIGHTS
+
+    @functools.cached_property
+    def info(self) -> AdapterInfo:
+        """What `adapter.json` says; it names every constant, so whoever only runs the adapter does not read it.
+
+        BundleError: it is damaged, describes another adapter, or one packed against another foundation.
+        """
+        where = self.folder / manifest.ADAPTER_INFO
+        info = manifest.load(AdapterInfo, where.read_bytes(), str(where))
+        if info.name != self.name:
+            hint = f"add {self.name!r} again"
+            raise BundleError(f"it describes the adapter {info.name!r}", where=where, hint=hint)
+        _check_foundation(self, info.foundation, where)
+        return info
 
 
 class Bundle:
@@ -255,7 +276,7 @@ def remove_adapter(path: Path, name: str) -> None:
 def _describe(folder: Path, facts: BundleFacts) -> Manifest:
     measured = integrity.measure(folder)
     return Manifest(
-        written_by=metadata.version("bedplate"),
+        written_by=_version(),
         model=facts.model,
         recipe=facts.recipe,
         tokenizer=TokenizerInfo(
@@ -287,25 +308,29 @@ def _manifest_bytes(path: Path) -> bytes:
 def _read(path: Path, data: bytes, check: bool) -> tuple[Manifest, dict[str, AdapterEntry]]:
     document = manifest.load(Manifest, data, str(path / manifest.MANIFEST))
     integrity.check_files(path, document, hashes=check)
-    return document, {name: _read_adapter(path, document, name) for name in sorted(document.adapters)}
-
-
-def _read_adapter(path: Path, document: Manifest, name: str) -> AdapterEntry:
-    folder = path / manifest.ADAPTERS / name
-    where = folder / manifest.ADAPTER_INFO
-    info = manifest.load(AdapterInfo, where.read_bytes(), str(where))
-    foundation = document.files[manifest.FOUNDATION].sha256
-    if info.name != name:
-        raise BundleError(f"it describes the adapter {info.name!r}", where=where, hint=f"add {name!r} again")
-    if {info.foundation, document.adapters[name].foundation} != {foundation}:
-        raise BundleError(
-            f"packed against another foundation: {info.foundation[:12]}…, not {foundation[:12]}…",
-            where=where,
-            hint=f"remove it (bedplate remove {path} {name}) and add the adapter again, to this bundle",
+    adapters = {}
+    for name, record in sorted(document.adapters.items()):
+        foundation = document.files[manifest.FOUNDATION].sha256
+        adapters[name] = AdapterEntry(
+            name=name, folder=path / manifest.ADAPTERS / name, foundation=foundation
         )
-    return AdapterEntry(
-        name=name,
-        program=folder / manifest.ADAPTER_PROGRAM,
-        weights=folder / manifest.ADAPTER_WEIGHTS,
-        info=info,
-    )
+        _check_foundation(adapters[name], record.foundation, adapters[name].folder / manifest.ADAPTER_INFO)
+        if check:
+            _ = adapters[name].info
+    return document, adapters
+
+
+def _check_foundation(entry: AdapterEntry, packed_against: str, where: Path) -> None:
+    if packed_against != entry.foundation:
+        bundle = entry.folder.parent.parent
+        raise BundleError(
+            f"packed against another foundation: {packed_against[:12]}…, not {entry.foundation[:12]}…",
+            where=where,
+            hint=f"remove it (bedplate remove {bundle} {entry.name}) and add the adapter again, to this bundle",
+        )
+
+
+def _version() -> str:
+    from importlib.metadata import version  # imports half an email client: not for whoever only runs a bundle
+
+    return version("bedplate")
