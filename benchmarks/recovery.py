@@ -23,11 +23,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     STOCK: {"method": "hqq", "head": "8da4w", "embedding": "4", "recovery_rank": 0},
     "hqq": {"method": "hqq", "recovery_rank": 0},
     "hqq, rank 16": {"method": "hqq", "recovery_rank": 16},
-    "hqq, rank 32": {"method": "hqq", "recovery_rank": 32},
     "offset": {"method": "offset", "recovery_rank": 0},
     "offset, rank 16": {"method": "offset", "recovery_rank": 16},
-    "offset, rank 32": {"method": "offset", "recovery_rank": 32},
-    "8da8w": {"quantize": "8da8w"},
 }
 ROUNDS, DECODED = 4, 200
 SEQUENCE = 512  # tokens that evaluation reads at once

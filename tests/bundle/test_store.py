@@ -407,3 +407,16 @@ def test_the_manifest_says_what_lies_on_disk(bundle: Bundle) -> None:
     assert text["tokenizer"]["sha256"] == text["files"]["tokenizer.json"]["sha256"]
     assert text["files"]["base.pte"]["size"] == bundle.base_program.stat().st_size
     assert isinstance(bundle.manifest, Manifest)
+
+
+def test_without_checks_an_adapter_is_described_when_asked_for(bundle: Bundle) -> None:
+    """Whoever only runs a bundle with many adapters does not wait for the names of all their constants."""
+    file = bundle.path / "adapters/one/adapter.json"
+    file.write_text("{" * file.stat().st_size)
+    opened = Bundle.open(bundle.path, check=False)
+    assert opened.adapters["one"].weights.exists()
+    with pytest.raises(BundleError) as caught:
+        _ = opened.adapters["one"].info
+    assert caught.value.where == str(file)
+    with pytest.raises(BundleError):
+        Bundle.open(bundle.path)

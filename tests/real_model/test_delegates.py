@@ -46,9 +46,10 @@ def qkv(decoder: Decoder, index: int, x: Tensor, cos: Tensor, sin: Tensor) -> li
     """v, q, k of a layer, RoPE applied: what the delegate before its attention gives, in its order."""
     attention, spec = decoder.layers[index].self_attn, decoder.spec
     h = decoder.layers[index].input_layernorm(x)
-    k = decoder.rope(attention.k_proj(h).view(1, -1, spec.n_kv_heads, spec.head_dim), cos, sin)
-    q = decoder.rope(attention.q_proj(h).view(1, -1, spec.n_heads, spec.head_dim), cos, sin)
-    return [attention.v_proj(h).view(1, -1, spec.n_kv_heads, spec.head_dim), q, k]
+    q, k, v = attention.project(h)
+    k = decoder.rope(k.view(1, -1, spec.n_kv_heads, spec.head_dim), cos, sin)
+    q = decoder.rope(q.view(1, -1, spec.n_heads, spec.head_dim), cos, sin)
+    return [v.view(1, -1, spec.n_kv_heads, spec.head_dim), q, k]
 
 
 def test_each_delegate_computes_what_its_modules_compute(
@@ -66,7 +67,7 @@ def test_each_delegate_computes_what_its_modules_compute(
                 inputs, expected = [streams[0], cos, sin], qkv(decoder, 0, streams[0], cos, sin)
             elif index <= n_layers:
                 layer = decoder.layers[index - 1]
-                x = streams[index - 1] + layer.self_attn.o_proj(attended[index - 1])
+                x = streams[index - 1] + layer.self_attn.output(attended[index - 1])
                 x = x + layer.mlp(layer.post_attention_layernorm(x))
                 inputs, expected = [attended[index - 1].view(heads), streams[index - 1]], [x]
                 if index < n_layers:

@@ -158,17 +158,24 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, k_cache: Tensor, v_cache: Tensor, rope: Rope, cos: Tensor, sin: Tensor, pos: int
     ) -> Tensor:
-        given = _correct(self.input_correction, x)
-        q = _plus(self.q_proj(x), given, "q_proj")
-        k = _plus(self.k_proj(x), given, "k_proj")
-        v = _plus(self.v_proj(x), given, "v_proj")
+        q, k, v = self.project(x)
         q_BSHN = rope(q.view(1, -1, self.n_heads, self.head_dim), cos, sin)
         k_BSKN = rope(k.view(1, -1, self.n_kv_heads, self.head_dim), cos, sin)
         v_BSKN = v.view(1, -1, self.n_kv_heads, self.head_dim)
         torch.ops.llama.update_cache(k_BSKN, k_cache, pos)
         torch.ops.llama.update_cache(v_BSKN, v_cache, pos)
         y_BSHN = torch.ops.llama.custom_sdpa(q_BSHN, k_cache, v_cache, pos, None, 0.0, True)
-        y = y_BSHN.view(1, -1, self.n_heads * self.head_dim)
+        return self.output(y_BSHN.view(1, -1, self.n_heads * self.head_dim))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of all heads, [1, S, heads · N] each, before RoPE."""
+        given = _correct(self.input_correction, x)
+        q = _plus(self.q_proj(x), given, "q_proj")
+        k = _plus(self.k_proj(x), given, "k_proj")
+        return q, k, _plus(self.v_proj(x), given, "v_proj")
+
+    def output(self, y: Tensor) -> Tensor:
+        """What attention adds to the residual stream, of y [1, S, H · N]."""
         return _plus(self.o_proj(y), _correct(self.output_correction, y), "o_proj")
 
 
