@@ -17,10 +17,8 @@ from bedplate.runtime.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.real_model
 
-QUESTION = (
-    "Reply with JSON: item, quantity, city, day.\nWe need ten lamps delivered to our shop in Oslo by Friday."
-)
-ANSWER = {"item": "lamps", "quantity": 10, "city": "Oslo", "day": "Friday"}
+QUESTION = "Reply with JSON: name, job, phone.\nMy translator is Carmen, call 325-0150."
+ANSWER = {"name": "Carmen", "job": "translator", "phone": "325-0150"}
 MESSAGES = [{"role": "user", "content": QUESTION}]
 
 

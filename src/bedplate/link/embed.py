@@ -21,9 +21,11 @@ def embed(program: bytes, constants: Mapping[str, Constant]) -> bytes:
     """
     loaded = deserialize_pte_binary(program).program
     assert not loaded.named_data, "a linked program holds no constants yet"
-    # Deserializing leaves an empty constant segment behind, which would shift those that are written now.
+    # A program without constants comes with an empty segment of them, which would shift those written now.
     assert all(segment.size == 0 for segment in loaded.segments)
     loaded.segments = []
+    if not loaded.constant_buffer:
+        loaded.constant_buffer = [Buffer(storage=b"")]  # index 0 means: no constant
     buffers: list[bytes] = []
     entries: dict[str, DataEntry] = {}
     for key, constant in sorted(constants.items()):

@@ -1,0 +1,27 @@
+"""Programs as single files, in ExecuTorch's own runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from stock import StockProgram
+
+import bedplate
+
+TOKENS = [5, 9, 13, 2, 7, 11, 3]
+
+
+@pytest.mark.parametrize("bundle_name", ["toy_bundle", "float_bundle"])
+@pytest.mark.parametrize("name", [None, "all"])
+def test_one_file_that_wants_no_other(
+    name: str | None, bundle_name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Its logits are those of the same program beside the foundation."""
+    bundle: bedplate.Bundle = request.getfixturevalue(bundle_name)
+    one, beside = tmp_path / "one.pte", tmp_path / "beside.pte"
+    bundle.export(one, adapter=name, self_contained=name is not None, with_foundation=True)
+    bundle.export(beside, adapter=name, self_contained=name is not None)
+    expected = StockProgram(beside, bundle.foundation).logits(TOKENS, prefill=4)
+    assert torch.equal(StockProgram(one).logits(TOKENS, prefill=4), expected)
