@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bedplate.model.spec import ModelSpec, RopeSpec
+from bedplate.quantize import correction
 from bedplate.quantize.correction import Corrected, quantize_corrected
 from bedplate.quantize.recipe import EIGHT_BIT, Scheme, make_recipe
 from bedplate.quantize.weights import quantize_with_offsets
@@ -115,6 +116,18 @@ def test_more_directions_leave_less(scheme: Scheme) -> None:
     for more, less in itertools.pairwise(errors):
         assert all(after < before for before, after in zip(more, less, strict=True))
     assert errors[-1][0] < 0.75 * errors[0][0]
+
+
+@pytest.mark.parametrize("scheme", [OFFSET, PLAIN], ids=["offset", "plain"])
+def test_quantizing_what_the_directions_leave_leaves_less(
+    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"a": matrix(64, 96, 8) + 3 * matrix(64, 4, 9) @ matrix(4, 96, 10)}
+    rms = torch.rand(96, generator=torch.Generator().manual_seed(11)) + 0.1
+    alternated = quantize_corrected(weights, {"a": scheme}, rank=16, rms=rms)
+    monkeypatch.setattr(correction, "_ROUNDS", 1)
+    once = quantize_corrected(weights, {"a": scheme}, rank=16, rms=rms)
+    assert seen_error(weights["a"], alternated, "a", rms) < 0.97 * seen_error(weights["a"], once, "a", rms)
 
 
 def test_directions_follow_what_the_activations_see() -> None:

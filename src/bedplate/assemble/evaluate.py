@@ -16,6 +16,7 @@ from bedplate.assemble.report import Reporter, load_torch
 from bedplate.bundle.ptd import read_ptd
 from bedplate.bundle.store import AdapterEntry, Bundle
 from bedplate.errors import CheckpointError, NotFoundError, RunError
+from bedplate.runtime.effect import log_softmax
 from bedplate.runtime.engine import Engine
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class _Sums:
 
     def add(self, theirs: NDArray[np.float32], ours: NDArray[np.float32], following: Sequence[int]) -> None:
         """Logits [rows, vocab] of both, and the tokens that do follow (one fewer at the end of a text)."""
-        log_p, log_q = _log_softmax(theirs), _log_softmax(ours)
+        log_p, log_q = log_softmax(theirs), log_softmax(ours)
         self.positions += len(theirs)
         self.kl += float((np.exp(log_p) * (log_p - log_q)).sum())
         self.same += int((theirs.argmax(axis=1) == ours.argmax(axis=1)).sum())
@@ -143,11 +144,6 @@ class _Sums:
             mean_kl=self.kl / self.positions,
             top1=self.same / self.positions,
         )
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # type: ignore[no-any-return]
 
 
 def _update(entry: AdapterEntry, path: str) -> Tensor | None:

@@ -14,8 +14,6 @@ from bedplate.model.spec import ModelSpec
 
 # Called with the place of a correction (`self_attn.input_correction`) and the input of its linears, float32 [S, in].
 Note = Callable[[int, str, Tensor], None]
-# Float32 [out, in] to add to the weight of a linear of a layer (`layers.0.mlp.up_proj`).
-Updates = Mapping[str, Tensor]
 
 
 def sequences(tokens: Sequence[int], length: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ directions of the error as the activations see it (LQER: its columns scaled by t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from bedplate.quantize.recipe import EIGHT_BIT, Scheme
 from bedplate.quantize.weights import QuantizedWeight, quantize_weight, quantize_with_offsets
 
 _OVERSAMPLING, _ITERATIONS = 8, 4  # of the randomized SVD (Halko et al., algorithm 4.4)
+_ROUNDS = 3  # of quantizing what the directions leave, and finding directions for what that leaves (LoftQ)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,19 +39,41 @@ def quantize_corrected(
     A linear whose scheme has not 4 bits gets a correction of zeros; one of floats is none of the `weights` that are
     returned. Raises RecipeError.
     """
+    targets = weights
+    for _ in range(_ROUNDS if rms is not None else 1):
+        quantized, offsets = _quantize(targets, schemes, rms)
+        corrected = _correct(weights, schemes, quantized, offsets, rank, rms)
+        targets = {name: weights[name].float() - given for name, given in _recovered(corrected, offsets)}
+    return corrected
+
+
+def _quantize(
+    targets: Mapping[str, Tensor], schemes: Mapping[str, Scheme], rms: Tensor | None
+) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+    """Quantized weights by name, and offsets of those that have some; nothing for a scheme of floats."""
     quantized: dict[str, QuantizedWeight] = {}
     offsets: dict[str, Tensor] = {}
-    columns = next(iter(weights.values())).shape[1]
-    for name, weight in weights.items():
+    for name, target in targets.items():
         scheme = schemes[name]
         if scheme.method == "offset" and scheme.bits == 4:
             importance = None if rms is None else rms.square()
-            quantized[name], offsets[name] = quantize_with_offsets(
-                weight, scheme.group_size or columns, importance
-            )
+            group_size = scheme.group_size or target.shape[1]
+            quantized[name], offsets[name] = quantize_with_offsets(target, group_size, importance)
         elif scheme.bits is not None:
-            quantized[name] = quantize_weight(weight, scheme)
-    groups = next((offset.shape[1] for offset in offsets.values()), 0)
+            quantized[name] = quantize_weight(target, scheme)
+    return quantized, offsets
+
+
+def _correct(
+    weights: Mapping[str, Tensor],
+    schemes: Mapping[str, Scheme],
+    quantized: Mapping[str, QuantizedWeight],
+    offsets: Mapping[str, Tensor],
+    rank: int,
+    rms: Tensor | None,
+) -> Corrected:
+    columns = next(iter(weights.values())).shape[1]
+    groups = _groups(offsets)
     ones = (
         torch.eye(groups).repeat_interleave(columns // groups, dim=1) if groups else torch.empty(0, columns)
     )
@@ -63,16 +86,27 @@ def quantize_corrected(
     if len(found) and rms is not None and errors:
         group_size = max(columns // max(groups, 1), 1)
         found = _directions(torch.cat(list(errors.values())), rms, len(found), group_size)
-    scheme = correction_scheme("directions", columns)
-    directions = quantize_weight(torch.cat((ones, found)), scheme)
+    directions = quantize_weight(torch.cat((ones, found)), correction_scheme("directions", columns))
+    stored = directions.dequantize()
     backs = {
         name: quantize_weight(
-            _backs(directions.dequantize(), offsets.get(name), errors.get(name), groups, rms, len(weight)),
-            EIGHT_BIT,
+            _backs(stored, offsets.get(name), errors.get(name), groups, rms, len(weight)), EIGHT_BIT
         )
         for name, weight in weights.items()
     }
     return Corrected(weights=quantized, directions=directions, backs=backs)
+
+
+def _recovered(corrected: Corrected, offsets: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """What the directions beyond the offsets give back, float32 [rows, columns] of each linear."""
+    groups = _groups(offsets)
+    directions = corrected.directions.dequantize()[groups:]
+    for name, back in corrected.backs.items():
+        yield name, back.dequantize()[:, groups:] @ directions
+
+
+def _groups(offsets: Mapping[str, Tensor]) -> int:
+    return next((offset.shape[1] for offset in offsets.values()), 0)
 
 
 def _spread(offsets: Tensor | None, columns: int) -> Tensor | float:

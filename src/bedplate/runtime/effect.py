@@ -44,7 +44,7 @@ def measure_effects(engine: Engine) -> list[Effect]:
 
 
 def _compare(name: str, base: NDArray[np.float32], adapted: NDArray[np.float32]) -> Effect:
-    log_p, log_q = _log_softmax(adapted), _log_softmax(base)
+    log_p, log_q = log_softmax(adapted), log_softmax(base)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
     return Effect(
         name=name,
@@ -55,6 +55,7 @@ def _compare(name: str, base: NDArray[np.float32], adapted: NDArray[np.float32])
     )
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of each row, [rows, vocab]."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # type: ignore[no-any-return]
