@@ -54,7 +54,7 @@ def seen_error(weight: Tensor, corrected: Corrected, name: str, rms: Tensor) -> 
     return float(((weight - result(corrected, name)) * rms).square().mean().sqrt())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 3), st.floats(1e-4, 1e3))
 def test_weights_that_were_four_bits_with_offsets_are_found_again(
     seed: int, rows: int, groups: int, size: float
@@ -66,9 +66,10 @@ def test_weights_that_were_four_bits_with_offsets_are_found_again(
     step = (torch.rand(rows, groups, 1, generator=generator) + 0.5) * size
     weight = (codes * step + torch.randn(rows, groups, 1, generator=generator) * size).view(rows, -1)
     quantized, offsets = quantize_with_offsets(weight, 32)
-    # Scales are bfloat16, half a unit of whose 8 bits is 2^-9; codes reach 8 of them from the middle.
+    # A bfloat16 scale is off by at most 2^-8 of itself, a code by that many times its distance from the code whose
+    # value the offset makes exact: at most 15. 1.01: float32 sums.
     off = (weight - quantized.dequantize() - spread(offsets, weight.shape[1])).abs().view(rows, groups, 32)
-    assert (off <= step * 8 * 2**-8).all()
+    assert (off <= step * 15 * 2**-8 * 1.01).all()
 
 
 @settings(max_examples=30, deadline=None)
