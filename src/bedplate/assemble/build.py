@@ -17,7 +17,7 @@ from bedplate.compile.units import Structure
 from bedplate.constants import Constant
 from bedplate.errors import UnsupportedError
 from bedplate.link.linker import Template, link
-from bedplate.model.spec import CORRECTED_TOGETHER, check_exists
+from bedplate.model.spec import check_exists, corrected_together
 from bedplate.quantize.recipe import Recipe, Scheme
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ def _foundation(
     from bedplate.quantize.correction import quantize_corrected
     from bedplate.quantize.foundation import pack_corrected, pack_tensor
 
-    together = _corrected_together(structure)
+    corrections = structure.corrections
+    together = corrected_together(structure.spec.n_layers, corrections)
     names, done = list(checkpoint.shapes()), 0
     in_groups = {
         f"{path}.weight" for paths in together.values() for path in paths if schemes[path].bits is not None
@@ -130,7 +131,7 @@ def _foundation(
         corrected = quantize_corrected(
             {path: checked_tensor(checkpoint, f"{path}.weight") for path in paths},
             {path: schemes[path] for path in paths},
-            rank=structure.corrections[paths[0].split(".", 2)[2]],
+            rank=corrections[paths[0].split(".", 2)[2]],
             rms=statistics.get(place),
         )
         yield from pack_corrected(place, corrected)
@@ -153,14 +154,3 @@ def _statistics(
         return {}
     tokens = calibration_tokens(calibration, tokenizer.tokenizer_json, reporter.notice)
     return input_statistics(checkpoint, tokens, partial(reporter.progress, "calibrate"))
-
-
-def _corrected_together(structure: Structure) -> dict[str, tuple[str, ...]]:
-    """Module path of each correction → those of the linears that it corrects, which have one input."""
-    together = {}
-    for layer in range(structure.spec.n_layers):
-        for place, names in CORRECTED_TOGETHER.items():
-            paths = tuple(f"layers.{layer}.{name}" for name in names if name in structure.corrections)
-            if paths:
-                together[f"layers.{layer}.{place}"] = paths
-    return together

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,7 @@ def _evaluate(
     hidden = hidden_states(
         checkpoint,
         texts,
-        updates=lambda path: None if entry is None else _update(entry, path),
+        updates=(lambda path: None) if entry is None else _updates(entry),
         progress=partial(reporter.progress, f"{label}: float model"),
     )
     head, sums, session = head_weight(checkpoint), _Sums(), engine.session(name)
@@ -146,27 +146,29 @@ class _Sums:
         )
 
 
-def _update(entry: AdapterEntry, path: str) -> Tensor | None:
-    """B A of the adapter's branch at `path`, float32 [out, in], as the bundle holds them; None: it has none there."""
+def _updates(entry: AdapterEntry) -> Callable[[str], Tensor | None]:
+    """Module path → B A of the adapter's branch there, float32 [out, in], as it is stored; None: it has none."""
     import torch
 
-    a, b = (_matrix(entry, f"{path}.{half}.weight") for half in ("lora_a", "lora_b"))
-    return None if a is None or b is None else torch.from_numpy(b @ a)
-
-
-def _matrix(entry: AdapterEntry, name: str) -> NDArray[np.float32] | None:
     infos = {info.name: info for info in entry.info.constants}
     data = read_ptd(entry.weights)
 
-    def stored(part: str, dtype: type[np.generic]) -> NDArray[np.generic]:
-        info = infos[name + part]
-        return data.data(info.key).view(dtype).reshape(info.shape)
+    def stored(name: str, dtype: type[np.generic]) -> NDArray[np.float32]:
+        info = infos[name]
+        return data.data(info.key).view(dtype).reshape(info.shape).astype(np.float32)
 
-    if name in infos:
-        return stored("", np.float32).astype(np.float32)
-    if f"{name}#codes" not in infos:
-        return None
-    return stored("#codes", np.int8).astype(np.float32) * stored("#scales", np.float32).astype(np.float32)
+    def matrix(name: str) -> NDArray[np.float32]:
+        if name in infos:
+            return stored(name, np.float32)
+        return stored(f"{name}#codes", np.int8) * stored(f"{name}#scales", np.float32)
+
+    def update(path: str) -> Tensor | None:
+        a, b = (f"{path}.{half}.weight" for half in ("lora_a", "lora_b"))
+        if a not in infos and f"{a}#codes" not in infos:
+            return None
+        return torch.from_numpy(matrix(b) @ matrix(a))
+
+    return update
 
 
 def _read(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,19 @@ CORRECTED_TOGETHER = {
     "mlp.input_correction": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.output_correction": ("mlp.down_proj",),
 }
+
+
+def corrected_together(n_layers: int, corrections: Collection[str]) -> dict[str, list[str]]:
+    """Module path of each correction of a model → those of the linears that it corrects, which have one input.
+
+    corrections: the linears that have one, by their names in a layer.
+    """
+    together = {}
+    for layer in range(n_layers):
+        for place, names in CORRECTED_TOGETHER.items():
+            if paths := [f"layers.{layer}.{name}" for name in names if name in corrections]:
+                together[f"layers.{layer}.{place}"] = paths
+    return together
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from bedplate.model.decoder import Decoder
-from bedplate.model.spec import CORRECTED_TOGETHER
+from bedplate.model.spec import corrected_together
 from bedplate.quantize.calibration import Statistics
 from bedplate.quantize.correction import quantize_corrected
 from bedplate.quantize.modules import QuantizedEmbedding, QuantizedLinear
@@ -46,21 +46,16 @@ def _corrected_weights(
     weights: dict[str, QuantizedWeight] = {}
     corrections = recipe.corrections(decoder.spec)
     assert corrections == decoder.corrections, "the decoder has not the corrections of this recipe"
-    for layer in range(decoder.spec.n_layers):
-        for place, names in CORRECTED_TOGETHER.items():
-            paths = [f"layers.{layer}.{name}" for name in names if name in corrections]
-            if not paths:
-                continue
-            corrected = quantize_corrected(
-                {path: decoder.get_parameter(f"{path}.weight").detach() for path in paths},
-                {path: schemes.get(path) or schemes[f"{path}.linear"] for path in paths},
-                rank=corrections[paths[0].split(".", 2)[2]],
-                rms=statistics.get(f"layers.{layer}.{place}"),
-            )
-            place = f"layers.{layer}.{place}"
-            weights[f"{place}.directions"] = corrected.directions
-            for path, weight in corrected.weights.items():
-                weights[path if path in schemes else f"{path}.linear"] = weight
-            for path, back in corrected.backs.items():
-                weights[f"{place}.{path.rpartition('.')[2]}"] = back
+    for place, paths in corrected_together(decoder.spec.n_layers, corrections).items():
+        corrected = quantize_corrected(
+            {path: decoder.get_parameter(f"{path}.weight").detach() for path in paths},
+            {path: schemes.get(path) or schemes[f"{path}.linear"] for path in paths},
+            rank=corrections[paths[0].split(".", 2)[2]],
+            rms=statistics.get(place),
+        )
+        weights[f"{place}.directions"] = corrected.directions
+        for path, weight in corrected.weights.items():
+            weights[path if path in schemes else f"{path}.linear"] = weight
+        for path, back in corrected.backs.items():
+            weights[f"{place}.{path.rpartition('.')[2]}"] = back
     return weights
