@@ -13,11 +13,7 @@ from bedplate.assemble.export import export_program
 from bedplate.assemble.report import SILENT, Reporter
 from bedplate.bundle import store
 from bedplate.compile.cache import UnitCache
-from bedplate.quantize.recipe import AdapterScheme, Method, make_recipe
-
-# Measured: docs/recipes.md has the table.
-METHOD: Method = "offset"
-RECOVERY_RANK = 0
+from bedplate.quantize.recipe import METHOD, RECOVERY_RANK, AdapterScheme, Method, make_recipe
 
 
 class Bundle(store.Bundle):

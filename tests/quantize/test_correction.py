@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_spec import SPEC
 from torch import Tensor
 
-from bedplate.model.spec import ModelSpec, RopeSpec
 from bedplate.quantize import correction
 from bedplate.quantize.correction import Corrected, quantize_corrected
 from bedplate.quantize.recipe import EIGHT_BIT, Scheme, make_recipe
@@ -18,22 +18,6 @@ from bedplate.quantize.weights import quantize_with_offsets
 
 OFFSET = Scheme(bits=4, group_size=32, method="offset")
 PLAIN = Scheme(bits=4, group_size=32, method="plain")
-SPEC = ModelSpec(
-    architecture="LlamaForCausalLM",
-    dim=64,
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=32,
-    hidden_dim=96,
-    vocab_size=40,
-    max_positions=64,
-    norm_eps=1e-5,
-    rope=RopeSpec(theta=1e4, scaling=None),
-    tied_head=False,
-    attention_bias=True,
-    mlp_bias=False,
-)
 
 
 def matrix(rows: int, columns: int, seed: int) -> Tensor:

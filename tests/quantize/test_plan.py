@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_spec import SPEC
 from torch import Tensor, nn
 
 from bedplate.errors import RecipeError
 from bedplate.model.decoder import LAYER_LINEARS, Decoder
 from bedplate.model.lora import LoRALinear
-from bedplate.model.spec import ModelSpec, RopeSpec
 from bedplate.quantize.eager import quantize_decoder
 from bedplate.quantize.modules import QuantizedEmbedding, QuantizedLinear
 from bedplate.quantize.plan import layer_difference, plan
 from bedplate.quantize.recipe import EIGHT_BIT, FLOAT, Recipe, Rule, Scheme, make_recipe
 
 FOUR_BIT = Scheme(bits=4, group_size=32, method="hqq")
-SPEC = ModelSpec(
-    architecture="LlamaForCausalLM",
-    dim=64,
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=32,
-    hidden_dim=96,
-    vocab_size=40,
-    max_positions=64,
-    norm_eps=1e-5,
-    rope=RopeSpec(theta=1e4, scaling=None),
-    tied_head=False,
-    attention_bias=True,
-    mlp_bias=False,
-)
 RANKS = {"self_attn.q_proj": 2, "mlp.down_proj": 3}
 
 
@@ -80,7 +64,7 @@ def test_a_rule_means_the_same_with_and_without_an_adapter(name: str) -> None:
 
 
 def test_the_base_linear_is_quantized() -> None:
-    schemes = plan(small(lora=True), make_recipe("8da4w"))
+    schemes = plan(small(lora=True), make_recipe("8da4w", method="hqq"))
     assert schemes["layers.1.q_proj.linear"] == FOUR_BIT
     assert "layers.1.q_proj" not in schemes
 
@@ -110,7 +94,7 @@ def test_branches_are_never_caught_by_a_rule_of_the_foundation(pattern: str) -> 
 )
 def test_a_linear_whose_name_merely_contains_lora_is_of_the_foundation(path: str) -> None:
     for adapter in ("none", "8da8w"):
-        assert plan(small(lora=True), make_recipe("8da4w", adapter=adapter))[path] == FOUR_BIT
+        assert plan(small(lora=True), make_recipe("8da4w", method="hqq", adapter=adapter))[path] == FOUR_BIT
 
 
 def test_a_group_size_that_does_not_divide_the_width_names_the_module() -> None:
@@ -172,7 +156,8 @@ def test_a_rule_for_all_layers_tells_none_apart(pattern: str) -> None:
 
 
 def test_mixed_bits_by_module() -> None:
-    recipe = make_recipe("8da4w", overrides={"*.down_proj": "8da8w", "*.self_attn.*": "none"})
+    overrides = {"*.down_proj": "8da8w", "*.self_attn.*": "none"}
+    recipe = make_recipe("8da4w", method="hqq", overrides=overrides)
     schemes = plan(decoder(RANKS), recipe)
     for layer in range(SPEC.n_layers):
         for name in LAYER_LINEARS:
@@ -184,7 +169,7 @@ def test_mixed_bits_by_module() -> None:
 
 @pytest.mark.parametrize("adapter", ["none", "8da8w"])
 def test_the_modules_of_a_quantized_decoder(adapter: str) -> None:
-    recipe = make_recipe("8da4w", adapter="8da8w" if adapter == "8da8w" else "none")
+    recipe = make_recipe("8da4w", method="hqq", adapter="8da8w" if adapter == "8da8w" else "none")
     quantized = quantize_decoder(decoder(RANKS, device=None), recipe)
     for layer in range(SPEC.n_layers):
         module = quantized.get_submodule(f"layers.{layer}.self_attn.q_proj")
@@ -202,7 +187,7 @@ def test_the_base_of_a_loralinear_is_quantized_to_the_same_codes_and_keeps_its_b
     plain = decoder({}, device=None)
     adapted = decoder(RANKS, device=None)
     adapted.load_state_dict(plain.state_dict(), strict=False)
-    recipe = make_recipe("8da4w")
+    recipe = make_recipe("8da4w", method="hqq")
     quantize_decoder(plain, recipe)
     quantize_decoder(adapted, recipe)
     one = plain.get_submodule("layers.1.self_attn.q_proj")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bedplate
 from bedplate.errors import RecipeError
 from bedplate.quantize.recipe import (
     EIGHT_BIT,
@@ -30,11 +32,18 @@ def refused(says: str, name: str = "8da4w", **options: Any) -> None:
 
 
 def test_4_bits_with_the_head_in_8() -> None:
-    recipe = make_recipe("8da4w")
+    recipe = make_recipe("8da4w", method="hqq")
     assert recipe.scheme_of("layers.0.mlp.up_proj") == FOUR_BIT
     assert recipe.scheme_of("lm_head") == EIGHT_BIT
     assert recipe.embedding == EIGHT_BIT
     assert recipe.adapter_scheme() == FLOAT
+
+
+def test_build_and_recipes_have_the_same_defaults() -> None:
+    ours, of_build = (inspect.signature(one).parameters for one in (make_recipe, bedplate.build))
+    shared = ours.keys() & of_build.keys()
+    assert shared >= {"group_size", "method", "embedding", "head", "overrides", "recovery_rank"}
+    assert {name: ours[name].default for name in shared} == {name: of_build[name].default for name in shared}
 
 
 @pytest.mark.parametrize(("name", "scheme"), [("8da8w", EIGHT_BIT), ("none", FLOAT)])
@@ -61,7 +70,7 @@ def test_options_reach_the_scheme() -> None:
 
 def test_the_first_rule_that_matches_decides() -> None:
     overrides = {"layers.*.mlp.down_proj": "8da8w", "layers.*.mlp.*": "none", "*down_proj": "8da4w"}
-    recipe = make_recipe("8da4w", overrides=overrides)
+    recipe = make_recipe("8da4w", method="hqq", overrides=overrides)
     assert recipe.scheme_of("layers.7.mlp.down_proj") == EIGHT_BIT
     assert recipe.scheme_of("layers.7.mlp.up_proj") == FLOAT
     assert recipe.scheme_of("layers.7.self_attn.q_proj") == FOUR_BIT
@@ -69,9 +78,8 @@ def test_the_first_rule_that_matches_decides() -> None:
 
 
 def test_patterns_are_of_the_whole_path_and_of_its_case() -> None:
-    recipe = make_recipe(
-        "8da4w", overrides={"mlp": "none", "*.MLP.*": "none", "layers.?.self_attn.q_proj": "8da8w"}
-    )
+    overrides = {"mlp": "none", "*.MLP.*": "none", "layers.?.self_attn.q_proj": "8da8w"}
+    recipe = make_recipe("8da4w", method="hqq", overrides=overrides)
     assert recipe.scheme_of("layers.7.mlp.up_proj") == FOUR_BIT
     assert recipe.scheme_of("layers.7.self_attn.q_proj") == EIGHT_BIT
     assert recipe.scheme_of("layers.17.self_attn.q_proj") == FOUR_BIT
@@ -131,7 +139,8 @@ SCHEMES = st.sampled_from(["8da4w", "8da8w", "none"])
 @given(
     name=SCHEMES,
     group_size=st.sampled_from([0, 32, 64, 128]),
-    method=st.sampled_from(["plain", "hqq"]),
+    method=st.sampled_from(["plain", "hqq", "offset"]),
+    recovery_rank=st.sampled_from([0, 16]),
     embedding=st.sampled_from(["4", "8", "float"]),
     head=st.none() | SCHEMES,
     overrides=st.dictionaries(st.text(max_size=8), SCHEMES, max_size=4),

@@ -13,6 +13,7 @@ from bedplate.bundle import store
 from bedplate.cli.output import print_json, print_table, progress_bars, size, stderr
 from bedplate.compile.cache import UnitCache
 from bedplate.errors import AdapterError, NameTakenError, RecipeError
+from bedplate.quantize.recipe import METHOD, RECOVERY_RANK
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")]
 CacheFolder = Annotated[
@@ -33,7 +34,7 @@ def build(
         typer.Option(
             help="How 4-bit codes are chosen: with an offset for each group, for least error, by range."
         ),
-    ] = api.METHOD,
+    ] = METHOD,
     embedding: Annotated[
         Literal["4", "8", "float"], typer.Option(help="Bits of the embedding, unless --quantize none.")
     ] = "8",
@@ -49,7 +50,7 @@ def build(
     ] = None,
     recovery_rank: Annotated[
         int, typer.Option(help="Directions in which 4-bit weights get their error back; 0: none.")
-    ] = api.RECOVERY_RANK,
+    ] = RECOVERY_RANK,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Text for the recovery to learn from; bedplate's own if absent."),

@@ -13,6 +13,10 @@ from bedplate.model.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes
 Method = Literal["plain", "hqq", "offset"]
 AdapterScheme = Literal["none", "8da8w"]
 
+# What a user gets who names neither. Measured: docs/recipes.md has the table.
+METHOD: Method = "offset"
+RECOVERY_RANK = 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
@@ -117,12 +121,12 @@ def make_recipe(
     name: str,
     *,
     group_size: int = 32,
-    method: Method = "hqq",
+    method: Method = METHOD,
     embedding: Literal["4", "8", "float"] = "8",
     head: str | None = None,
     overrides: Mapping[str, str] | None = None,
     adapter: AdapterScheme = "none",
-    recovery_rank: int = 0,
+    recovery_rank: int = RECOVERY_RANK,
 ) -> Recipe:
     """The recipe that a user names: `8da4w`, `8da8w` (both quantize activations to 8 bits a row) or `none`.
 
