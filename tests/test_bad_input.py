@@ -26,6 +26,7 @@ from bedplate.errors import (
     AdapterError,
     BedplateError,
     BundleError,
+    CalibrationError,
     CheckpointError,
     NameTakenError,
     NotFoundError,
@@ -180,6 +181,18 @@ def test_a_recipe_that_cannot_be_applied(
 ) -> None:
     with refused(RecipeError, says, tmp_path, unit_cache):
         bedplate.build(toy_model, tmp_path / "new.bundle", max_context=128, unit_cache=unit_cache, **options)
+
+
+def test_a_calibration_text_without_text_is_refused_before_anything_is_compiled(
+    toy_model: Path, tmp_path: Path
+) -> None:
+    text, units = tmp_path / "empty.txt", tmp_path / "units"
+    text.write_text("")
+    with refused(CalibrationError, "holds no text", tmp_path):
+        bedplate.build(
+            toy_model, tmp_path / "new.bundle", max_context=128, unit_cache=units, calibration=text
+        )
+    assert not units.exists()
 
 
 @pytest.mark.parametrize("max_context", [0, -1, 257])

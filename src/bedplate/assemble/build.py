@@ -53,6 +53,7 @@ def build_bundle(
     from bedplate.model.checkpoint import expected_model, fingerprint, open_checkpoint
     from bedplate.model.gguf_file import GgufFile
     from bedplate.model.tokenizer_files import read_tokenizer
+    from bedplate.quantize.calibration import input_statistics
     from bedplate.quantize.plan import plan
 
     checkpoint = open_checkpoint(model)
@@ -72,11 +73,14 @@ def build_bundle(
     )
     # Known, and refused where need be, before anything is compiled.
     schemes = plan(expected_model(checkpoint.spec), structure.recipe)
+    tokens = _calibration_tokens(tokenizer, structure, calibration, reporter)
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
 
     def write(folder: Path) -> BundleFacts:
         template = templates.get(structure)
-        statistics = _statistics(checkpoint, tokenizer, structure, calibration, reporter)
+        statistics: Statistics = {}
+        if tokens and structure.corrections:
+            statistics = input_statistics(checkpoint, tokens, partial(reporter.progress, "calibrate"))
         packed = _foundation(checkpoint, structure, schemes, statistics, template, reporter)
         constants = write_ptd(folder / manifest.FOUNDATION, packed)
         keys = {constant.name: constant.key for constant in constants}
@@ -140,17 +144,12 @@ def _foundation(
     yield from template.fixed_constants()
 
 
-def _statistics(
-    checkpoint: Checkpoint,
-    tokenizer: TokenizerFiles,
-    structure: Structure,
-    calibration: Path | None,
-    reporter: Reporter,
-) -> Statistics:
-    """What the recovery has to know of the model's activations; nothing if there is none."""
-    from bedplate.quantize.calibration import calibration_tokens, input_statistics
+def _calibration_tokens(
+    tokenizer: TokenizerFiles, structure: Structure, calibration: Path | None, reporter: Reporter
+) -> list[int]:
+    """The tokens that the corrections are to learn from; none if there is nothing for them to learn."""
+    from bedplate.quantize.calibration import calibration_tokens
 
     if calibration is None and not (structure.recipe.recovery_rank and structure.corrections):
-        return {}
-    tokens = calibration_tokens(calibration, tokenizer.tokenizer_json, reporter.notice)
-    return input_statistics(checkpoint, tokens, partial(reporter.progress, "calibrate"))
+        return []
+    return calibration_tokens(calibration, tokenizer.tokenizer_json, reporter.notice)

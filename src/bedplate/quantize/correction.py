@@ -39,11 +39,14 @@ def quantize_corrected(
     A linear whose scheme has not 4 bits gets a correction of zeros; one of floats is none of the `weights` that are
     returned. Raises RecipeError.
     """
-    targets = weights
-    for _ in range(_ROUNDS if rms is not None else 1):
+    quantized, offsets = _quantize(weights, schemes, rms)
+    corrected = _correct(weights, schemes, quantized, offsets, rank, rms)
+    if rms is None or rank == _groups(offsets):
+        return corrected
+    for _ in range(_ROUNDS - 1):
+        targets = {name: weights[name].float() - given for name, given in _recovered(corrected, offsets)}
         quantized, offsets = _quantize(targets, schemes, rms)
         corrected = _correct(weights, schemes, quantized, offsets, rank, rms)
-        targets = {name: weights[name].float() - given for name, given in _recovered(corrected, offsets)}
     return corrected
 
 
