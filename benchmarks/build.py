@@ -106,7 +106,7 @@ def measure_smollm2(measure: Any, model: Path, folder: Path, adapters: list[Path
     measure("bedplate add, r16 on seven linears, nothing cached", bedplate("add", folder / "a", one, *units))
     measure("bedplate add, the same, units cached", bedplate("add", folder / "a", two, *units))
     measure("bedplate add, three at once", bedplate("add", folder / "b", one, two, three, *units))
-    eight = ["--quantize", "8da8w", *units]
+    eight = ["--quantize", "8w", *units]
     measure("bedplate add, 8 bits, nothing cached", bedplate("add", folder / "c", one, *eight))
     measure("bedplate add, 8 bits, units cached", bedplate("add", folder / "c", two, *eight))
 

@@ -52,7 +52,7 @@ def toy_bundle(build_toy: BuildToy, toy_adapters: dict[str, Path], unit_cache: P
     bundle = build_toy()
     bundle.add(toy_adapters["all"], name="all", unit_cache=unit_cache)
     bundle.add(toy_adapters["all2"], name="all2", unit_cache=unit_cache)
-    bundle.add(toy_adapters["all"], name="all8", quantize="8da8w", unit_cache=unit_cache)
+    bundle.add(toy_adapters["all"], name="all8", quantize="8w", unit_cache=unit_cache)
     return bundle
 
 

@@ -18,7 +18,7 @@ from bedplate.model.tokenizer_files import read_tokenizer
 from bedplate.quantize.calibration import calibration_tokens, input_statistics
 from bedplate.quantize.eager import quantize_decoder
 from bedplate.quantize.modules import QuantizedLinear
-from bedplate.quantize.recipe import EIGHT_BIT, AdapterScheme, Recipe, recipe_from_dict
+from bedplate.quantize.recipe import WEIGHT_ONLY, AdapterScheme, Recipe, recipe_from_dict
 from bedplate.quantize.weights import quantize_weight
 
 
@@ -69,8 +69,8 @@ def _adapted(base: Decoder, adapter: Path, quantize: AdapterScheme) -> Decoder:
 
 
 def _branch(weight: torch.Tensor, quantize: AdapterScheme) -> nn.Module:
-    if quantize == "8da8w":
-        return QuantizedLinear(quantize_weight(weight, EIGHT_BIT))
+    if quantize == "8w":
+        return QuantizedLinear(quantize_weight(weight, WEIGHT_ONLY))
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear

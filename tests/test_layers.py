@@ -92,7 +92,7 @@ import bedplate
 bundle, copy, adapter, cache = sys.argv[1:]
 opened = bedplate.Bundle.open(shutil.copytree(bundle, copy))
 opened.add(adapter, name="new", unit_cache=cache)
-opened.add(adapter, name="new8", quantize="8da8w", unit_cache=cache)
+opened.add(adapter, name="new8", quantize="8w", unit_cache=cache)
 with bedplate.Engine(opened) as engine:
     for name in (None, "new", "new8"):
         engine.session(name).generate("the fox", max_tokens=2)

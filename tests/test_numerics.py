@@ -40,7 +40,7 @@ def test_float_bundle_equals_transformers_and_peft(
 def test_quantized_bundle_equals_eager_quantized_model(
     name: str | None, toy_bundle: Bundle, toy_model: Path, toy_adapters: dict[str, Path]
 ) -> None:
-    quantize = "8da8w" if name == "all8" else "none"
+    quantize = "8w" if name == "all8" else "none"
     adapter = None if name is None else toy_adapters[name.removesuffix("8")]
     expected = eager_logits(eager_decoder(toy_model, toy_bundle, adapter, quantize), TOKENS).numpy()
     with Engine(toy_bundle, threads=1) as engine:
@@ -96,8 +96,8 @@ def test_adapters_whose_b_differs_by_a_factor_give_what_they_give_alone(
         quadruple / "adapter_model.safetensors",
     )
     bundle = build_toy()
-    bundle.add(toy_adapters["all"], name="once", quantize="8da8w", unit_cache=unit_cache)
-    bundle.add(quadruple, name="four", quantize="8da8w", unit_cache=unit_cache)
+    bundle.add(toy_adapters["all"], name="once", quantize="8w", unit_cache=unit_cache)
+    bundle.add(quadruple, name="four", quantize="8w", unit_cache=unit_cache)
     codes = {
         name: {
             c.name: c.key
@@ -127,7 +127,7 @@ def test_adapters_whose_b_differs_by_a_factor_give_what_they_give_alone(
 def test_identical_bytes_on_both_sides_of_the_border_load_and_run(
     build_toy: BuildToy, unit_cache: Path, tmp_path: Path
 ) -> None:
-    """Zero biases, equal norms, an A that is the base's own k_proj: the adapter leaves out what is there."""
+    """Zero biases, equal norms, an A that is the base's own o_proj: the adapter leaves out what is there."""
     model = save_toy_model(tmp_path / "model", toy_config(attention_bias=True), seed=7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -136,19 +136,19 @@ def test_identical_bytes_on_both_sides_of_the_border_load_and_run(
             if name.endswith("bias"):
                 parameter.zero_()
     model.save_pretrained(tmp_path / "model")
-    adapter = save_adapter(tmp_path / "adapter", tmp_path / "model", seed=8, rank=64, targets=["q_proj"])
+    adapter = save_adapter(tmp_path / "adapter", tmp_path / "model", seed=8, rank=64, targets=["o_proj"])
     file = adapter / "adapter_model.safetensors"
     weights = load_file(file)
     state = model.state_dict()
     for layer in range(3):
         prefix = f"model.layers.{layer}.self_attn"
-        weights[f"base_model.model.{prefix}.q_proj.lora_A.weight"] = state[f"{prefix}.k_proj.weight"].clone()
+        weights[f"base_model.model.{prefix}.o_proj.lora_A.weight"] = state[f"{prefix}.o_proj.weight"].clone()
     save_file(weights, file)
     bundle = build_toy(tmp_path / "model", quantize="none")
     bundle.add(adapter, name="border", unit_cache=unit_cache)
 
     own = {constant.name for constant in bundle.adapters["border"].info.constants}
-    assert own == {f"layers.{layer}.self_attn.q_proj.lora_b.weight" for layer in range(3)}
+    assert own == {f"layers.{layer}.self_attn.o_proj.lora_b.weight" for layer in range(3)}
     assert sharing(bundle).programs[1].from_foundation > 0
     with torch.no_grad():
         expected = reference(tmp_path / "model", adapter)(torch.tensor([TOKENS])).logits[0].numpy()

@@ -13,7 +13,7 @@ from bedplate.assemble.export import export_program
 from bedplate.assemble.report import SILENT, Reporter
 from bedplate.bundle import store
 from bedplate.compile.cache import UnitCache
-from bedplate.quantize.recipe import METHOD, RECOVERY_RANK, AdapterScheme, Method, make_recipe
+from bedplate.quantize.recipe import METHOD, RECOVERY_RANK, AdapterScheme, Goal, Method, make_recipe
 
 
 class Bundle(store.Bundle):
@@ -31,7 +31,7 @@ class Bundle(store.Bundle):
     ) -> store.AdapterEntry:
         """Pack a PEFT adapter folder against this bundle's foundation and add it as `name`.
 
-        quantize: `none` keeps A and B in float32, `8da8w` stores them in 8 bits.
+        quantize: `none` keeps A and B in float32, `8w` stores them in 8 bits.
         exact_rank: compile for the adapter's own rank, even if units of a somewhat higher one are there.
         unit_cache: folder of compiled units; None is the user's cache folder.
         Raises a BedplateError that says what does not fit; the bundle is then as it was.
@@ -100,6 +100,8 @@ def build(
     head: str | None = None,
     overrides: Mapping[str, str] | None = None,
     recovery_rank: int = RECOVERY_RANK,
+    bytes_per_weight: float | None = None,
+    target_kl: float | None = None,
     calibration: str | Path | None = None,
     max_context: int = 2048,
     unit_cache: str | Path | None = None,
@@ -110,16 +112,21 @@ def build(
 
     quantize: `8da4w`, `8da8w` or `none`; group_size, method, embedding, head and overrides refine it, see
     `quantize.recipe.make_recipe`. recovery_rank: directions in which 4-bit weights get their error back; 0: none.
-    calibration: a text that the model might read, from which the recovery learns what counts; None: bedplate's own.
+    bytes_per_weight, target_kl: one of them: choose 8 bits instead of 4 for some linears and the head, by what 4 bits
+    of each cost on the calibration text, within so many bytes a weight, or until the mean KL is so small.
+    calibration: a text that the model might read, on which choices and recovery are measured; None: bedplate's own.
     max_context: positions that a session can hold. force: replace a bundle at `out`.
     Raises a BedplateError that says what is wrong; nothing is then left at `out`.
     """
+    goal = None
+    if bytes_per_weight is not None or target_kl is not None:
+        goal = Goal(bytes_per_weight=bytes_per_weight, target_kl=target_kl)
     recipe = make_recipe(
         quantize,
         group_size=group_size,
         method=method,
         embedding=embedding,
-        head=head,
+        head=head or ("8da4w" if goal is not None and quantize == "8da4w" else None),
         overrides=overrides,
         recovery_rank=recovery_rank,
     )
@@ -127,6 +134,7 @@ def build(
         Path(model),
         Path(out),
         recipe=recipe,
+        goal=goal,
         calibration=None if calibration is None else Path(calibration),
         max_context=max_context,
         cache=_cache(unit_cache),

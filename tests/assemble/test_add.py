@@ -41,7 +41,7 @@ def bundle(build_toy: BuildToy) -> Bundle:
     return build_toy()
 
 
-@pytest.mark.parametrize("quantize", ["none", "8da8w"])
+@pytest.mark.parametrize("quantize", ["none", "8w"])
 def test_a_rank_without_units_is_filled_up_to_one_that_has_some(
     quantize: str, bundle: Bundle, toy_bundle: Bundle, toy_model: Path, unit_cache: Path, tmp_path: Path
 ) -> None:

@@ -68,7 +68,7 @@ def test_an_input_is_quantized_once_for_each_type_of_weight(tmp_path: Path, grap
     torch.manual_seed(0)
     module, x = Linears().eval(), torch.randn(3, 64)
     stock = lowered(module, tmp_path / "stock.pte").run("forward", x)
-    with lean_delegates():
+    with lean_delegates({}):
         lean = lowered(module, tmp_path / "lean.pte").run("forward", x)
     assert torch.equal(lean, stock)
     assert [conversions(graph) for graph in graphs] == [4, 3]
@@ -76,7 +76,7 @@ def test_an_input_is_quantized_once_for_each_type_of_weight(tmp_path: Path, grap
 
 
 def test_a_lean_graph_stays_as_it_is(tmp_path: Path, graphs: list[XNNGraph]) -> None:
-    with lean_delegates():
+    with lean_delegates({}):
         lowered(Linears().eval(), tmp_path / "lean.pte")
     before = repr(graphs[0])
     share_conversions(graphs[0])
@@ -85,7 +85,7 @@ def test_a_lean_graph_stays_as_it_is(tmp_path: Path, graphs: list[XNNGraph]) -> 
 
 def test_the_patch_ends_with_its_context() -> None:
     serialize = xnnpack_preprocess.serialize_xnnpack_binary
-    with pytest.raises(RuntimeError), lean_delegates():
+    with pytest.raises(RuntimeError), lean_delegates({}):
         assert xnnpack_preprocess.serialize_xnnpack_binary is not serialize
         raise RuntimeError
     assert xnnpack_preprocess.serialize_xnnpack_binary is serialize

@@ -42,5 +42,5 @@ def test_an_operator_that_falls_out_of_its_delegate_is_named(monkeypatch: pytest
     monkeypatch.setattr(RMSNorm, "forward", usual_norm)
     decoder, _ = stand_in_decoder(small_structure(), depth=2)
     with pytest.raises(LoweringError, match=r"fell out .*mean\.dim of .*norm") as raised:
-        lower(decoder, max_chunk=16)
+        lower(decoder, max_chunk=16, symbol_of={})
     assert raised.value.hint

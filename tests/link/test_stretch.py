@@ -37,7 +37,7 @@ def deep_bundle(
     bundle = build_toy(deep_model)
     adapter = save_adapter(tmp_path_factory.mktemp("deep_adapter"), deep_model, seed=5)
     bundle.add(adapter, name="float", unit_cache=unit_cache)
-    bundle.add(adapter, name="8bit", quantize="8da8w", unit_cache=unit_cache)
+    bundle.add(adapter, name="8bit", quantize="8w", unit_cache=unit_cache)
     return bundle, adapter
 
 
@@ -49,7 +49,7 @@ def test_linked_program_equals_whole_graph_export_to_the_bit(
     decoder = (
         eager_decoder(deep_model, bundle)
         if name == "base"
-        else eager_decoder(deep_model, bundle, adapter, "8da8w" if name == "8bit" else "none")
+        else eager_decoder(deep_model, bundle, adapter, "8w" if name == "8bit" else "none")
     )
     export_whole(decoder, tmp_path / "whole.pte", max_chunk=128)
     bundle.export(
@@ -68,7 +68,7 @@ def test_linked_program_equals_whole_graph_export_to_the_bit(
     assert torch.equal(linked.run("logits", torch.tensor([TOKENS]), torch.tensor([0])), everywhere)
 
 
-@pytest.mark.parametrize("quantize", [None, "8da8w"])
+@pytest.mark.parametrize("quantize", [None, "8w"])
 def test_stretched_units_name_what_the_whole_graph_names(
     quantize: AdapterScheme | None, deep_bundle: tuple[Bundle, Path], unit_cache: Path
 ) -> None:

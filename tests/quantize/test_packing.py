@@ -111,7 +111,7 @@ def test_the_key_of_codes_covers_their_scales(scheme: Scheme) -> None:
 
 def test_an_adapter_and_twice_the_adapter_have_no_key_in_common() -> None:
     value = weight(16, 4).numpy()
-    one, two = (pack_branch("b", np.float32(factor) * value, "8da8w") for factor in (1, 2))
+    one, two = (pack_branch("b", np.float32(factor) * value, "8w") for factor in (1, 2))
     assert np.array_equal(one[0].data, two[0].data)
     assert not set(keys(one)) & set(keys(two))
 
@@ -154,7 +154,7 @@ def test_a_branch_in_float_or_8_bits() -> None:
     (dense,) = pack_branch("layers.0.q.lora_b.weight", value, "none")
     assert (dense.name, dense.dtype, dense.shape) == ("layers.0.q.lora_b.weight", "float32", (16, 4))
     np.testing.assert_array_equal(dense.data.view(np.float32).reshape(16, 4), value)
-    codes, scales = pack_branch("layers.0.q.lora_b.weight", value, "8da8w")
+    codes, scales = pack_branch("layers.0.q.lora_b.weight", value, "8w")
     expected_codes, expected_scales = quantize_rows(value)
     np.testing.assert_array_equal(codes.data.view(np.int8).reshape(16, 4), expected_codes)
     np.testing.assert_array_equal(scales.data.view(np.float32), expected_scales[:, 0])

@@ -13,7 +13,7 @@ from bedplate.model.lora import LoRALinear
 from bedplate.quantize.eager import quantize_decoder
 from bedplate.quantize.modules import QuantizedEmbedding, QuantizedLinear
 from bedplate.quantize.plan import layer_difference, plan
-from bedplate.quantize.recipe import EIGHT_BIT, FLOAT, Recipe, Rule, Scheme, make_recipe
+from bedplate.quantize.recipe import EIGHT_BIT, FLOAT, WEIGHT_ONLY, Recipe, Rule, Scheme, make_recipe
 
 FOUR_BIT = Scheme(bits=4, group_size=32, method="hqq")
 RANKS = {"self_attn.q_proj": 2, "mlp.down_proj": 3}
@@ -82,8 +82,8 @@ def test_branches_are_never_caught_by_a_rule_of_the_foundation(pattern: str) -> 
     schemes = plan(small(lora=True), recipe)
     branches = {path: scheme for path, scheme in schemes.items() if ".q_proj.lora_" in path}
     assert len(branches) == 4 and set(branches.values()) == {FLOAT}
-    adapted = plan(small(lora=True), recipe.for_adapter("8da8w"))
-    assert {adapted[path] for path in branches} == {EIGHT_BIT}
+    adapted = plan(small(lora=True), recipe.for_adapter("8w"))
+    assert {adapted[path] for path in branches} == {WEIGHT_ONLY}
     assert {path: scheme for path, scheme in adapted.items() if path not in branches} == {
         path: scheme for path, scheme in schemes.items() if path not in branches
     }
@@ -93,7 +93,7 @@ def test_branches_are_never_caught_by_a_rule_of_the_foundation(pattern: str) -> 
     "path", ["layers.0.floral_proj", "layers.0.lora_a_head", "layers.0.linear", "lora_a", "lora_b.linear"]
 )
 def test_a_linear_whose_name_merely_contains_lora_is_of_the_foundation(path: str) -> None:
-    for adapter in ("none", "8da8w"):
+    for adapter in ("none", "8w"):
         assert plan(small(lora=True), make_recipe("8da4w", method="hqq", adapter=adapter))[path] == FOUR_BIT
 
 
@@ -167,9 +167,9 @@ def test_mixed_bits_by_module() -> None:
     assert schemes["lm_head"] == EIGHT_BIT
 
 
-@pytest.mark.parametrize("adapter", ["none", "8da8w"])
+@pytest.mark.parametrize("adapter", ["none", "8w"])
 def test_the_modules_of_a_quantized_decoder(adapter: str) -> None:
-    recipe = make_recipe("8da4w", method="hqq", adapter="8da8w" if adapter == "8da8w" else "none")
+    recipe = make_recipe("8da4w", method="hqq", adapter="8w" if adapter == "8w" else "none")
     quantized = quantize_decoder(decoder(RANKS, device=None), recipe)
     for layer in range(SPEC.n_layers):
         module = quantized.get_submodule(f"layers.{layer}.self_attn.q_proj")

@@ -15,6 +15,7 @@ from bedplate.errors import RecipeError
 from bedplate.quantize.recipe import (
     EIGHT_BIT,
     FLOAT,
+    WEIGHT_ONLY,
     Recipe,
     Rule,
     Scheme,
@@ -60,10 +61,10 @@ def test_the_head_by_itself(head: str | None, bits: int | None) -> None:
 
 
 def test_options_reach_the_scheme() -> None:
-    recipe = make_recipe("8da4w", group_size=64, method="plain", embedding="4", adapter="8da8w")
+    recipe = make_recipe("8da4w", group_size=64, method="plain", embedding="4", adapter="8w")
     assert recipe.scheme_of("layers.0.mlp.up_proj") == Scheme(bits=4, group_size=64, method="plain")
     assert recipe.embedding == Scheme(bits=4, group_size=32)
-    assert recipe.adapter_scheme() == EIGHT_BIT
+    assert recipe.adapter_scheme() == WEIGHT_ONLY
     assert make_recipe("8da4w", group_size=0).scheme_of("x").group_size is None
     assert make_recipe("8da8w", embedding="float").embedding == FLOAT
 
@@ -128,9 +129,9 @@ def test_an_adapter_scheme_that_is_none() -> None:
 
 def test_an_adapters_scheme_changes_nothing_else() -> None:
     recipe = make_recipe("8da4w")
-    changed = recipe.for_adapter("8da8w")
+    changed = recipe.for_adapter("8w")
     assert (changed.rules, changed.embedding, changed.name) == (recipe.rules, recipe.embedding, recipe.name)
-    assert changed.adapter_scheme() == EIGHT_BIT and changed.for_adapter("none") == recipe
+    assert changed.adapter_scheme() == WEIGHT_ONLY and changed.for_adapter("none") == recipe
 
 
 SCHEMES = st.sampled_from(["8da4w", "8da8w", "none"])
@@ -144,7 +145,7 @@ SCHEMES = st.sampled_from(["8da4w", "8da8w", "none"])
     embedding=st.sampled_from(["4", "8", "float"]),
     head=st.none() | SCHEMES,
     overrides=st.dictionaries(st.text(max_size=8), SCHEMES, max_size=4),
-    adapter=st.sampled_from(["none", "8da8w"]),
+    adapter=st.sampled_from(["none", "8w"]),
 )
 def test_a_dict_of_the_recipe_gives_it_back(name: str, **options: Any) -> None:
     recipe = make_recipe(name, **options)

@@ -31,7 +31,7 @@ def quantized_bundle(
     bundle = bedplate.build(smollm2, out, unit_cache=unit_cache)
     for name, folder in adapters.items():
         bundle.add(folder, name=name, unit_cache=unit_cache)
-    bundle.add(adapters["extract"], name="extract8", quantize="8da8w", unit_cache=unit_cache)
+    bundle.add(adapters["extract"], name="extract8", quantize="8w", unit_cache=unit_cache)
     return bundle
 
 

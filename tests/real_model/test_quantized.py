@@ -47,7 +47,7 @@ def test_whole_model_stays_with_the_eager_quantized_model(
     activation_kl: float,
 ) -> None:
     adapter = None if name is None else adapters[name.removesuffix("8")]
-    quantize = "8da8w" if name == "extract8" else "none"
+    quantize = "8w" if name == "extract8" else "none"
     expected = eager_logits(eager_decoder(smollm2, quantized_bundle, adapter, quantize), prose)
     with Engine(quantized_bundle) as engine:
         logits = torch.from_numpy(np.array(engine.session(name).logits(prose)))

@@ -21,6 +21,7 @@ from bedplate.constants import Constant
 from bedplate.link.linker import Template, link
 from bedplate.model.adapter import Adapter, read_adapter
 from bedplate.model.spec import spec_from_dict
+from bedplate.quantize.joined import joined
 from bedplate.quantize.recipe import AdapterScheme, recipe_from_dict
 from bedplate.quantize.rows import pack_branch
 
@@ -70,7 +71,8 @@ class _Packer:
             structure = _at_unit_rank(structure, self._templates)
         template = self._templates.get(structure)
         keys = dict(self._foundation)
-        packed = _noting(pack_adapter(adapter, structure, template), keys)
+        branches = joined(pack_adapter(adapter, structure, template), template.holes.keys() - keys.keys())
+        packed = _noting(branches, keys)
         in_foundation = frozenset(self._foundation.values())
         constants = write_ptd(folder / manifest.ADAPTER_WEIGHTS, packed, leave_out=in_foundation)
         (folder / manifest.ADAPTER_PROGRAM).write_bytes(link(template, keys))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,8 @@ from bedplate.constants import Constant
 from bedplate.errors import UnsupportedError
 from bedplate.link.linker import Template, link
 from bedplate.model.spec import check_exists, corrected_together
-from bedplate.quantize.recipe import Recipe, Scheme
+from bedplate.quantize.joined import joined
+from bedplate.quantize.recipe import Goal, Recipe, Scheme
 
 if TYPE_CHECKING:
     from bedplate.model.checkpoint import Checkpoint
@@ -35,6 +37,7 @@ def build_bundle(
     out: Path,
     *,
     recipe: Recipe,
+    goal: Goal | None,
     calibration: Path | None,
     max_context: int,
     cache: UnitCache,
@@ -43,7 +46,8 @@ def build_bundle(
 ) -> Bundle:
     """Quantize and pack a checkpoint, compile its program, and publish both as a bundle.
 
-    calibration: a text for the recipe's recovery; None: the one that comes with bedplate.
+    goal: what 8 bits are to be chosen for where the recipe has 4 by default; None: the recipe stands.
+    calibration: a text for the choice and for the recovery; None: the one that comes with bedplate.
     Raises CheckpointError, UnsupportedError, RecipeError, CalibrationError, LoweringError, NameTakenError,
     NotFoundError; whatever is raised, nothing is left at `out`.
     """
@@ -53,7 +57,6 @@ def build_bundle(
     from bedplate.model.checkpoint import expected_model, fingerprint, open_checkpoint
     from bedplate.model.gguf_file import GgufFile
     from bedplate.model.tokenizer_files import read_tokenizer
-    from bedplate.quantize.calibration import input_statistics
     from bedplate.quantize.plan import plan
 
     checkpoint = open_checkpoint(model)
@@ -64,25 +67,23 @@ def build_bundle(
             where=model,
             hint=f"choose --max-context between 1 and {checkpoint.spec.max_positions}",
         )
+    # Known, and refused where need be, before anything is measured or compiled.
+    plan(expected_model(checkpoint.spec), recipe)
+    measured = _measure(checkpoint, tokenizer, recipe.for_adapter("none"), goal, calibration, reporter)
     structure = Structure(
         spec=checkpoint.spec,
-        recipe=recipe.for_adapter("none"),
+        recipe=measured.recipe,
         max_context=max_context,
         max_chunk=min(MAX_CHUNK, max_context),
         ranks={},
     )
-    # Known, and refused where need be, before anything is compiled.
     schemes = plan(expected_model(checkpoint.spec), structure.recipe)
-    tokens = _calibration_tokens(tokenizer, structure, calibration, reporter)
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
 
     def write(folder: Path) -> BundleFacts:
         template = templates.get(structure)
-        statistics: Statistics = {}
-        if tokens and structure.corrections:
-            statistics = input_statistics(checkpoint, tokens, partial(reporter.progress, "calibrate"))
-        packed = _foundation(checkpoint, structure, schemes, statistics, template, reporter)
-        constants = write_ptd(folder / manifest.FOUNDATION, packed)
+        packed = _foundation(checkpoint, structure, schemes, measured.statistics, template, reporter)
+        constants = write_ptd(folder / manifest.FOUNDATION, joined(packed, template.holes))
         keys = {constant.name: constant.key for constant in constants}
         (folder / manifest.BASE_PROGRAM).write_bytes(link(template, keys))
         (folder / manifest.TOKENIZER).write_bytes(tokenizer.tokenizer_json)
@@ -144,12 +145,39 @@ def _foundation(
     yield from template.fixed_constants()
 
 
-def _calibration_tokens(
-    tokenizer: TokenizerFiles, structure: Structure, calibration: Path | None, reporter: Reporter
-) -> list[int]:
-    """The tokens that the corrections are to learn from; none if there is nothing for them to learn."""
-    from bedplate.quantize.calibration import calibration_tokens
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """What a text told: the recipe with its choices made, and the statistics that its corrections learn from."""
 
-    if calibration is None and not (structure.recipe.recovery_rank and structure.corrections):
-        return []
-    return calibration_tokens(calibration, tokenizer.tokenizer_json, reporter.notice)
+    recipe: Recipe
+    statistics: Statistics
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    tokenizer: TokenizerFiles,
+    recipe: Recipe,
+    goal: Goal | None,
+    calibration: Path | None,
+    reporter: Reporter,
+) -> _Measured:
+    from bedplate.quantize.calibration import calibration_tokens, input_statistics
+    from bedplate.quantize.choice import choose_bits
+
+    corrected = bool(recipe.corrections(checkpoint.spec))
+    learns = corrected and (calibration is not None or recipe.recovery_rank > 0)
+    if not learns and goal is None:
+        if calibration is not None:
+            reporter.notice("the calibration text has no effect: nothing in this recipe learns from one")
+        return _Measured(recipe=recipe, statistics={})
+    tokens = calibration_tokens(calibration, tokenizer.tokenizer_json, reporter.notice)
+    statistics: Statistics = {}
+    if learns:
+        statistics = input_statistics(checkpoint, tokens, partial(reporter.progress, "calibrate"))
+    if goal is None:
+        return _Measured(recipe=recipe, statistics=statistics)
+    choice = choose_bits(checkpoint, recipe, goal, tokens, statistics, reporter.progress)
+    reached = "" if choice.mean_kl is None else f", mean KL {choice.mean_kl:.4f} on the calibration text"
+    eight = ", ".join(choice.eight) or "none"
+    reporter.notice(f"8 bits: {eight}; {choice.bytes_per_weight:.3f} bytes a weight{reached}")
+    return _Measured(recipe=choice.recipe, statistics=statistics)

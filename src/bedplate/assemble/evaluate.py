@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bedplate.assemble.report import Reporter, load_torch
+from bedplate.bundle.manifest import ConstantInfo
 from bedplate.bundle.ptd import read_ptd
 from bedplate.bundle.store import AdapterEntry, Bundle
 from bedplate.errors import CheckpointError, NotFoundError, RunError
+from bedplate.model.spec import linear_shapes
+from bedplate.quantize.joined import parts_of
 from bedplate.runtime.effect import log_softmax
 from bedplate.runtime.engine import Engine
 
@@ -99,7 +102,7 @@ def _evaluate(
     hidden = hidden_states(
         checkpoint,
         texts,
-        updates=(lambda path: None) if entry is None else _updates(entry),
+        updates=(lambda path: None) if entry is None else _updates(entry, linear_shapes(checkpoint.spec)),
         progress=partial(reporter.progress, f"{label}: float model"),
     )
     head, sums, session = head_weight(checkpoint), _Sums(), engine.session(name)
@@ -146,27 +149,33 @@ class _Sums:
         )
 
 
-def _updates(entry: AdapterEntry) -> Callable[[str], Tensor | None]:
-    """Module path → B A of the adapter's branch there, float32 [out, in], as it is stored; None: it has none."""
+def _updates(entry: AdapterEntry, shapes: Mapping[str, tuple[int, int]]) -> Callable[[str], Tensor | None]:
+    """Module path → B A of the adapter's branch there, float32 [out, in], as it is stored; None: it has none.
+
+    shapes: of the linears of a layer, by their names in it.
+    """
     import torch
 
-    infos = {info.name: info for info in entry.info.constants}
+    infos: dict[str, list[ConstantInfo]] = {}
+    for info in entry.info.constants:
+        infos.setdefault(info.name.partition("#")[0], []).append(info)
+    holder = {part: name for name in infos for part in parts_of(name)}
     data = read_ptd(entry.weights)
 
-    def stored(name: str, dtype: type[np.generic]) -> NDArray[np.float32]:
-        info = infos[name]
-        return data.data(info.key).view(dtype).reshape(info.shape).astype(np.float32)
-
     def matrix(name: str) -> NDArray[np.float32]:
-        if name in infos:
-            return stored(name, np.float32)
-        return stored(f"{name}#codes", np.int8) * stored(f"{name}#scales", np.float32)
+        parts = [data.data(info.key).view(info.dtype).reshape(info.shape) for info in infos[name]]
+        # Of float32, or codes and the scales of their rows.
+        return reduce(np.multiply, (part.astype(np.float32) for part in parts))
 
     def update(path: str) -> Tensor | None:
-        a, b = (f"{path}.{half}.weight" for half in ("lora_a", "lora_b"))
-        if a not in infos and f"{a}#codes" not in infos:
+        a, b = (holder.get(f"{path}.{half}.weight") for half in ("lora_a", "lora_b"))
+        if a is None or b is None:
             return None
-        return torch.from_numpy(matrix(b) @ matrix(a))
+        # Joined matrices are multiplied as they are: the linears' updates lie one below the other.
+        together = [part.removesuffix(".lora_b.weight") for part in parts_of(b)]
+        rows = [shapes[linear.split(".", 2)[2]][0] for linear in together]
+        start = sum(rows[: together.index(path)])
+        return torch.from_numpy((matrix(b) @ matrix(a))[start : start + rows[together.index(path)]])
 
     return update
 

@@ -13,7 +13,7 @@ from bedplate.bundle import store
 from bedplate.cli.output import print_json, print_table, progress_bars, size, stderr
 from bedplate.compile.cache import UnitCache
 from bedplate.errors import AdapterError, NameTakenError, RecipeError
-from bedplate.quantize.recipe import METHOD, RECOVERY_RANK
+from bedplate.quantize.recipe import METHOD, RECOVERY_RANK, AdapterScheme
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")]
 CacheFolder = Annotated[
@@ -51,9 +51,19 @@ def build(
     recovery_rank: Annotated[
         int, typer.Option(help="Directions in which 4-bit weights get their error back; 0: none.")
     ] = RECOVERY_RANK,
+    bytes_per_weight: Annotated[
+        float | None,
+        typer.Option(help="Choose 8 bits instead of 4 where they help most, within so many bytes a weight."),
+    ] = None,
+    target_kl: Annotated[
+        float | None,
+        typer.Option(help="Choose 8 bits instead of 4 until the mean KL to the float model is so small."),
+    ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Text for the recovery to learn from; bedplate's own if absent."),
+        typer.Option(
+            metavar="FILE", help="Text to measure choices and recovery on; bedplate's own if absent."
+        ),
     ] = None,
     max_context: Annotated[int, typer.Option(help="Positions that a session can hold.")] = 2048,
     unit_cache: CacheFolder = None,
@@ -74,6 +84,8 @@ def build(
             head=head,
             overrides=_overrides(override or []),
             recovery_rank=recovery_rank,
+            bytes_per_weight=bytes_per_weight,
+            target_kl=target_kl,
             calibration=calibration,
             max_context=max_context,
             unit_cache=unit_cache,
@@ -94,7 +106,8 @@ def add(
         ),
     ] = None,
     quantize: Annotated[
-        Literal["none", "8da8w"], typer.Option(help="Of their matrices: float32, or 8 bits.")
+        AdapterScheme,
+        typer.Option(help="Of their matrices: 8 bits, or none: float32."),
     ] = "none",
     exact_rank: Annotated[
         bool,

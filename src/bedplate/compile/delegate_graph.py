@@ -18,19 +18,26 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
     XNNGraph,
 )
 
+from bedplate.compile.join_linears import join_linears, tensor_of
+
 
 @contextmanager
-def lean_delegates() -> Iterator[None]:
-    """Within this context, XNNPACK's preprocessing writes lean graphs."""
+def lean_delegates(symbol_of: Mapping[str, str]) -> Iterator[set[str]]:
+    """Within this context, XNNPACK's preprocessing writes lean graphs; gives the symbols of joined constants.
+
+    symbol_of: see `join_linears`.
+    """
     serialize = xnnpack_preprocess.serialize_xnnpack_binary
+    joined: set[str] = set()
 
     def serialize_lean(graph: XNNGraph, constant_data: bytearray) -> bytes:
         share_conversions(graph)
+        joined.update(join_linears(graph, symbol_of))
         return serialize(graph, constant_data)  # type: ignore[no-any-return]
 
     xnnpack_preprocess.serialize_xnnpack_binary = serialize_lean
     try:
-        yield
+        yield joined
     finally:
         xnnpack_preprocess.serialize_xnnpack_binary = serialize
 
@@ -41,7 +48,7 @@ def share_conversions(graph: XNNGraph) -> None:
     Results stay the same to the bit. Weight types count, for where XNNPACK has KleidiAI's kernels, it lays a
     converted value out as the linears that take it want it.
     """
-    values = {_tensor(value).id_out: value for value in graph.xvalues}
+    values = {tensor_of(value).id_out: value for value in graph.xvalues}
     kept: dict[str, int] = {}
     replaced: dict[int, int] = {}
     for node in graph.xnodes:
@@ -62,19 +69,15 @@ def share_conversions(graph: XNNGraph) -> None:
 
 def _weight_types(graph: XNNGraph, values: Mapping[int, Any], converted: int) -> set[int]:
     linears = (node.xnode_union for node in graph.xnodes if isinstance(node.xnode_union, XNNFullyConnected))
-    return {int(_tensor(values[one.filter_id]).datatype) for one in linears if one.input1_id == converted}
+    return {int(tensor_of(values[one.filter_id]).datatype) for one in linears if one.input1_id == converted}
 
 
 def _makes(operator: Any, outputs: Mapping[int, int]) -> bool:
     return isinstance(operator, XNNConvert) and operator.output_id in outputs
 
 
-def _tensor(value: Any) -> Any:
-    return getattr(value.xvalue_union, "tensor_value", value.xvalue_union)
-
-
 def _anonymous(value: Any) -> Any:
     """The value less its number."""
     value = copy.deepcopy(value)
-    _tensor(value).id_out = None
+    tensor_of(value).id_out = None
     return value

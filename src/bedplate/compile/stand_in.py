@@ -110,5 +110,9 @@ def _quantized(symbol: str, shape: torch.Size, scheme: Scheme) -> QuantizedWeigh
         rounded = rounded.to(torch.bfloat16).float()
     assert scheme.bits is not None
     return QuantizedWeight(
-        codes=torch.from_numpy(codes), scales=rounded, bits=scheme.bits, group_size=group_size
+        codes=torch.from_numpy(codes),
+        scales=rounded,
+        bits=scheme.bits,
+        group_size=group_size,
+        weight_only=scheme.weight_only,
     )

@@ -36,7 +36,7 @@ def fixed_constants(decoder: Decoder) -> dict[str, Constant]:
 def symbolize(raw: RawProgram, constants: Mapping[str, Constant], fixed: Mapping[str, Constant]) -> Lowered:
     """Replace every key by its symbol's placeholder. Raises LoweringError for a constant of other bytes than ours."""
     known = {**constants, **fixed}
-    symbol_of = {_executorch_key(constant): symbol for symbol, constant in known.items()}
+    symbol_of = executorch_keys(known)
     for key, data in raw.delegate_data.items():
         if symbol_of.get(key.removeprefix("scale_")) is None:
             raise LoweringError(
@@ -44,6 +44,7 @@ def symbolize(raw: RawProgram, constants: Mapping[str, Constant], fixed: Mapping
                 where=key,
                 hint="the installed executorch is not the one that bedplate was made for",
             )
+    symbol_of |= {placeholder(symbol): symbol for symbol in raw.joined}
     program = copy.copy(raw.program)
     used: dict[str, None] = {}
     program.backend_delegate_data = [
@@ -58,8 +59,9 @@ def symbolize(raw: RawProgram, constants: Mapping[str, Constant], fixed: Mapping
     )
 
 
-def _executorch_key(constant: Constant) -> str:
-    return hashlib.sha256(constant.data.data).hexdigest()
+def executorch_keys(constants: Mapping[str, Constant]) -> dict[str, str]:
+    """Symbols by ExecuTorch's keys, given constants by symbol."""
+    return {hashlib.sha256(constant.data.data).hexdigest(): symbol for symbol, constant in constants.items()}
 
 
 def _rename_payload(payload: bytes, symbol_of: Mapping[str, str], used: dict[str, None]) -> bytes:

@@ -34,24 +34,57 @@ def hidden_states(
     updates: what to add to the weight of the linear at a module path. progress(done, total) counts layers.
     Raises CheckpointError for values that are not finite.
     """
-    spec = checkpoint.spec
-    embedding = checkpoint.tensor("embed_tokens.weight")
-    hidden = [embedding[torch.tensor(ids)].float() for ids in texts]
-    del embedding
-    tables = rope_table(spec.rope, spec.head_dim, max(map(len, texts)))
-    cos, sin = (table[0].transpose(0, 1) for table in tables)  # [1, C, N]: heads come first here
-    names = [name.removeprefix("layers.0.") for name in checkpoint.shapes() if name.startswith("layers.0.")]
-    for layer in range(spec.n_layers):
-        progress(layer, spec.n_layers)
-        weights = {name: checked_tensor(checkpoint, f"layers.{layer}.{name}").float() for name in names}
-        for name in names:
+    states, n_layers = HiddenStates(checkpoint, texts, note=note), checkpoint.spec.n_layers
+    for layer in range(n_layers):
+        progress(layer, n_layers)
+        weights = layer_weights(checkpoint, layer)
+        for name in weights:
             update = updates(f"layers.{layer}.{name.removesuffix('.weight')}")
             weights[name] = weights[name] if update is None else weights[name] + update
-        run = _Layer(spec, weights, layer, note)
-        hidden = [run(x_SD, cos[:, : len(x_SD)], sin[:, : len(x_SD)]) for x_SD in hidden]
-    progress(spec.n_layers, spec.n_layers)
-    weight = checkpoint.tensor("norm.weight").float()
-    return [F.rms_norm(x_SD, (spec.dim,), weight, spec.norm_eps) for x_SD in hidden]
+        states.advance(layer, weights)
+    progress(n_layers, n_layers)
+    return states.normed()
+
+
+def layer_weights(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+    """A layer's parameters by their names in it, float32. Raises CheckpointError for values that are not finite."""
+    first = "layers.0."
+    names = [name.removeprefix(first) for name in checkpoint.shapes() if name.startswith(first)]
+    return {name: checked_tensor(checkpoint, f"layers.{layer}.{name}").float() for name in names}
+
+
+class HiddenStates:
+    """Texts (token ids) on their way through the layers: `advance` through each in turn, then `normed`.
+
+    activations: what is done to the input of each linear.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        texts: Sequence[Sequence[int]],
+        *,
+        note: Note = lambda layer, place, x: None,
+        activations: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:
+        self._checkpoint, self._note, self._activations = checkpoint, note, activations
+        spec = checkpoint.spec
+        embedding = checkpoint.tensor("embed_tokens.weight")
+        self._hidden = [embedding[torch.tensor(ids)].float() for ids in texts]
+        tables = rope_table(spec.rope, spec.head_dim, max(map(len, texts)))
+        self._cos, self._sin = (
+            table[0].transpose(0, 1) for table in tables
+        )  # [1, C, N]: heads come first here
+
+    def advance(self, layer: int, weights: Mapping[str, Tensor]) -> None:
+        """Through the layer of this index, with weights as `layer_weights` gives them."""
+        run = _Layer(self._checkpoint.spec, weights, layer, self._note, self._activations)
+        self._hidden = [run(x, self._cos[:, : len(x)], self._sin[:, : len(x)]) for x in self._hidden]
+
+    def normed(self) -> list[Tensor]:
+        """What the final norm gives for each text, float32 [S, dim]."""
+        spec, weight = self._checkpoint.spec, self._checkpoint.tensor("norm.weight").float()
+        return [F.rms_norm(x_SD, (spec.dim,), weight, spec.norm_eps) for x_SD in self._hidden]
 
 
 def head_weight(checkpoint: Checkpoint) -> Tensor:
@@ -67,8 +100,16 @@ def logits(hidden: Tensor, head: Tensor, *, rows: int = 64) -> Iterator[Tensor]:
 class _Layer:
     """One layer of float weights, by their names in it."""
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], index: int, note: Note) -> None:
-        self._spec, self._weights, self._index, self._note = spec, weights, index, note
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Tensor],
+        index: int,
+        note: Note,
+        activations: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._spec, self._weights, self._index = spec, weights, index
+        self._note, self._activations = note, activations
 
     def __call__(self, x_SD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = self._norm("input_layernorm", x_SD, "self_attn.input_correction")
@@ -90,7 +131,8 @@ class _Layer:
         return x
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
+        weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
+        return F.linear(self._activations(x), weight, bias)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(len(x), -1, self._spec.head_dim).transpose(0, 1)

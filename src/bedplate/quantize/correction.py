@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bedplate.quantize.plan import correction_scheme
-from bedplate.quantize.recipe import EIGHT_BIT, Scheme
+from bedplate.quantize.recipe import WEIGHT_ONLY, Scheme
 from bedplate.quantize.weights import QuantizedWeight, quantize_weight, quantize_with_offsets
 
 _OVERSAMPLING, _ITERATIONS = 8, 4  # of the randomized SVD (Halko et al., algorithm 4.4)
@@ -28,6 +28,14 @@ class Corrected:
     weights: Mapping[str, QuantizedWeight]
     directions: QuantizedWeight
     backs: Mapping[str, QuantizedWeight]
+
+    def dequantize(self) -> dict[str, Tensor]:
+        """What a linear and its correction compute with together, float32 [rows, columns], by name."""
+        directions = self.directions.dequantize()
+        return {
+            name: weight.dequantize() + self.backs[name].dequantize() @ directions
+            for name, weight in self.weights.items()
+        }
 
 
 def quantize_corrected(
@@ -93,7 +101,7 @@ def _correct(
     stored = directions.dequantize()
     backs = {
         name: quantize_weight(
-            _backs(stored, offsets.get(name), errors.get(name), groups, rms, len(weight)), EIGHT_BIT
+            _backs(stored, offsets.get(name), errors.get(name), groups, rms, len(weight)), WEIGHT_ONLY
         )
         for name, weight in weights.items()
     }

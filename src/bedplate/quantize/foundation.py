@@ -48,4 +48,11 @@ def pack_quantized(name: str, weight: QuantizedWeight, *, is_embedding: bool) ->
     codes, scales = weight.codes.numpy(), weight.scales.numpy()
     if is_embedding:
         return pack_embedding(name, codes, scales, bits=weight.bits)
-    return pack_linear(name, codes, scales, bits=weight.bits, group_size=weight.group_size)
+    return pack_linear(
+        name,
+        codes,
+        scales,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        weight_only=weight.weight_only,
+    )

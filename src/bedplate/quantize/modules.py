@@ -20,6 +20,8 @@ _Q = torch.ops.quantized_decomposed
 class QuantizedLinear(nn.Module):
     """y = x̂ Ŵᵀ + b: x quantized to 8 bits a row as it comes (asymmetric), W held as codes and scales.
 
+    A weight-only W takes x as it is.
+
     codes int8 [out, in]; scales float32 [out, groups], or [out] with one scale a row.
     """
 
@@ -32,7 +34,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         per_row = weight.scales.shape[1] == 1 and weight.group_size == weight.codes.shape[1]
         self.group_size = None if per_row else weight.group_size
-        self.bits = weight.bits
+        self.bits, self.weight_only = weight.bits, weight.weight_only
         self.out_features, self.in_features = weight.codes.shape
         scales = weight.scales.flatten() if per_row else weight.scales
         self.register_buffer("codes", weight.codes)
@@ -41,6 +43,8 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight_only:
+            return F.linear(x, self.dequantized_weight(), self.bias)
         scale, zero = _Q.choose_qparams_per_token_asymmetric(x, torch.int8)
         codes = _Q.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
         x = _Q.dequantize_per_token(codes, scale, zero, -128, 127, torch.int8, torch.float32)

@@ -34,10 +34,17 @@ def pack_float(name: str, value: NDArray[np.float32], *, is_tensor: bool) -> lis
 
 
 def pack_linear(
-    name: str, codes: NDArray[np.int8], scales: NDArray[np.float32], *, bits: int, group_size: int
+    name: str,
+    codes: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    *,
+    bits: int,
+    group_size: int,
+    weight_only: bool = False,
 ) -> list[Constant]:
     """Codes and scales of a linear, as XNNPACK reads them.
 
+    weight_only counts for the key alone: XNNPACK packs the same codes otherwise for inputs that stay float32.
     4 bits: two codes a byte, offset by 8, the even column low. Scales of groups are bfloat16, of rows float32.
     """
     rows, columns = codes.shape
@@ -45,7 +52,8 @@ def pack_linear(
     data = _bytes(pack_nibbles(codes, low_first=True) if bits == 4 else codes)
     scale_data = _bytes(scales.reshape(-1)) if per_row else _bfloat16_bytes(scales)
     scale_dtype = "float32" if per_row else "bfloat16"
-    layout = f"linear, {'row' if per_row else f'group {group_size}'} {scale_dtype} scales, symmetric"
+    groups = "row" if per_row else f"group {group_size}"
+    layout = f"linear, {groups} {scale_dtype} scales, symmetric{', weight only' if weight_only else ''}"
     dtype = "int4" if bits == 4 else "int8"
     return [
         Constant(

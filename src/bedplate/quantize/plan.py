@@ -12,7 +12,7 @@ from torch import nn
 from bedplate.errors import RecipeError
 from bedplate.model.decoder import Correction
 from bedplate.model.lora import is_lora_base, is_lora_branch
-from bedplate.quantize.recipe import EIGHT_BIT, Recipe, Scheme
+from bedplate.quantize.recipe import EIGHT_BIT, WEIGHT_ONLY, Recipe, Scheme
 
 
 def plan(model: nn.Module, recipe: Recipe) -> dict[str, Scheme]:
@@ -36,17 +36,27 @@ def plan(model: nn.Module, recipe: Recipe) -> dict[str, Scheme]:
                 schemes[path] = correction_scheme(leaf, module.in_features)
             else:
                 logical = path.removesuffix(".linear") if is_lora_base(path, modules) else path
-                scheme = _checked(logical, recipe.scheme_of(logical), module.in_features)
-                if logical == "lm_head" and scheme.method == "offset":
-                    scheme = replace(scheme, method="hqq")  # it has no correction that offsets could go into
+                scheme = head_scheme(recipe) if logical == "lm_head" else recipe.scheme_of(logical)
+                scheme = _checked(logical, scheme, module.in_features)
                 schemes[path] = foundation[logical] = scheme
     _check_rules(recipe, foundation)
     return schemes
 
 
+def head_scheme(recipe: Recipe) -> Scheme:
+    """The head's: it has no correction that offsets could go into."""
+    scheme = recipe.scheme_of("lm_head")
+    return replace(scheme, method="hqq") if scheme.method == "offset" else scheme
+
+
 def correction_scheme(leaf: str, width: int) -> Scheme:
-    """Directions are stored as the weights beside them, and so take the same quantized input; the rest has 8 bits."""
-    return Scheme(bits=4, group_size=32) if leaf == "directions" and width % 32 == 0 else EIGHT_BIT
+    """Directions are stored as the weights beside them, and so take the same quantized input.
+
+    What comes out of them is narrow: to quantize it would cost more time than 8-bit products save.
+    """
+    if leaf != "directions":
+        return WEIGHT_ONLY
+    return Scheme(bits=4, group_size=32) if width % 32 == 0 else EIGHT_BIT
 
 
 def _check_rules(recipe: Recipe, paths: Collection[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -11,7 +11,7 @@ from bedplate.errors import RecipeError
 from bedplate.model.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes
 
 Method = Literal["plain", "hqq", "offset"]
-AdapterScheme = Literal["none", "8da8w"]
+AdapterScheme = Literal["none", "8w"]
 
 # What a user gets who names neither. Measured: docs/recipes.md has the table.
 METHOD: Method = "offset"
@@ -25,11 +25,13 @@ class Scheme:
     bits: 4 or 8, or None for float32. group_size: columns that share a scale, or None for one scale a row.
     method: how scales of 4 bits are chosen: from the range (`plain`), by half-quadratic quantization (`hqq`), or so
         that the codes cover a group's own range from end to end (`offset`), whose middle then goes into a correction.
+    weight_only: of 8 bits: the activations stay float32. Else they are quantized to 8 bits a row as they come.
     """
 
     bits: Literal[4, 8] | None
     group_size: int | None = None
     method: Method = "plain"
+    weight_only: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -40,11 +42,14 @@ class Scheme:
     def __str__(self) -> str:
         if self.bits is None:
             return "float32"
-        return f"{self.bits} bit, {'a row' if self.group_size is None else f'group {self.group_size}'}"
+        scales = "a row" if self.group_size is None else f"group {self.group_size}"
+        return f"{self.bits} bit, {scales}{', weight only' if self.weight_only else ''}"
 
 
 FLOAT = Scheme(bits=None)
 EIGHT_BIT = Scheme(bits=8)
+WEIGHT_ONLY = Scheme(bits=8, weight_only=True)
+_ADAPTER_SCHEMES: dict[AdapterScheme, Scheme] = {"none": FLOAT, "8w": WEIGHT_ONLY}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +74,10 @@ class Recipe:
     recovery_rank: int = 0
 
     def __post_init__(self) -> None:
-        if self.adapter not in get_args(AdapterScheme):
+        if self.adapter not in _ADAPTER_SCHEMES:
             raise RecipeError(
                 f"unknown quantization of adapters {self.adapter!r}",
-                hint=f"choose one of: {', '.join(get_args(AdapterScheme))}",
+                hint=f"choose one of: {', '.join(_ADAPTER_SCHEMES)}",
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,21 +105,54 @@ class Recipe:
                 for name in names
             }
             corrected = [name for name in names if any(scheme.bits == 4 for scheme in schemes[name])]
-            offsets = {
-                shapes[name][1] // (scheme.group_size or shapes[name][1])
-                for name in corrected
-                for scheme in schemes[name]
-                if scheme.bits == 4 and scheme.method == "offset"
-            }
-            rank = max(offsets, default=0) + self.recovery_rank
+            used = {scheme for name in corrected for scheme in schemes[name] if scheme.bits == 4}
+            rank = self.correction_rank(used, shapes[names[0]][1])
             ranks |= dict.fromkeys(corrected if rank else (), rank)
         return ranks
 
+    def correction_rank(self, schemes: Iterable[Scheme], columns: int) -> int:
+        """Rank of the correction that linears of 4 bits and of one input share; 0: they have none."""
+        schemes = list(schemes)
+        offsets = [
+            columns // (scheme.group_size or columns) for scheme in schemes if scheme.method == "offset"
+        ]
+        return max(offsets, default=0) + self.recovery_rank if schemes else 0
+
+    def is_default_of(self, path: str) -> bool:
+        """Whether the linear at `path` has its scheme by the last two rules, for the head and for all."""
+        return not any(fnmatchcase(path, rule.pattern) for rule in self.rules[:-2])
+
+    def with_eight_bits(self, patterns: Iterable[str]) -> Recipe:
+        """The same but for the linears that match one of the patterns, where no earlier rule decides."""
+        chosen = tuple(Rule(pattern=pattern, scheme=EIGHT_BIT) for pattern in patterns)
+        return replace(self, rules=(*self.rules[:-2], *chosen, *self.rules[-2:]))
+
     def adapter_scheme(self) -> Scheme:
-        return FLOAT if self.adapter == "none" else EIGHT_BIT
+        return _ADAPTER_SCHEMES[self.adapter]
 
     def for_adapter(self, adapter: AdapterScheme) -> Recipe:
         return replace(self, adapter=adapter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """bytes_per_weight: at most this many for each weight of a linear, scales and corrections counted.
+    target_kl: at most this mean divergence from the float model, nats. One of the two.
+    """
+
+    bytes_per_weight: float | None = None
+    target_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.bytes_per_weight is None) == (self.target_kl is None):
+            raise RecipeError(
+                "bytes per weight and target KL are two goals",
+                hint="give one; `bedplate eval` tells what the other came to",
+            )
+        if (self.target_kl or self.bytes_per_weight or 0) <= 0:
+            raise RecipeError(
+                "a goal must be a positive number", hint="e.g. 0.7 bytes a weight, or a KL of 0.05"
+            )
 
 
 def make_recipe(

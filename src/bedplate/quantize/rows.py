@@ -26,4 +26,4 @@ def pack_branch(name: str, weight: NDArray[np.float32], scheme: AdapterScheme) -
     if scheme == "none":
         return pack_float(name, weight, is_tensor=False)
     codes, scales = quantize_rows(weight)
-    return pack_linear(name, codes, scales, bits=8, group_size=weight.shape[1])
+    return pack_linear(name, codes, scales, bits=8, group_size=weight.shape[1], weight_only=True)

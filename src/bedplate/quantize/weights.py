@@ -30,12 +30,14 @@ class QuantizedWeight:
     """A symmetric quantized matrix: W ≈ codes · scales, each scale over `group_size` columns of its row.
 
     codes: int8 [rows, columns], within [-8, 7] for 4 bits. scales: float32 [rows, groups].
+    weight_only: meant for inputs that stay float32.
     """
 
     codes: Tensor
     scales: Tensor
     bits: int
     group_size: int
+    weight_only: bool = False
 
     def dequantize(self) -> Tensor:
         """float32 [rows, columns]."""
@@ -55,7 +57,13 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     scales = torch.empty(rows, columns // group_size)
     for block in row_blocks(weight):
         codes[block], scales[block] = _quantize_block(weight[block].float(), scheme, group_size)
-    return QuantizedWeight(codes=codes, scales=scales, bits=scheme.bits, group_size=group_size)
+    return QuantizedWeight(
+        codes=codes,
+        scales=scales,
+        bits=scheme.bits,
+        group_size=group_size,
+        weight_only=scheme.weight_only,
+    )
 
 
 def quantize_with_offsets(

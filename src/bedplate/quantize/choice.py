@@ -1,0 +1,231 @@
+"""Which linears take 8 bits where the rest take 4: those whose 4 bits cost most, measured on a text.
+
+A choice is made for each linear of a layer, the same in all layers (a layer is compiled once), and for the head. The
+measure is the divergence of the next-token distribution from the float model's, with weights and activations rounded
+as the program rounds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bedplate.errors import RecipeError
+from bedplate.model.checkpoint import Checkpoint
+from bedplate.model.reference import HiddenStates, head_weight, layer_weights, logits, sequences
+from bedplate.model.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes
+from bedplate.quantize.calibration import Statistics
+from bedplate.quantize.correction import quantize_corrected
+from bedplate.quantize.plan import correction_scheme, head_scheme
+from bedplate.quantize.recipe import EIGHT_BIT, WEIGHT_ONLY, Goal, Recipe, Scheme
+from bedplate.quantize.weights import quantize_weight
+
+HEAD = "lm_head"
+_TOKENS = 2048  # of the text: a mean over so many positions tells linears apart, and more takes long
+_SEQUENCE = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """recipe: with 8 bits where they were chosen. eight: these linears. bytes_per_weight: what it comes to.
+    mean_kl: on the text, nats; None: it was no goal, and so was not measured.
+    """
+
+    recipe: Recipe
+    eight: tuple[str, ...]
+    bytes_per_weight: float
+    mean_kl: float | None
+
+
+def choose_bits(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    goal: Goal,
+    tokens: Sequence[int],
+    statistics: Statistics,
+    progress: Callable[[str, int, int], None],
+) -> Choice:
+    """Raise linears of `recipe` from 4 bits to 8, those first whose 4 bits cost most for the bytes they save.
+
+    A rule of the user's own stands. progress(stage, done, total) counts layers. Raises RecipeError for a goal that no
+    choice reaches, and for a recipe that leaves none.
+    """
+    names = candidates(recipe, checkpoint.spec)
+    if not names:
+        raise RecipeError("no linear is left to choose for", hint="--quantize 8da4w, and fewer overrides")
+    measure = partial(_divergences, checkpoint, recipe, tokens[:_TOKENS], statistics)
+    *alone, none = measure([*({name} for name in names), ()], partial(progress, "measure each linear"))
+    least = linear_bytes(recipe, checkpoint.spec)
+    more = [linear_bytes(_with_eight(recipe, [name]), checkpoint.spec) - least for name in names]
+    gain = {name: (kl - none) / nbytes for name, kl, nbytes in zip(names, alone, more, strict=True)}
+    worst = sorted(names, key=lambda name: -gain[name])
+    if goal.bytes_per_weight is not None:
+        return _within(recipe, checkpoint.spec, worst, goal.bytes_per_weight)
+    assert goal.target_kl is not None
+    fewer = [set(worst[count:]) for count in range(len(worst) + 1)]
+    reached = measure(fewer, partial(progress, "measure choices"))
+    for count, mean_kl in enumerate(reached):
+        if mean_kl <= goal.target_kl:
+            return _choice(recipe, checkpoint.spec, worst[:count], mean_kl)
+    raise RecipeError(
+        f"no choice of 4 and 8 bits comes to a mean KL of {goal.target_kl:g}: the least is {min(reached):.4f}",
+        hint="raise the target, or build with --quantize none",
+    )
+
+
+def candidates(recipe: Recipe, spec: ModelSpec) -> list[str]:
+    """The linears of a layer, by their names in it, and the head, that have 4 bits in all layers by default."""
+    paths = {
+        name: [f"layers.{layer}.{name}" for layer in range(spec.n_layers)] for name in linear_shapes(spec)
+    }
+    paths[HEAD] = [HEAD]
+    return [
+        name
+        for name, of_name in paths.items()
+        if all(recipe.is_default_of(path) and recipe.scheme_of(path).bits == 4 for path in of_name)
+    ]
+
+
+def linear_bytes(recipe: Recipe, spec: ModelSpec) -> float:
+    """Bytes of all linears, the head among them, with their scales and corrections."""
+    shapes, ranks = linear_shapes(spec), recipe.corrections(spec)
+    total = _scheme_bytes(recipe.scheme_of(HEAD), spec.vocab_size, spec.dim)
+    for layer in range(spec.n_layers):
+        for name, (rows, columns) in shapes.items():
+            total += _scheme_bytes(recipe.scheme_of(f"layers.{layer}.{name}"), rows, columns)
+            if name in ranks:
+                total += _scheme_bytes(WEIGHT_ONLY, rows, ranks[name])
+        for names in CORRECTED_TOGETHER.values():
+            for name in [name for name in names if name in ranks][:1]:
+                columns = shapes[name][1]
+                total += _scheme_bytes(correction_scheme("directions", columns), ranks[name], columns)
+    return total
+
+
+def _scheme_bytes(scheme: Scheme, rows: int, columns: int) -> float:
+    if scheme.bits is None:
+        return 4.0 * rows * columns
+    scales = 4 * rows if scheme.group_size is None else 2 * rows * columns / scheme.group_size
+    return rows * columns * scheme.bits / 8 + scales
+
+
+def _bytes_per_weight(recipe: Recipe, spec: ModelSpec) -> float:
+    of_layer = sum(rows * columns for rows, columns in linear_shapes(spec).values())
+    return linear_bytes(recipe, spec) / (spec.vocab_size * spec.dim + spec.n_layers * of_layer)
+
+
+def _with_eight(recipe: Recipe, names: Iterable[str]) -> Recipe:
+    return recipe.with_eight_bits(name if name == HEAD else f"layers.*.{name}" for name in names)
+
+
+def _within(recipe: Recipe, spec: ModelSpec, worst: Sequence[str], budget: float) -> Choice:
+    if (least := _bytes_per_weight(recipe, spec)) > budget:
+        raise RecipeError(
+            f"4 bits take {least:.4f} bytes a weight already, more than {budget:g}",
+            hint="raise the budget, or choose a larger --group-size",
+        )
+    eight: list[str] = []
+    for name in worst:
+        if _bytes_per_weight(_with_eight(recipe, [*eight, name]), spec) <= budget:
+            eight.append(name)
+    return _choice(recipe, spec, eight, None)
+
+
+def _choice(recipe: Recipe, spec: ModelSpec, eight: Sequence[str], mean_kl: float | None) -> Choice:
+    chosen = _with_eight(recipe, eight)
+    return Choice(
+        recipe=chosen,
+        eight=tuple(eight),
+        bytes_per_weight=_bytes_per_weight(chosen, spec),
+        mean_kl=mean_kl,
+    )
+
+
+def _divergences(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    tokens: Sequence[int],
+    statistics: Statistics,
+    fours: Sequence[Collection[str]],
+    progress: Callable[[int, int], None],
+) -> list[float]:
+    """Mean KL divergence from the float model for each set of `fours`, whose linears have 4 bits, the others 8.
+
+    All go through a layer together, so its weights are read and quantized once.
+    """
+    texts = sequences(tokens, _SEQUENCE)
+    exact = HiddenStates(checkpoint, texts)
+    rounded = [HiddenStates(checkpoint, texts, activations=eight_bit_rows) for _ in fours]
+    for layer in range(checkpoint.spec.n_layers):
+        progress(layer, checkpoint.spec.n_layers)
+        weights = layer_weights(checkpoint, layer)
+        four, eight = _quantized_layer(recipe, weights, layer, statistics)
+        exact.advance(layer, weights)
+        for names, states in zip(fours, rounded, strict=True):
+            mixed = {f"{name}.weight": four[name] if name in names else eight[name] for name in eight}
+            states.advance(layer, weights | mixed)
+    progress(checkpoint.spec.n_layers, checkpoint.spec.n_layers)
+    return _mean_kls(checkpoint, recipe, exact, list(zip(fours, rounded, strict=True)))
+
+
+def _quantized_layer(
+    recipe: Recipe, weights: Mapping[str, Tensor], layer: int, statistics: Statistics
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What each linear of a layer computes with, float32: by the recipe, and with 8 bits where that has 4."""
+    ours: dict[str, Tensor] = {}
+    eight: dict[str, Tensor] = {}
+    for place, together in CORRECTED_TOGETHER.items():
+        schemes = {name: recipe.scheme_of(f"layers.{layer}.{name}") for name in together}
+        values = {name: weights[f"{name}.weight"] for name in together}
+        for name, scheme in schemes.items():
+            fixed = scheme if scheme.bits != 4 else EIGHT_BIT
+            eight[name] = (
+                values[name] if fixed.bits is None else quantize_weight(values[name], fixed).dequantize()
+            )
+        in_four = {name: scheme for name, scheme in schemes.items() if scheme.bits == 4}
+        rank = recipe.correction_rank(in_four.values(), values[together[0]].shape[1])
+        if rank:
+            rms = statistics.get(f"layers.{layer}.{place}")
+            ours |= quantize_corrected(
+                {n: values[n] for n in in_four}, in_four, rank=rank, rms=rms
+            ).dequantize()
+        else:
+            ours |= {n: quantize_weight(values[n], scheme).dequantize() for n, scheme in in_four.items()}
+    return eight | ours, eight
+
+
+def eight_bit_rows(x: Tensor) -> Tensor:
+    """The input of a quantized linear as it sees it, float32 [S, in]: each row rounded to 8 bits, asymmetric."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).eps)
+    zero = (-128 - low / scale).round().clamp(-128, 127)
+    return ((x / scale + zero).round().clamp(-128, 127) - zero) * scale
+
+
+def _mean_kls(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    exact: HiddenStates,
+    rounded: Sequence[tuple[Collection[str], HiddenStates]],
+) -> list[float]:
+    head, scheme = head_weight(checkpoint), head_scheme(recipe)
+    fixed = scheme if scheme.bits != 4 else EIGHT_BIT
+    heads = {
+        False: head if fixed.bits is None else quantize_weight(head, fixed).dequantize(),
+        True: head if scheme.bits is None else quantize_weight(head, scheme).dequantize(),
+    }
+    theirs, ours = exact.normed(), [states.normed() for _, states in rounded]
+    of_set = [heads[HEAD in names] for names, _ in rounded]
+    sums = [0.0] * len(rounded)
+    for text, states in enumerate(theirs):
+        mine = [logits(eight_bit_rows(one[text]), weight) for one, weight in zip(ours, of_set, strict=True)]
+        for block in zip(logits(states, head), *mine, strict=True):
+            log_p, *others = (F.log_softmax(rows, dim=-1) for rows in block)
+            for index, log_q in enumerate(others):
+                sums[index] += float((log_p.exp() * (log_p - log_q)).sum())
+    return [total / sum(map(len, theirs)) for total in sums]
