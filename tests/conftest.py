@@ -50,8 +50,8 @@ def build_toy(tmp_path_factory: pytest.TempPathFactory, toy_model: Path, unit_ca
 def toy_bundle(build_toy: BuildToy, toy_adapters: dict[str, Path], unit_cache: Path) -> bedplate.Bundle:
     """8da4w, with the adapters `all` and `all2` in float32 and `all8` in 8 bits. Not to be changed."""
     bundle = build_toy()
-    bundle.add(toy_adapters["all"], name="all", unit_cache=unit_cache)
-    bundle.add(toy_adapters["all2"], name="all2", unit_cache=unit_cache)
+    bundle.add(toy_adapters["all"], name="all", quantize="none", unit_cache=unit_cache)
+    bundle.add(toy_adapters["all2"], name="all2", quantize="none", unit_cache=unit_cache)
     bundle.add(toy_adapters["all"], name="all8", quantize="8w", unit_cache=unit_cache)
     return bundle
 

@@ -64,7 +64,7 @@ def test_recovery_stands_beside_adapters(
     bundle = build_toy(recovery_rank=4)
     adapter = None if name is None else toy_adapters[name]
     if adapter is not None:
-        bundle.add(adapter, name="all", unit_cache=unit_cache)
+        bundle.add(adapter, name="all", quantize="none", unit_cache=unit_cache)
     assert not any("correction" in c.name for e in bundle.adapters.values() for c in e.info.constants)
     expected = eager_logits(eager_decoder(toy_model, bundle, adapter), TOKENS).numpy()
     with Engine(bundle, threads=1) as engine:
@@ -162,7 +162,7 @@ def test_bundles_built_twice_are_byte_identical(
 ) -> None:
     again = build_toy()
     before = again.foundation.read_bytes()
-    again.add(toy_adapters["all"], name="all", unit_cache=unit_cache)
+    again.add(toy_adapters["all"], name="all", quantize="none", unit_cache=unit_cache)
     assert again.foundation.read_bytes() == before
     for path in (
         "foundation.ptd",

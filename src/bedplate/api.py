@@ -24,14 +24,14 @@ class Bundle(store.Bundle):
         adapter: str | Path,
         *,
         name: str,
-        quantize: AdapterScheme = "none",
+        quantize: AdapterScheme | None = None,
         exact_rank: bool = False,
         unit_cache: str | Path | None = None,
         reporter: Reporter = SILENT,
     ) -> store.AdapterEntry:
         """Pack a PEFT adapter folder against this bundle's foundation and add it as `name`.
 
-        quantize: `none` keeps A and B in float32, `8w` stores them in 8 bits.
+        quantize: `8w` stores A and B in 8 bits, `none` in float32; None: in 8 bits, unless the foundation is float32.
         exact_rank: compile for the adapter's own rank, even if units of a somewhat higher one are there.
         unit_cache: folder of compiled units; None is the user's cache folder.
         Raises a BedplateError that says what does not fit; the bundle is then as it was.
@@ -49,7 +49,7 @@ class Bundle(store.Bundle):
         self,
         adapters: Mapping[str, str | Path],
         *,
-        quantize: AdapterScheme = "none",
+        quantize: AdapterScheme | None = None,
         exact_rank: bool = False,
         unit_cache: str | Path | None = None,
         reporter: Reporter = SILENT,

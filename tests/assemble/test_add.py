@@ -112,7 +112,7 @@ def test_a_model_whose_layers_differ_is_lowered_as_a_whole(
     build_toy(overrides={"layers.1.*": "none"}, reporter=again)
     assert again.notices == [], "the program of this very structure is kept"
 
-    mixed.add(toy_adapters["all"], name="all", unit_cache=unit_cache)
+    mixed.add(toy_adapters["all"], name="all", quantize="none", unit_cache=unit_cache)
     sharing(mixed)
     for name in (None, "all"):
         adapter = None if name is None else toy_adapters[name]

@@ -36,7 +36,7 @@ def deep_bundle(
 ) -> tuple[Bundle, Path]:
     bundle = build_toy(deep_model)
     adapter = save_adapter(tmp_path_factory.mktemp("deep_adapter"), deep_model, seed=5)
-    bundle.add(adapter, name="float", unit_cache=unit_cache)
+    bundle.add(adapter, name="float", quantize="none", unit_cache=unit_cache)
     bundle.add(adapter, name="8bit", quantize="8w", unit_cache=unit_cache)
     return bundle, adapter
 

@@ -30,7 +30,7 @@ def quantized_bundle(
     out = tmp_path_factory.mktemp("smollm2") / "quantized.bundle"
     bundle = bedplate.build(smollm2, out, unit_cache=unit_cache)
     for name, folder in adapters.items():
-        bundle.add(folder, name=name, unit_cache=unit_cache)
+        bundle.add(folder, name=name, quantize="none", unit_cache=unit_cache)
     bundle.add(adapters["extract"], name="extract8", quantize="8w", unit_cache=unit_cache)
     return bundle
 
@@ -43,7 +43,7 @@ def float_bundle(
     out = tmp_path_factory.mktemp("smollm2") / "float.bundle"
     bundle = bedplate.build(smollm2, out, quantize="none", unit_cache=unit_cache)
     for name, folder in adapters.items():
-        bundle.add(folder, name=name, unit_cache=unit_cache)
+        bundle.add(folder, name=name, quantize="none", unit_cache=unit_cache)
     return bundle
 
 

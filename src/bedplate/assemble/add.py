@@ -22,7 +22,7 @@ from bedplate.link.linker import Template, link
 from bedplate.model.adapter import Adapter, read_adapter
 from bedplate.model.spec import spec_from_dict
 from bedplate.quantize.joined import joined
-from bedplate.quantize.recipe import AdapterScheme, recipe_from_dict
+from bedplate.quantize.recipe import AdapterScheme, default_adapter_scheme, recipe_from_dict
 from bedplate.quantize.rows import pack_branch
 
 # Zeros are computed with like any number: a rank is at most doubled for want of units, or raised to this.
@@ -33,13 +33,14 @@ def add_adapters(
     bundle: Bundle,
     sources: Mapping[str, Path],
     *,
-    quantize: AdapterScheme,
+    quantize: AdapterScheme | None,
     exact_rank: bool,
     cache: UnitCache,
     reporter: Reporter,
 ) -> None:
     """Pack PEFT adapters against the bundle's foundation and add them under the names in `sources`: all or none.
 
+    quantize: None stands for the default beside the bundle's recipe.
     exact_rank: compile units for a rank that has none, where a larger rank that has some would do with zeros.
     Raises AdapterError, UnsupportedError, NameTakenError, NotFoundError, LoweringError; whatever is raised, the
     bundle is as it was.
@@ -50,7 +51,8 @@ def add_adapters(
     adapters = {name: read_adapter(source, spec) for name, source in sources.items()}
     tokenizer = bundle.manifest.tokenizer
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
-    packer = _Packer(bundle, quantize, templates, exact_rank)
+    scheme = quantize or default_adapter_scheme(recipe_from_dict(bundle.manifest.recipe))
+    packer = _Packer(bundle, scheme, templates, exact_rank)
     bundle.add_adapters({name: partial(packer.write, name, adapter) for name, adapter in adapters.items()})
 
 

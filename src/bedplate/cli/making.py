@@ -106,9 +106,11 @@ def add(
         ),
     ] = None,
     quantize: Annotated[
-        AdapterScheme,
-        typer.Option(help="Of their matrices: 8 bits, or none: float32."),
-    ] = "none",
+        AdapterScheme | None,
+        typer.Option(
+            help="Of their matrices: 8w (8 bits) or none (float32); if absent, 8w unless the base is float32."
+        ),
+    ] = None,
     exact_rank: Annotated[
         bool,
         typer.Option("--exact-rank", help="Compile for this very rank, even if a higher one would do."),

@@ -209,6 +209,11 @@ def make_recipe(
     )
 
 
+def default_adapter_scheme(recipe: Recipe) -> AdapterScheme:
+    """How adapters beside a foundation of this recipe are stored unless the user says: float32 only beside float32."""
+    return "none" if recipe.name == "none" else "8w"
+
+
 def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     """The inverse of `Recipe.to_dict`."""
     return Recipe(
