@@ -1,12 +1,14 @@
 """Speed and memory of running, beside ExecuTorch's own runtime, llama.cpp and OpenVINO, in one run.
 
-    python benchmarks/runtime.py BUNDLE --adapter NAME --adapter8 NAME [--other PYTHON --gguf FILE --openvino FOLDER]
+    python benchmarks/runtime.py BUNDLE --machine WORDS --adapter NAME --adapter8 NAME
+        [--stock FILE] [--other PYTHON --gguf FILE --openvino FOLDER]
 
-BUNDLE holds a rank-16 adapter on all seven linears twice: in float32 (--adapter) and in 8 bits (--adapter8). PYTHON
-is that of an environment with `openvino-genai` and `llama-cpp-python`; FILE is the model as Q4_0, FOLDER what
-`optimum-cli export openvino` made. Each system runs in a process of its own, with 2 threads, and all take turns for
-several rounds: the best of a system's rounds counts, for what else the machine does only takes away. Prints a Markdown
-table and writes runtime.json beside this file.
+BUNDLE holds a rank-16 adapter on all seven linears twice: in float32 (--adapter) and in 8 bits (--adapter8). The file
+--stock is the program that ExecuTorch's `export_llm` makes of the model (build.py has it made). PYTHON is that of an
+environment with `openvino-genai` and `llama-cpp-python`; FILE is the model as Q4_0, FOLDER what `optimum-cli export
+openvino` made. Each system runs in a process of its own, with 2 threads, and all take turns for several rounds: the
+best of a system's rounds counts, for what else the machine does only takes away. Prints a Markdown table, and writes
+its figures under WORDS into runtime.json beside this file.
 """
 
 from __future__ import annotations
@@ -57,6 +59,14 @@ for name, key in ((adapter, "float32"), (adapter8, "8bit")):
     found[f"adapter_{key}_mb"] = resident() - before
     found[f"decode_{key}"] = max(decode(used, 16, 200) for _ in range(2))
     found[f"prefill_{key}"] = 241 / min(seconds(lambda: (used.reset(), used.step(PROMPT[:241]))) for _ in range(3))
+sessions = {"base": session, "float32": engine.session(adapter), "8bit": engine.session(adapter8)}
+steps = {name: [] for name in sessions}
+for _ in range(100):  # in turns, so that what else the machine does hits all alike
+    for name, one in sessions.items():
+        one.reset(); one.step(PROMPT[:16])
+        steps[name] += [seconds(lambda: one.step([PROMPT[i]])) for i in range(8)]
+quartile = {name: sorted(times)[len(times) // 4] for name, times in steps.items()}
+for key in ("float32", "8bit"): found[f"decode_{key}_ratio"] = quartile["base"] / quartile[key]
 session.reset()
 found["switch_ms"] = 1e3 * min(seconds(lambda: session.use(name)) for name in (adapter, adapter8) * 50)
 print(json.dumps(found))
@@ -121,6 +131,8 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--adapter8", required=True)
+    parser.add_argument("--machine", required=True, help="in a few words: figures are kept by it")
+    parser.add_argument("--stock", type=Path, help="a program of ExecuTorch's export_llm")
     parser.add_argument("--other", type=Path, help="python of an environment with llama.cpp and OpenVINO")
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--openvino", type=Path)
@@ -132,6 +144,8 @@ def main() -> None:
             *(sys.executable, STOCK, str(bundle / "base.pte"), str(bundle / "foundation.ptd"))
         ],
     }
+    if options.stock:
+        systems["ExecuTorch's export_llm and runtime"] = [sys.executable, STOCK, str(options.stock), ""]
     if options.gguf:
         systems["llama.cpp Q4_0"] = [str(options.other), LLAMA_CPP, str(options.gguf)]
     if options.openvino:
@@ -143,8 +157,10 @@ def main() -> None:
             rounds[name].append(figures(python, script, arguments))
     rows = {name: best(found) for name, found in rounds.items()}
     rows["bedplate"]["first_token_ms"] = min(first_token(bundle) for _ in range(5))
-    text = json.dumps({"date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=2)
-    (Path(__file__).parent / "runtime.json").write_text(text + "\n")
+    file = Path(__file__).parent / "runtime.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results[options.machine] = {"date": time.strftime("%Y-%m-%d"), "rows": rows}
+    file.write_text(json.dumps(results, indent=2) + "\n")
     print_table(rows)
 
 
