@@ -173,6 +173,9 @@ def test_a_model_that_cannot_be_built(
         ({"embedding": "2"}, "unknown bits of the embedding"),
         ({"head": "8da2w"}, "unknown quantization '8da2w'"),
         ({"overrides": {"*.dwon_proj": "8da8w"}}, "matches no linear"),
+        ({"target_kl": 1e-9}, "no choice of 4 and 8 bits comes to a mean KL of 1e-09"),
+        ({"bytes_per_weight": 0.5}, "4 bits take 0.6476 bytes a weight already"),
+        ({"quantize": "8da8w", "target_kl": 0.1}, "no linear is left to choose for"),
     ],
     ids=str,
 )

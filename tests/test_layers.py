@@ -91,7 +91,7 @@ import shutil, sys
 import bedplate
 bundle, copy, adapter, cache = sys.argv[1:]
 opened = bedplate.Bundle.open(shutil.copytree(bundle, copy))
-opened.add(adapter, name="new", unit_cache=cache)
+opened.add(adapter, name="new", quantize="none", unit_cache=cache)
 opened.add(adapter, name="new8", quantize="8w", unit_cache=cache)
 with bedplate.Engine(opened) as engine:
     for name in (None, "new", "new8"):

@@ -65,6 +65,18 @@ def test_a_small_rank_is_not_filled_up_beyond_reason(bundle: Bundle, toy_model: 
     assert bundle.add(nine, name="nine", unit_cache=cache).info.unit_rank == 17
 
 
+def test_matrices_have_8_bits_unless_the_foundation_is_float32(
+    bundle: Bundle, build_toy: BuildToy, toy_adapters: dict[str, Path], unit_cache: Path
+) -> None:
+    of_float = build_toy(quantize="none")
+    found = {}
+    for name, one in (("quantized", bundle), ("float", of_float)):
+        entry = one.add(toy_adapters["all"], name="all", unit_cache=unit_cache)
+        stored = {c.dtype for c in entry.info.constants if c.name.partition("#")[0].endswith("lora_a.weight")}
+        found[name] = (entry.info.dtype, "int8" in stored)
+    assert found == {"quantized": ("8w", True), "float": ("float32", False)}
+
+
 def test_several_at_once(bundle: Bundle, toy_adapters: dict[str, Path], unit_cache: Path) -> None:
     entries = bundle.add_all({"a": toy_adapters["all"], "b": toy_adapters["all2"]}, unit_cache=unit_cache)
     assert [entry.name for entry in entries] == ["a", "b"] == sorted(Bundle.open(bundle.path).adapters)
@@ -75,7 +87,7 @@ def test_several_are_what_they_are_alone(
     bundle: Bundle, toy_bundle: Bundle, toy_adapters: dict[str, Path], unit_cache: Path
 ) -> None:
     names = ("all", "all2")
-    bundle.add_all({name: toy_adapters[name] for name in names}, unit_cache=unit_cache)
+    bundle.add_all({name: toy_adapters[name] for name in names}, quantize="none", unit_cache=unit_cache)
     for name in names:
         there, here = toy_bundle.adapters[name], bundle.adapters[name]
         assert here.weights.read_bytes() == there.weights.read_bytes()

@@ -265,6 +265,8 @@ def test_bad_input_to_build(
     failed(command("build", toy_model, "-o", out, "--group-size", 33), "group size 33")
     failed(command("build", toy_model, "-o", out, "--override", "lm_head"), "PATTERN=SCHEME")
     failed(command("build", toy_model, "-o", out, "--override", "lm_head=2bit"), "2bit", "8da4w, 8da8w, none")
+    failed(command("build", toy_model, "-o", out, "--target-kl", 0.1, "--bytes-per-weight", 0.7), "give one")
+    failed(command("build", toy_model, "-o", out, "--target-kl", 0), "positive")
     failed(command("build", toy_model, "-o", out, "--max-context", 100_000), "--max-context")
     failed(
         command("build", toy_model, "-o", toy_bundle.path, "--max-context", 128), "there already", "--force"

@@ -134,3 +134,23 @@ def test_eight_bit_rows_are_what_a_quantized_linear_sees() -> None:
     x = torch.randn(50, 64) * torch.logspace(-3, 3, 50)[:, None] + torch.linspace(-2, 5, 50)[:, None]
     exact = eight_bit_rows(x) @ linear.dequantized_weight().T
     torch.testing.assert_close(linear(x), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_build_chose_and_what_it_ignores_is_told(build_toy: BuildToy, tmp_path: Path) -> None:
+    class Notices:
+        def __init__(self) -> None:
+            self.told: list[str] = []
+
+        def progress(self, stage: str, done: int, total: int | None) -> None:
+            pass
+
+        def notice(self, text: str) -> None:
+            self.told.append(text)
+
+    chosen, ignored = Notices(), Notices()
+    build_toy(method="hqq", bytes_per_weight=0.7, reporter=chosen)
+    assert any(text.startswith("8 bits: ") and "bytes a weight" in text for text in chosen.told)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    build_toy(method="hqq", calibration=text, reporter=ignored)
+    assert any("the calibration text has no effect" in text for text in ignored.told)
