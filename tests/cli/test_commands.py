@@ -90,7 +90,7 @@ def test_build_add_list_remove(
     sizes = [(out / "adapters/all" / name).stat().st_size for name in ("program.pte", "weights.ptd")]
     assert listed["bytes"] == sum(sizes)
     assert (listed["name"], listed["rank"], listed["alpha"]) == ("all", 4, 8.0)
-    assert (listed["dtype"], len(listed["targets"])) == ("float32", 7)
+    assert (listed["dtype"], len(listed["targets"])) == ("8w", 7)
 
     removed = command("remove", out, "all")
     assert (removed.code, removed.out, removed.err) == (0, "", "removed all\n")

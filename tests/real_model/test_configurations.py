@@ -43,11 +43,14 @@ def test_float_program_with_foundation_and_adapter_files(float_bundle: Bundle) -
 
 
 def test_quantized_base_with_its_foundation(quantized_bundle: Bundle) -> None:
+    """Of three capitals two: with 135M parameters, what one CPU rounds otherwise than the next can cost an answer."""
+    capitals = {"Japan": "Tokyo", "England": "London", "Russia": "Moscow"}
     with Engine(quantized_bundle) as engine:
-        answer = engine.session().generate(
-            [{"role": "user", "content": "What is the capital of France?"}], max_tokens=30
-        )
-    assert "Paris" in answer
+        right = 0
+        for country, capital in capitals.items():
+            question = {"role": "user", "content": f"What is the capital of {country}?"}
+            right += capital in engine.session().generate([question], max_tokens=30)
+    assert right >= 2
 
 
 @pytest.mark.parametrize("name", ["extract", "extract8"])
