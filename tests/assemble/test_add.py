@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 from eager import eager_decoder, eager_logits
+from recorder import Recorder
 from toy import BuildToy, save_adapter
 
 from bedplate import Bundle, Engine
@@ -15,20 +15,6 @@ from bedplate.bundle.usage import sharing
 from bedplate.errors import AdapterError, NameTakenError, NotFoundError
 
 TOKENS = [5, 17, 101, 3, 250, 77, 8, 8, 19, 300, 2, 45]
-
-
-@dataclass
-class Recorder:
-    """A `Reporter` that remembers."""
-
-    stages: list[str] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-
-    def progress(self, stage: str, done: int, total: int | None) -> None:
-        self.stages.append(stage)
-
-    def notice(self, text: str) -> None:
-        self.notices.append(text)
 
 
 def logits(bundle: Bundle, name: str | None) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -44,20 +43,6 @@ def lowered(module: nn.Module, path: Path) -> StockProgram:
     )
     edge.to_executorch().save(str(path))
     return StockProgram(path)
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[XNNGraph]:
-    """The graphs that are written from here on."""
-    written: list[XNNGraph] = []
-    serialize = xnnpack_preprocess.serialize_xnnpack_binary
-
-    def note(graph: XNNGraph, constant_data: bytearray) -> Any:
-        written.append(graph)
-        return serialize(graph, constant_data)
-
-    monkeypatch.setattr(xnnpack_preprocess, "serialize_xnnpack_binary", note)
-    return written
 
 
 def conversions(graph: XNNGraph) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import XNNGraph
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from torch import Tensor, nn
@@ -56,20 +55,6 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.get_submodule(name)(x) for name in WIDTHS)
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[XNNGraph]:
-    """The graphs that are written from here on."""
-    written: list[XNNGraph] = []
-    serialize = xnnpack_preprocess.serialize_xnnpack_binary
-
-    def note(graph: XNNGraph, constant_data: bytearray) -> Any:
-        written.append(graph)
-        return serialize(graph, constant_data)
-
-    monkeypatch.setattr(xnnpack_preprocess, "serialize_xnnpack_binary", note)
-    return written
 
 
 def graph_of(module: Attention, graphs: list[XNNGraph]) -> XNNGraph:

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from eager import eager_logits
+from recorder import Recorder
 from toy import BuildToy
 
 from bedplate.errors import RecipeError
 from bedplate.model.checkpoint import Checkpoint, open_checkpoint
 from bedplate.model.load import float_decoder
+from bedplate.quantize.activations import eight_bit_rows
 from bedplate.quantize.choice import HEAD, candidates, choose_bits, linear_bytes
 from bedplate.quantize.eager import quantize_decoder
 from bedplate.quantize.modules import QuantizedLinear
@@ -128,8 +130,6 @@ def test_a_choice_is_built_and_the_same_built_twice(build_toy: BuildToy) -> None
 
 def test_eight_bit_rows_are_what_a_quantized_linear_sees() -> None:
     torch.manual_seed(0)
-    from bedplate.quantize.choice import eight_bit_rows
-
     linear = QuantizedLinear(quantize_weight(torch.eye(64), EIGHT_BIT))
     x = torch.randn(50, 64) * torch.logspace(-3, 3, 50)[:, None] + torch.linspace(-2, 5, 50)[:, None]
     exact = eight_bit_rows(x) @ linear.dequantized_weight().T
@@ -137,20 +137,10 @@ def test_eight_bit_rows_are_what_a_quantized_linear_sees() -> None:
 
 
 def test_what_a_build_chose_and_what_it_ignores_is_told(build_toy: BuildToy, tmp_path: Path) -> None:
-    class Notices:
-        def __init__(self) -> None:
-            self.told: list[str] = []
-
-        def progress(self, stage: str, done: int, total: int | None) -> None:
-            pass
-
-        def notice(self, text: str) -> None:
-            self.told.append(text)
-
-    chosen, ignored = Notices(), Notices()
+    chosen, ignored = Recorder(), Recorder()
     build_toy(method="hqq", bytes_per_weight=0.7, reporter=chosen)
-    assert any(text.startswith("8 bits: ") and "bytes a weight" in text for text in chosen.told)
+    assert any(text.startswith("8 bits: ") and "bytes a weight" in text for text in chosen.notices)
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 100)
     build_toy(method="hqq", calibration=text, reporter=ignored)
-    assert any("the calibration text has no effect" in text for text in ignored.told)
+    assert any("the calibration text has no effect" in text for text in ignored.notices)

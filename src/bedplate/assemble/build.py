@@ -68,7 +68,8 @@ def build_bundle(
             hint=f"choose --max-context between 1 and {checkpoint.spec.max_positions}",
         )
     # Known, and refused where need be, before anything is measured or compiled.
-    plan(expected_model(checkpoint.spec), recipe)
+    named = expected_model(checkpoint.spec)
+    plan(named, recipe)
     measured = _measure(checkpoint, tokenizer, recipe.for_adapter("none"), goal, calibration, reporter)
     structure = Structure(
         spec=checkpoint.spec,
@@ -77,7 +78,7 @@ def build_bundle(
         max_chunk=min(MAX_CHUNK, max_context),
         ranks={},
     )
-    schemes = plan(expected_model(checkpoint.spec), structure.recipe)
+    schemes = plan(named, structure.recipe)
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
 
     def write(folder: Path) -> BundleFacts:

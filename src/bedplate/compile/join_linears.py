@@ -113,7 +113,7 @@ class _Joiner:
         graph = self._graph
         kept: dict[int, int] = {0: 0}  # the first stands for: no constant
         for value in graph.xvalues:
-            tensor, params = tensor_of(value), getattr(value.xvalue_union, "quant_params", None)
+            tensor, params = tensor_of(value), _quant_params(value)
             tensor.constant_buffer_idx = kept.setdefault(tensor.constant_buffer_idx, len(kept))
             if params is not None and getattr(params, "scale_buffer_idx", -1) > 0:
                 params.scale_buffer_idx = kept.setdefault(params.scale_buffer_idx, len(kept))
@@ -125,7 +125,7 @@ class _Joiner:
     def _kind(self, linear: Any) -> Hashable:
         """What linears must have in common to become one."""
         weight = self._value(linear.filter_id)
-        params = getattr(weight.xvalue_union, "quant_params", None)
+        params = _quant_params(weight)
         name = self._symbol(tensor_of(weight).constant_buffer_idx)
         return (
             None if name is None else kin(name),
@@ -137,9 +137,7 @@ class _Joiner:
         )
 
     def _has_groups(self, linear: Any) -> bool:
-        return isinstance(
-            getattr(self._value(linear.filter_id).xvalue_union, "quant_params", None), PerChannelGroupQuant
-        )
+        return isinstance(_quant_params(self._value(linear.filter_id)), PerChannelGroupQuant)
 
     def _join(self, nodes: Sequence[XNode], way: Way, input_id: int) -> bool:
         linears = [node.xnode_union for node in nodes]
@@ -190,7 +188,7 @@ class _Joiner:
         if way == DIAGONAL and tensor.num_dims == 2:
             tensor.dims[1] = sum(one.dims[1] for one in tensors)
         tensor.constant_buffer_idx = self._join_buffers([one.constant_buffer_idx for one in tensors], way)
-        if (params := getattr(whole.xvalue_union, "quant_params", None)) is not None:
+        if (params := _quant_params(whole)) is not None:
             every = [self._value(index).xvalue_union.quant_params for index in ids]
             params.num_scales = sum(one.num_scales for one in every)
             params.scale_buffer_idx = self._join_buffers([one.scale_buffer_idx for one in every], way)
@@ -237,6 +235,11 @@ class _Joiner:
 def tensor_of(value: Any) -> Any:
     """The XNNTensorValue of an XValue, quantized or not."""
     return getattr(value.xvalue_union, "tensor_value", value.xvalue_union)
+
+
+def _quant_params(value: Any) -> Any:
+    """The quantization parameters of an XValue; None: it holds floats."""
+    return getattr(value.xvalue_union, "quant_params", None)
 
 
 def _ids(operator: Any) -> Iterator[tuple[str, int]]:

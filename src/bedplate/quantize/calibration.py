@@ -16,7 +16,7 @@ from bedplate.model.reference import hidden_states, sequences
 SHIPPED_TEXT = Path(__file__).with_name("calibration.txt")
 FEW_TOKENS = 512  # fewer than this are said to be few
 MOST_TOKENS = 8192  # of a longer text the beginning counts: all its hidden states are in memory at once
-_SEQUENCE = 512
+SEQUENCE = 512
 
 # Root mean square of each column of a linear's input, float32 [columns], by the module path of its correction.
 Statistics = Mapping[str, Tensor]
@@ -61,5 +61,5 @@ def input_statistics(
         path = f"layers.{layer}.{place}"
         sums[path] = sums.get(path, torch.zeros(x_SD.shape[1])) + x_SD.square().sum(0)
 
-    hidden_states(checkpoint, sequences(tokens, _SEQUENCE), note=note, progress=progress)
+    hidden_states(checkpoint, sequences(tokens, SEQUENCE), note=note, progress=progress)
     return {path: (total / len(tokens)).sqrt() for path, total in sums.items()}

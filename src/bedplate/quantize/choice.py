@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,7 +18,8 @@ from bedplate.errors import RecipeError
 from bedplate.model.checkpoint import Checkpoint
 from bedplate.model.reference import HiddenStates, head_weight, layer_weights, logits, sequences
 from bedplate.model.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes
-from bedplate.quantize.calibration import Statistics
+from bedplate.quantize.activations import eight_bit_rows
+from bedplate.quantize.calibration import SEQUENCE, Statistics
 from bedplate.quantize.correction import quantize_corrected
 from bedplate.quantize.plan import correction_scheme, head_scheme
 from bedplate.quantize.recipe import EIGHT_BIT, WEIGHT_ONLY, Goal, Recipe, Scheme
@@ -27,7 +27,6 @@ from bedplate.quantize.weights import quantize_weight
 
 HEAD = "lm_head"
 _TOKENS = 2048  # of the text: a mean over so many positions tells linears apart, and more takes long
-_SEQUENCE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +157,7 @@ def _divergences(
 
     All go through a layer together, so its weights are read and quantized once.
     """
-    texts = sequences(tokens, _SEQUENCE)
+    texts = sequences(tokens, SEQUENCE)
     exact = HiddenStates(checkpoint, texts)
     rounded = [HiddenStates(checkpoint, texts, activations=eight_bit_rows) for _ in fours]
     for layer in range(checkpoint.spec.n_layers):
@@ -197,14 +196,6 @@ def _quantized_layer(
         else:
             ours |= {n: quantize_weight(values[n], scheme).dequantize() for n, scheme in in_four.items()}
     return eight | ours, eight
-
-
-def eight_bit_rows(x: Tensor) -> Tensor:
-    """The input of a quantized linear as it sees it, float32 [S, in]: each row rounded to 8 bits, asymmetric."""
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).eps)
-    zero = (-128 - low / scale).round().clamp(-128, 127)
-    return ((x / scale + zero).round().clamp(-128, 127) - zero) * scale
 
 
 def _mean_kls(

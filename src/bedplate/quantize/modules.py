@@ -11,6 +11,7 @@ import torch.ao.quantization.fx._decomposed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bedplate.quantize.activations import eight_bit_rows
 from bedplate.quantize.packing import pack_nibbles
 from bedplate.quantize.weights import QuantizedWeight
 
@@ -43,11 +44,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight_only:
-            return F.linear(x, self.dequantized_weight(), self.bias)
-        scale, zero = _Q.choose_qparams_per_token_asymmetric(x, torch.int8)
-        codes = _Q.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
-        x = _Q.dequantize_per_token(codes, scale, zero, -128, 127, torch.int8, torch.float32)
+        x = x if self.weight_only else eight_bit_rows(x)
         return F.linear(x, self.dequantized_weight(), self.bias)
 
     def dequantized_weight(self) -> Tensor:
