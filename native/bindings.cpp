@@ -13,6 +13,7 @@
 #include "attention.h"
 #include "operators.h"
 #include "program.h"
+#include "workers.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

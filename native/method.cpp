@@ -8,6 +8,8 @@
 #include <cstring>
 #include <string_view>
 
+#include "workers.h"
+
 namespace bedplate {
 
 using executorch::aten::ScalarType;
@@ -123,6 +125,7 @@ Logits Method::step(const std::int64_t* tokens, std::size_t count, std::int64_t 
     TensorImpl pos_impl(ScalarType::Long, 1, pos_shape, &pos, order, pos_strides);
     check(method_->set_input(EValue(Tensor(&token_impl)), 0), doing);
     check(method_->set_input(EValue(Tensor(&pos_impl)), 1), doing);
+    const Awake awake;
     check(method_->execute(), doing);
     return copy_output();
 }

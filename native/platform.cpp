@@ -8,8 +8,6 @@
 #include <new>
 #include <vector>
 
-#include "threadpool.h"
-
 namespace bedplate {
 namespace {
 
@@ -56,16 +54,6 @@ void trim_heap() {
 #if defined(__GLIBC__)
     malloc_trim(0);
 #endif
-}
-
-void set_threads(std::uint32_t count) {
-    auto* pool = executorch::extension::threadpool::get_threadpool();
-    if (pool != nullptr && pool->get_thread_count() != count) pool->_unsafe_reset_threadpool(count);
-}
-
-std::size_t threads() {
-    auto* pool = executorch::extension::threadpool::get_threadpool();
-    return pool == nullptr ? 1 : pool->get_thread_count();
 }
 
 Mapping::Mapping(std::size_t reserve) : reserved_(whole_pages(reserve)) {

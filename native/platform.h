@@ -46,9 +46,6 @@ class Turn {
 // Gives back to the system what loading or freeing a program left unused on the heap.
 void trim_heap();
 
-void set_threads(std::uint32_t count);
-std::size_t threads();
-
 // Anonymous memory, zero until written; pages cost nothing until touched. Its address never changes.
 class Mapping {
   public:

@@ -7,6 +7,17 @@
 #include <cstddef>
 #include <cstdint>
 
+// As in pthreadpool's own header, which the wheel does not ship either.
+extern "C" {
+struct pthreadpool;
+struct pthreadpool_executor {
+    int (*num_threads)(void* context);
+    void (*schedule)(void* context, void* task_context, void (*task)(void*));
+};
+bool pthreadpool_update_executor(pthreadpool*, pthreadpool_executor*, void* context);
+void pthreadpool_release_executor_threads(pthreadpool*);
+}
+
 namespace executorch::extension::threadpool {
 
 class ThreadPool final {
@@ -19,5 +30,6 @@ class ThreadPool final {
 };
 
 ThreadPool* get_threadpool();
+pthreadpool* get_pthreadpool();  // what it runs on now
 
 }  // namespace executorch::extension::threadpool

@@ -126,7 +126,7 @@ def build(
         group_size=group_size,
         method=method,
         embedding=embedding,
-        head=head or ("8da4w" if goal is not None and quantize == "8da4w" else None),
+        head=head,
         overrides=overrides,
         recovery_rank=recovery_rank,
     )

@@ -30,7 +30,7 @@ def checkpoint(toy_model: Path) -> Checkpoint:
 
 
 def recipe_of(method: str = "hqq", **options: object) -> Recipe:
-    return make_recipe("8da4w", method=method, head="8da4w", **options)  # type: ignore[arg-type]
+    return make_recipe("8da4w", method=method, **options).with_head_as_rest()  # type: ignore[arg-type]
 
 
 def choose(checkpoint: Checkpoint, recipe: Recipe, **goal: float):  # type: ignore[no-untyped-def]
@@ -99,6 +99,8 @@ def test_a_rule_of_the_users_own_stands(checkpoint: Checkpoint) -> None:
     overrides = {"layers.*.mlp.down_proj": "8da4w", "layers.1.mlp.up_proj": "8da8w"}
     recipe = recipe_of(overrides=overrides)
     assert not {"mlp.down_proj", "mlp.up_proj"} & set(candidates(recipe, checkpoint.spec))
+    assert HEAD in candidates(recipe, checkpoint.spec)
+    assert HEAD not in candidates(recipe_of(head="8da4w"), checkpoint.spec)
     chosen = choose(checkpoint, recipe, bytes_per_weight=9.0).recipe
     assert chosen.scheme_of("layers.0.mlp.down_proj").bits == 4
     assert chosen.scheme_of("layers.0.self_attn.q_proj") == EIGHT_BIT
@@ -124,8 +126,8 @@ def test_goals_that_make_no_sense_are_refused(checkpoint: Checkpoint) -> None:
 def test_a_choice_is_built_and_the_same_built_twice(build_toy: BuildToy) -> None:
     one, other = (build_toy(method="hqq", bytes_per_weight=0.7) for _ in range(2))
     assert one.manifest == other.manifest
-    schemes = [rule["scheme"]["bits"] for rule in one.manifest.recipe["rules"]]
-    assert schemes.count(8) > 0 and schemes[-1] == 4
+    chosen = [rule["scheme"]["bits"] for rule in one.manifest.recipe["rules"]]
+    assert chosen and set(chosen) == {8}
 
 
 def test_eight_bit_rows_are_what_a_quantized_linear_sees() -> None:

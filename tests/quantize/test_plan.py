@@ -74,7 +74,7 @@ def test_the_base_linear_is_quantized() -> None:
 )
 def test_branches_are_never_caught_by_a_rule_of_the_foundation(pattern: str) -> None:
     rules = (Rule(pattern=pattern, scheme=FOUR_BIT), Rule(pattern="*", scheme=FOUR_BIT))
-    recipe = Recipe(name="x", rules=rules, embedding=FLOAT, adapter="none")
+    recipe = Recipe(name="x", rules=rules, defaults=(), embedding=FLOAT, adapter="none")
     if pattern not in ("*", "*lora*"):
         with pytest.raises(RecipeError, match="matches no linear"):  # it names branches alone
             plan(small(lora=True), recipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,15 @@ def test_the_head_by_itself(head: str | None, bits: int | None) -> None:
     assert make_recipe("8da4w", head=head).scheme_of("lm_head").bits == bits
 
 
+def test_a_head_that_was_asked_for_is_no_default() -> None:
+    assert make_recipe("8da4w").is_default_of("lm_head")
+    assert make_recipe("8da4w").with_head_as_rest().scheme_of("lm_head").bits == 4
+    for head in ("8da4w", "8da8w"):
+        asked = make_recipe("8da4w", head=head)
+        assert not asked.is_default_of("lm_head")
+        assert asked.with_head_as_rest().scheme_of("lm_head") == asked.scheme_of("lm_head")
+
+
 def test_options_reach_the_scheme() -> None:
     recipe = make_recipe("8da4w", group_size=64, method="plain", embedding="4", adapter="8w")
     assert recipe.scheme_of("layers.0.mlp.up_proj") == Scheme(bits=4, group_size=64, method="plain")
@@ -88,7 +98,11 @@ def test_patterns_are_of_the_whole_path_and_of_its_case() -> None:
 
 def test_no_rule_for_a_linear() -> None:
     recipe = Recipe(
-        name="x", rules=(Rule(pattern="layers.*", scheme=FLOAT),), embedding=FLOAT, adapter="none"
+        name="x",
+        rules=(Rule(pattern="layers.*", scheme=FLOAT),),
+        defaults=(),
+        embedding=FLOAT,
+        adapter="none",
     )
     with pytest.raises(RecipeError, match="no rule") as caught:
         recipe.scheme_of("lm_head")
@@ -130,7 +144,7 @@ def test_an_adapter_scheme_that_is_none() -> None:
 def test_an_adapters_scheme_changes_nothing_else() -> None:
     recipe = make_recipe("8da4w")
     changed = recipe.for_adapter("8w")
-    assert (changed.rules, changed.embedding, changed.name) == (recipe.rules, recipe.embedding, recipe.name)
+    assert replace(changed, adapter=recipe.adapter) == recipe
     assert changed.adapter_scheme() == WEIGHT_ONLY and changed.for_adapter("none") == recipe
 
 

@@ -54,6 +54,7 @@ def choose_bits(
     A rule of the user's own stands. progress(stage, done, total) counts layers. Raises RecipeError for a goal that no
     choice reaches, and for a recipe that leaves none.
     """
+    recipe = recipe.with_head_as_rest()
     names = candidates(recipe, checkpoint.spec)
     if not names:
         raise RecipeError("no linear is left to choose for", hint="--quantize 8da4w, and fewer overrides")

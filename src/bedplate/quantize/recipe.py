@@ -62,13 +62,15 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Linears and the embedding of the foundation by `rules`; both halves of every LoRA branch by `adapter`.
+    """Linears and the embedding of the foundation by rules; both halves of every LoRA branch by `adapter`.
 
+    rules: the user's own, and what was chosen by measurement. defaults: what comes after them.
     recovery_rank: directions in which each 4-bit linear of a layer gets its quantization error back; 0: none.
     """
 
     name: str
     rules: tuple[Rule, ...]
+    defaults: tuple[Rule, ...]
     embedding: Scheme
     adapter: AdapterScheme
     recovery_rank: int = 0
@@ -85,11 +87,11 @@ class Recipe:
 
     def scheme_of(self, path: str) -> Scheme:
         """The scheme of the foundation's linear at `path`. Raises RecipeError if no rule matches."""
-        for rule in self.rules:
+        for rule in (*self.rules, *self.defaults):
             if fnmatchcase(path, rule.pattern):
                 return rule.scheme
         raise RecipeError(
-            "no rule of the recipe matches", where=path, hint="end the rules with the pattern '*'"
+            "no rule of the recipe matches", where=path, hint="end the defaults with the pattern '*'"
         )
 
     def corrections(self, spec: ModelSpec) -> dict[str, int]:
@@ -119,13 +121,17 @@ class Recipe:
         return max(offsets, default=0) + self.recovery_rank if schemes else 0
 
     def is_default_of(self, path: str) -> bool:
-        """Whether the linear at `path` has its scheme by the last two rules, for the head and for all."""
-        return not any(fnmatchcase(path, rule.pattern) for rule in self.rules[:-2])
+        """Whether no rule but a default decides for the linear at `path`."""
+        return not any(fnmatchcase(path, rule.pattern) for rule in self.rules)
+
+    def with_head_as_rest(self) -> Recipe:
+        """The same but for the head's default: for a choice by measurement, which decides about the head too."""
+        return replace(self, defaults=tuple(rule for rule in self.defaults if rule.pattern != "lm_head"))
 
     def with_eight_bits(self, patterns: Iterable[str]) -> Recipe:
         """The same but for the linears that match one of the patterns, where no earlier rule decides."""
         chosen = tuple(Rule(pattern=pattern, scheme=EIGHT_BIT) for pattern in patterns)
-        return replace(self, rules=(*self.rules[:-2], *chosen, *self.rules[-2:]))
+        return replace(self, rules=(*self.rules, *chosen))
 
     def adapter_scheme(self) -> Scheme:
         return _ADAPTER_SCHEMES[self.adapter]
@@ -192,9 +198,11 @@ def make_recipe(
         return schemes[key]
 
     rest = scheme(name)
-    head_scheme = scheme(head or ("8da8w" if name == "8da4w" else name))
     rules = [Rule(pattern=pattern, scheme=scheme(key)) for pattern, key in (overrides or {}).items()]
-    rules += [Rule(pattern="lm_head", scheme=head_scheme), Rule(pattern="*", scheme=rest)]
+    if head is not None:
+        rules.append(Rule(pattern="lm_head", scheme=scheme(head)))
+    of_head = EIGHT_BIT if name == "8da4w" else rest
+    defaults = (Rule(pattern="lm_head", scheme=of_head), Rule(pattern="*", scheme=rest))
     embeddings = {"4": Scheme(bits=4, group_size=32), "8": EIGHT_BIT, "float": FLOAT}
     if embedding not in embeddings:
         raise RecipeError(
@@ -203,6 +211,7 @@ def make_recipe(
     return Recipe(
         name=name,
         rules=tuple(rules),
+        defaults=defaults,
         embedding=FLOAT if name == "none" else embeddings[embedding],
         adapter=adapter,
         recovery_rank=recovery_rank,
@@ -216,9 +225,14 @@ def default_adapter_scheme(recipe: Recipe) -> AdapterScheme:
 
 def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     """The inverse of `Recipe.to_dict`."""
+    rules, defaults = (
+        tuple(Rule(pattern=rule["pattern"], scheme=Scheme(**rule["scheme"])) for rule in data[key])
+        for key in ("rules", "defaults")
+    )
     return Recipe(
         name=data["name"],
-        rules=tuple(Rule(pattern=rule["pattern"], scheme=Scheme(**rule["scheme"])) for rule in data["rules"]),
+        rules=rules,
+        defaults=defaults,
         embedding=Scheme(**data["embedding"]),
         adapter=data["adapter"],
         recovery_rank=data["recovery_rank"],
