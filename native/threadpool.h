@@ -16,6 +16,8 @@ struct pthreadpool_executor {
 };
 bool pthreadpool_update_executor(pthreadpool*, pthreadpool_executor*, void* context);
 void pthreadpool_release_executor_threads(pthreadpool*);
+std::size_t pthreadpool_get_threads_count(pthreadpool*);
+std::size_t pthreadpool_set_threads_count(pthreadpool*, std::size_t count);  // up to what it was made with
 }
 
 namespace executorch::extension::threadpool {

@@ -10,5 +10,6 @@ int main() {
     pthreadpool_executor executor{};
     pthreadpool_update_executor(get_pthreadpool(), &executor, nullptr);
     pthreadpool_release_executor_threads(get_pthreadpool());
+    pthreadpool_set_threads_count(get_pthreadpool(), pthreadpool_get_threads_count(get_pthreadpool()));
     pool->run([](std::size_t) {}, pool->get_thread_count());
 }

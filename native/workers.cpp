@@ -4,6 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -117,26 +118,33 @@ void dismiss_own_threads(pthreadpool* pool) {
     }
 }
 
-}  // namespace
-
-void set_threads(std::size_t count) {
-    static bool ours = false;
-    ThreadPool* pool = get_threadpool();
-    if (pool == nullptr || (ours && pool->get_thread_count() == count)) return;
-    pool->_unsafe_reset_threadpool(static_cast<std::uint32_t>(count));
-    ours = true;
-    if (count == 1) return;
-    meet_all(*pool, count);
+// The pool stays as it is from here on: loaded programs hold on to it.
+std::size_t adopt(ThreadPool& pool, std::size_t least) {
+    if (pool.get_thread_count() < least) pool._unsafe_reset_threadpool(static_cast<std::uint32_t>(least));
+    const std::size_t count = threads();
+    if (count == 1) return count;
+    meet_all(pool, count);
     workers().keep(count - 1);
     pthreadpool_executor executor{count_workers, schedule};
     pthreadpool_update_executor(get_pthreadpool(), &executor, &workers());
     dismiss_own_threads(get_pthreadpool());
+    return count;
 }
 
-std::size_t threads() {
+}  // namespace
+
+void set_threads(std::size_t count) {
     ThreadPool* pool = get_threadpool();
-    return pool == nullptr ? 1 : pool->get_thread_count();
+    if (pool == nullptr) return;
+    static const std::size_t most = adopt(*pool, count);
+    if (count > most)
+        throw NativeError("InvalidArgument", "this process has " + std::to_string(most) + " threads, not " +
+                                                 std::to_string(count));
+    pthreadpool_set_threads_count(get_pthreadpool(), count);
 }
+
+// Not what ThreadPool::get_thread_count says: that is how many it was made with.
+std::size_t threads() { return pthreadpool_get_threads_count(get_pthreadpool()); }
 
 Awake::Awake() { workers().awake = true; }
 Awake::~Awake() { workers().awake = false; }

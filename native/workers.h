@@ -8,8 +8,9 @@
 
 namespace bedplate {
 
-// Gives the pool of the process `count` threads, the caller among them, that stay awake while an Awake lives.
-// Nothing may be running on the pool. Throws NativeError.
+// Has the pool of the process compute on `count` threads, the caller among them, that stay awake while an
+// Awake lives. The first call, when nothing may be running on the pool, decides how many there can be: one
+// for each core or `count`, whichever is more. Throws NativeError if there are fewer.
 void set_threads(std::size_t count);
 std::size_t threads();
 

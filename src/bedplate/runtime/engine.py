@@ -51,7 +51,7 @@ class Engine:
         self._programs: dict[str | None, LoadedProgram] = {}
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._lock = threading.Lock()
-        _native.set_threads(threads or physical_cores())
+        _set_threads(threads or physical_cores())
 
     def __enter__(self) -> Engine:
         return self
@@ -120,6 +120,14 @@ class Engine:
             kv=sum(session.kv_bytes for session in self._sessions),
             programs=programs,
         )
+
+
+def _set_threads(count: int) -> None:
+    try:
+        _native.set_threads(count)
+    except _native.NativeError as error:
+        hint = "the first engine of a process decides how many there can be, at least one for each core"
+        raise RunError(error.args[1], hint=hint) from error
 
 
 def physical_cores() -> int:
