@@ -6,7 +6,7 @@
 #include <stdexcept>
 
 #include "attention_tile.h"
-#include "threadpool.h"
+#include "workers.h"
 
 namespace bedplate {
 
@@ -132,31 +132,6 @@ void merge(const AttentionShape& s, const Plan& plan, const AttentionTile& tile,
     }
 }
 
-#if defined(__SANITIZE_THREAD__)
-extern "C" void __tsan_acquire(void* address);
-extern "C" void __tsan_release(void* address);
-
-// The pool orders what comes before a run, its tasks and what comes after, but in code that the sanitizer has
-// not seen.
-template <class Task>
-void run_on(executorch::extension::threadpool::ThreadPool& pool, const Task& task, std::size_t count) {
-    static char before, after;
-    const auto ordered = [&](std::size_t index) {
-        __tsan_acquire(&before);
-        task(index);
-        __tsan_release(&after);
-    };
-    __tsan_release(&before);
-    pool.run(ordered, count);
-    __tsan_acquire(&after);
-}
-#else
-template <class Task>
-void run_on(executorch::extension::threadpool::ThreadPool& pool, const Task& task, std::size_t count) {
-    pool.run(task, count);
-}
-#endif
-
 }  // namespace
 
 void attention(const AttentionShape& s, const float* q, const float* k, const float* v, float* out) {
@@ -171,11 +146,10 @@ void attention(const AttentionShape& s, const float* q, const float* k, const fl
         plan.kernel->run(tile, scratch(plan.kernel->scratch_floats(s.head_dim)), acc, max, sum);
     };
     const bool serial = s.kv_heads * plan.rows * plan.keys * s.head_dim < kSerialProducts;
-    auto* pool = serial ? nullptr : executorch::extension::threadpool::get_threadpool();
-    if (pool != nullptr)
-        run_on(*pool, task, plan.tasks);
-    else
+    if (serial)
         for (std::int64_t i = 0; i < plan.tasks; ++i) task(i);
+    else
+        run_on_pool(task, plan.tasks);
     if (whole) return;
     for (std::int64_t head = 0; head < s.kv_heads; ++head) {
         const AttentionTile tile = tile_of(s, plan, head, q, k, v);

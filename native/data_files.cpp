@@ -1,9 +1,16 @@
 #include "data_files.h"
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
 namespace bedplate {
 
 using executorch::extension::FlatTensorDataMap;
-using executorch::extension::MmapDataLoader;
 using executorch::extension::merged_data_map::MergedDataMap;
 using executorch::runtime::Error;
 using executorch::runtime::FreeableBuffer;
@@ -11,19 +18,64 @@ using executorch::runtime::NamedDataMap;
 using executorch::runtime::Result;
 using executorch::runtime::TensorLayout;
 
-std::unique_ptr<MmapDataLoader> map_file(const std::string& path) {
-    return taken(MmapDataLoader::from(path.c_str(), MmapDataLoader::MlockConfig::NoMlock),
-                 "cannot open " + path);
+namespace {
+
+constexpr std::size_t kLarge = std::size_t{64} << 10;  // less is not worth a call of the system
+
+// Pages that lie wholly within; the others may hold something that is still needed.
+void give_back(void*, void* data, std::size_t size) {
+    static const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
+    const auto end = (reinterpret_cast<std::uintptr_t>(data) + size) / page * page;
+    if (size >= kLarge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
+[[noreturn]] void fail(const std::string& path) {
+    throw NativeError("AccessFailed", "cannot open " + path + ": " + std::strerror(errno));
+}
+
+}  // namespace
+
+MappedFile::MappedFile(const std::string& path) {
+    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    struct stat status{};
+    if (file < 0) fail(path);
+    if (fstat(file, &status) == 0) size_ = static_cast<std::size_t>(status.st_size);
+    void* at = size_ == 0 ? nullptr : mmap(nullptr, size_, PROT_READ, MAP_SHARED, file, 0);
+    const int error = errno;
+    close(file);
+    errno = error;
+    if (at == MAP_FAILED) fail(path);
+    data_ = static_cast<std::uint8_t*>(at);
+}
+
+MappedFile::~MappedFile() { munmap(data_, size_); }
+
+void MappedFile::release() const { madvise(data_, size_, MADV_DONTNEED); }
+
+Result<FreeableBuffer> MappedFile::load(std::size_t offset, std::size_t size, const SegmentInfo&) const {
+    if (offset > size_ || size > size_ - offset) return Error::InvalidArgument;
+    return FreeableBuffer(data_ + offset, size, give_back);
+}
+
+Error MappedFile::load_into(std::size_t offset, std::size_t size, const SegmentInfo&, void* buffer) const {
+    if (offset > size_ || size > size_ - offset) return Error::InvalidArgument;
+    std::memcpy(buffer, data_ + offset, size);
+    return Error::Ok;
 }
 
 DataFiles::DataFiles(const std::vector<std::string>& paths) {
     std::vector<const NamedDataMap*> maps;
     for (const std::string& path : paths) {
-        loaders_.push_back(map_file(path));
-        maps_.push_back(taken(FlatTensorDataMap::load(loaders_.back().get()), "cannot read " + path));
+        files_.push_back(std::make_unique<MappedFile>(path));
+        maps_.push_back(taken(FlatTensorDataMap::load(files_.back().get()), "cannot read " + path));
         maps.push_back(maps_.back().get());
     }
     merged_ = taken(MergedDataMap::load({maps.data(), maps.size()}), "cannot join the data files");
+}
+
+void DataFiles::release() const {
+    for (const auto& file : files_) file->release();
 }
 
 void DataFiles::note(Error error, std::string_view key) const {

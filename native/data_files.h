@@ -1,10 +1,11 @@
 // The data files of a program, joined: key → constant.
 #pragma once
 
-#include <executorch/extension/data_loader/mmap_data_loader.h>
 #include <executorch/extension/flat_tensor/flat_tensor_data_map.h>
 #include <executorch/extension/named_data_map/merged_data_map.h>
+#include <executorch/runtime/core/data_loader.h>
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -14,8 +15,29 @@
 
 namespace bedplate {
 
-// Throws NativeError.
-std::unique_ptr<executorch::extension::MmapDataLoader> map_file(const std::string& path);
+// A file, mapped as a whole and read where it lies.
+//
+// ExecuTorch's own loader maps every constant by itself, and to map and unmap a thousand takes as long as to
+// read them. Pages of what a delegate has packed are given back at once: they do not add to what is resident.
+class MappedFile final : public executorch::runtime::DataLoader {
+  public:
+    explicit MappedFile(const std::string& path);  // throws NativeError
+    ~MappedFile() override;
+    MappedFile(const MappedFile&) = delete;
+    MappedFile& operator=(const MappedFile&) = delete;
+
+    void release() const;  // gives all pages back; they are read again when they are asked for
+    executorch::runtime::Result<executorch::runtime::FreeableBuffer> load(std::size_t offset,
+                                                                          std::size_t size,
+                                                                          const SegmentInfo&) const override;
+    executorch::runtime::Error load_into(std::size_t offset, std::size_t size, const SegmentInfo& segment,
+                                         void* buffer) const override;
+    executorch::runtime::Result<std::size_t> size() const override { return size_; }
+
+  private:
+    std::uint8_t* data_ = nullptr;
+    std::size_t size_ = 0;
+};
 
 // The value of a Result, or NativeError("`doing`: …").
 template <class T>
@@ -34,6 +56,7 @@ class DataFiles final : public executorch::runtime::NamedDataMap {
 
     // The last key that was asked for and is in no file; ExecuTorch's own errors do not name it.
     const std::string& missing() const { return missing_; }
+    void release() const;  // gives back the pages of all files
 
     Result<const executorch::runtime::TensorLayout> get_tensor_layout(std::string_view key) const override;
     Result<executorch::runtime::FreeableBuffer> get_data(std::string_view key) const override;
@@ -46,7 +69,7 @@ class DataFiles final : public executorch::runtime::NamedDataMap {
     void note(executorch::runtime::Error error, std::string_view key) const;
 
     // In the order of their dependence: what comes later points into what comes before.
-    std::vector<std::unique_ptr<executorch::extension::MmapDataLoader>> loaders_;
+    std::vector<std::unique_ptr<MappedFile>> files_;
     std::vector<std::unique_ptr<executorch::extension::FlatTensorDataMap>> maps_;
     std::unique_ptr<executorch::extension::merged_data_map::MergedDataMap> merged_;
     mutable std::string missing_;

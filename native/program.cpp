@@ -12,10 +12,10 @@ Program::Program(const std::string& path, const std::vector<std::string>& data_f
       activations_(std::move(activations)),
       kernels_(kernel_table()) {
     if (!data_files.empty()) data_ = std::make_unique<DataFiles>(data_files);
-    loader_ = map_file(path);
+    file_ = std::make_unique<MappedFile>(path);
     using executorch::runtime::Program;
-    program_ = taken(Program::load(loader_.get(), Program::Verification::InternalConsistency),
-                     "cannot read " + path);
+    program_ =
+        taken(Program::load(file_.get(), Program::Verification::InternalConsistency), "cannot read " + path);
 }
 
 Program::~Program() = default;
@@ -45,6 +45,8 @@ Method& Program::loaded(const std::string& method) {
     auto& slot = methods_[method];
     if (slot == nullptr) {
         slot = open(method);
+        file_->release();
+        if (data_ != nullptr) data_->release();
         trim_heap();
     }
     return *slot;

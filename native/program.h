@@ -67,7 +67,7 @@ class Program {
     std::vector<executorch::runtime::Kernel> kernels_;
     // In the order of their dependence: what comes later points into what comes before.
     std::unique_ptr<DataFiles> data_;  // null without data files: a program that holds its constants itself
-    std::unique_ptr<executorch::extension::MmapDataLoader> loader_;
+    std::unique_ptr<MappedFile> file_;
     std::unique_ptr<executorch::runtime::Program> program_;
     std::map<std::string, std::unique_ptr<Method>> methods_;
 };

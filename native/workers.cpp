@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "platform.h"
-#include "threadpool.h"
 
 namespace bedplate {
 namespace {
@@ -96,7 +95,7 @@ struct Presence {
     ~Presence() { --present; }
 };
 
-void meet_all(ThreadPool& pool, std::size_t count) {
+void meet_all(std::size_t count) {
     std::atomic<std::size_t> arrived{0};
     const auto caller = std::this_thread::get_id();
     const auto arrive = [&](std::size_t) {
@@ -104,7 +103,7 @@ void meet_all(ThreadPool& pool, std::size_t count) {
         ++arrived;
         while (arrived < count) std::this_thread::yield();
     };
-    pool.run(arrive, count);
+    run_on_pool(arrive, count);
 }
 
 // The pool would hand one thread's share out twice if ours came before its own have left.
@@ -123,7 +122,7 @@ std::size_t adopt(ThreadPool& pool, std::size_t least) {
     if (pool.get_thread_count() < least) pool._unsafe_reset_threadpool(static_cast<std::uint32_t>(least));
     const std::size_t count = threads();
     if (count == 1) return count;
-    meet_all(pool, count);
+    meet_all(count);
     workers().keep(count - 1);
     pthreadpool_executor executor{count_workers, schedule};
     pthreadpool_update_executor(get_pthreadpool(), &executor, &workers());
@@ -134,9 +133,7 @@ std::size_t adopt(ThreadPool& pool, std::size_t least) {
 }  // namespace
 
 void set_threads(std::size_t count) {
-    ThreadPool* pool = get_threadpool();
-    if (pool == nullptr) return;
-    static const std::size_t most = adopt(*pool, count);
+    static const std::size_t most = adopt(*get_threadpool(), count);
     if (count > most)
         throw NativeError("InvalidArgument", "this process has " + std::to_string(most) + " threads, not " +
                                                  std::to_string(count));

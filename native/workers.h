@@ -6,6 +6,13 @@
 
 #include <cstddef>
 
+#include "threadpool.h"
+
+#if defined(__SANITIZE_THREAD__)
+extern "C" void __tsan_acquire(void* address);
+extern "C" void __tsan_release(void* address);
+#endif
+
 namespace bedplate {
 
 // Has the pool of the process compute on `count` threads, the caller among them, that stay awake while an
@@ -21,5 +28,26 @@ class Awake {
     Awake(const Awake&) = delete;
     Awake& operator=(const Awake&) = delete;
 };
+
+// Calls task(0) … task(count - 1) on the pool's threads and returns when all are done.
+template <class Task>
+void run_on_pool(const Task& task, std::size_t count) {
+    auto* pool = executorch::extension::threadpool::get_threadpool();
+#if defined(__SANITIZE_THREAD__)
+    // The pool orders what comes before a run, its tasks and what comes after, but in code that the sanitizer
+    // has not seen.
+    static char before, after;
+    const auto ordered = [&](std::size_t index) {
+        __tsan_acquire(&before);
+        task(index);
+        __tsan_release(&after);
+    };
+    __tsan_release(&before);
+    pool->run(ordered, count);
+    __tsan_acquire(&after);
+#else
+    pool->run(task, count);
+#endif
+}
 
 }  // namespace bedplate

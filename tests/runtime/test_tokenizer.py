@@ -76,7 +76,7 @@ def test_templates_run_in_a_sandbox(toy_bundle: Bundle, template: str) -> None:
 
 def test_a_malformed_template(toy_bundle: Bundle) -> None:
     with pytest.raises(RunError, match="malformed") as caught:
-        tokenizer(toy_bundle, "{% for %}")
+        tokenizer(toy_bundle, "{% for %}").render(TURNS)
     assert isinstance(caught.value.__cause__, jinja2.TemplateError)
 
 

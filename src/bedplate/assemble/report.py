@@ -6,7 +6,6 @@ import sys
 from typing import Protocol
 
 from bedplate.errors import UnsupportedError
-from bedplate.quiet import import_modules
 
 
 class Reporter(Protocol):
@@ -45,6 +44,8 @@ def load_exporter(reporter: Reporter) -> None:
 def _load(modules: tuple[str, ...], stage: str, reporter: Reporter) -> None:
     if all(module in sys.modules for module in modules):
         return
+    from bedplate.quiet import import_modules  # logging, which a program that only runs does without
+
     reporter.progress(stage, 0, None)
     try:
         import_modules(modules)

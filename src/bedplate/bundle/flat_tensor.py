@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import flatbuffers
 import numpy as np
@@ -24,7 +24,6 @@ import numpy as np
 SCALAR_TYPES = {"uint8": 0, "int8": 1, "int64": 4, "float16": 5, "float32": 6, "bfloat16": 15}
 _ITEM_BYTES = {"uint8": 1, "int8": 1, "int64": 8, "float16": 2, "float32": 4, "bfloat16": 2}
 _DTYPES = {code: name for name, code in SCALAR_TYPES.items()}
-_T = TypeVar("_T")
 
 
 class MalformedError(Exception):
@@ -99,20 +98,23 @@ def _vector(builder: Any, tables: list[int]) -> int:
 def decode(buffer: bytes, root: int) -> tuple[list[Segment], dict[str, tuple[int, Layout | None]]]:
     """What `encode` was given. root: where the root table starts. Raises MalformedError and nothing else."""
     reader = _Reader(buffer)
-    tables = reader.vector(root, 1, 4, reader.indirect)
-    segments = [Segment(offset=reader.scalar("<Q", t, 0), nbytes=reader.scalar("<Q", t, 1)) for t in tables]
+    tables = map(reader.indirect, reader.run(root, 1, 4))
+    segments = [Segment(offset=reader.scalar(_U64, t, 0), nbytes=reader.scalar(_U64, t, 1)) for t in tables]
     entries: dict[str, tuple[int, Layout | None]] = {}
-    for table in reader.vector(root, 2, 4, reader.indirect):
+    for table in map(reader.indirect, reader.run(root, 2, 4)):
         key = reader.string(table, 0)
-        index = reader.scalar("<I", table, 1)
+        index = reader.scalar(_U32, table, 1)
         if key in entries:
             raise MalformedError(f"key {key} stands twice")
         if index >= len(segments):
             raise MalformedError(f"key {key}: segment {index} of {len(segments)}")
         entries[key] = (index, reader.layout(table))
-    if reader.scalar("<I", root, 0) != 0:
-        raise MalformedError(f"version {reader.scalar('<I', root, 0)}, not 0")
+    if reader.scalar(_U32, root, 0) != 0:
+        raise MalformedError(f"version {reader.scalar(_U32, root, 0)}, not 0")
     return segments, entries
+
+
+_I8, _U8, _U16, _I32, _U32, _U64 = (struct.Struct(kind) for kind in ("<b", "<B", "<H", "<i", "<I", "<Q"))
 
 
 class _Reader:
@@ -121,38 +123,41 @@ class _Reader:
     def __init__(self, buffer: bytes) -> None:
         self._buffer = buffer
 
-    def at(self, kind: str, position: int) -> int:
-        if not 0 <= position <= len(self._buffer) - struct.calcsize(kind):
+    def at(self, kind: struct.Struct, position: int) -> int:
+        if not 0 <= position <= len(self._buffer) - kind.size:
             raise MalformedError(f"refers to byte {position} of {len(self._buffer)}")
-        return int(struct.unpack_from(kind, self._buffer, position)[0])
+        number: int = kind.unpack_from(self._buffer, position)[0]
+        return number
 
     def indirect(self, position: int) -> int:
-        return position + self.at("<I", position)
+        return position + self.at(_U32, position)
 
     def field(self, table: int, slot: int) -> int | None:
         """Where the field is; None where it has its default."""
-        vtable = table - self.at("<i", table)
+        vtable = table - self.at(_I32, table)
         entry = 4 + 2 * slot
-        start = self.at("<H", vtable + entry) if entry < self.at("<H", vtable) else 0
+        start = self.at(_U16, vtable + entry) if entry < self.at(_U16, vtable) else 0
         return table + start if start else None
 
-    def scalar(self, kind: str, table: int, slot: int) -> int:
+    def scalar(self, kind: struct.Struct, table: int, slot: int) -> int:
         position = self.field(table, slot)
         return 0 if position is None else self.at(kind, position)
 
-    def vector(self, table: int, slot: int, stride: int, item: Callable[[int], _T]) -> list[_T]:
+    def run(self, table: int, slot: int, stride: int) -> range:
+        """Where the items of a vector lie."""
         position = self.field(table, slot)
         if position is None:
             raise MalformedError(f"the table at byte {table} lacks its field {slot}")
-        start = self.indirect(position)
-        length = self.at("<I", start)
-        if start + 4 + length * stride > len(self._buffer):
-            raise MalformedError(f"{length} items at byte {start} reach beyond the end")
-        return [item(start + 4 + i * stride) for i in range(length)]
+        start = self.indirect(position) + 4
+        length = self.at(_U32, start - 4)
+        if start + length * stride > len(self._buffer):
+            raise MalformedError(f"{length} items at byte {start - 4} reach beyond the end")
+        return range(start, start + length * stride, stride)
 
     def string(self, table: int, slot: int) -> str:
+        where = self.run(table, slot, 1)
         try:
-            return bytes(self.vector(table, slot, 1, lambda p: self._buffer[p])).decode("ascii")
+            return self._buffer[where.start : where.stop].decode("ascii")
         except UnicodeDecodeError as error:
             raise MalformedError(f"the table at byte {table}: its key is not text") from error
 
@@ -161,9 +166,9 @@ class _Reader:
         if position is None:
             return None
         table = self.indirect(position)
-        code = self.scalar("<b", table, 0)
-        shape = self.vector(table, 1, 4, lambda p: self.at("<i", p))
-        order = self.vector(table, 2, 1, lambda p: self.at("<B", p))
+        code = self.scalar(_I8, table, 0)
+        shape = tuple(self.at(_I32, position) for position in self.run(table, 1, 4))
+        order = [self.at(_U8, position) for position in self.run(table, 2, 1)]
         if code not in _DTYPES or order != list(range(len(shape))) or any(size < 0 for size in shape):
             raise MalformedError(f"a layout of type {code}, sizes {shape}, order {order}")
-        return Layout(dtype=_DTYPES[code], shape=tuple(shape))
+        return Layout(dtype=_DTYPES[code], shape=shape)

@@ -11,7 +11,6 @@ import typer
 from bedplate import api
 from bedplate.bundle import store
 from bedplate.cli.output import print_json, print_table, progress_bars, size, stderr
-from bedplate.compile.cache import UnitCache
 from bedplate.errors import AdapterError, NameTakenError, RecipeError
 from bedplate.quantize.recipe import METHOD, RECOVERY_RANK, AdapterScheme
 
@@ -190,7 +189,7 @@ def cache_list(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a script.")] = False,
 ) -> None:
     """List the compiled units on this machine."""
-    cache = UnitCache.default() if unit_cache is None else UnitCache(unit_cache)
+    cache = api.open_cache(unit_cache)
     entries = cache.entries()
     if as_json:
         print_json([{"kind": e.kind, "fingerprint": e.fingerprint, "bytes": e.nbytes} for e in entries])
@@ -204,8 +203,7 @@ def cache_list(
 
 def cache_clear(unit_cache: CacheFolder = None) -> None:
     """Remove the compiled units on this machine."""
-    cache = UnitCache.default() if unit_cache is None else UnitCache(unit_cache)
-    stderr.print(f"freed {size(cache.clear())}")
+    stderr.print(f"freed {size(api.open_cache(unit_cache).clear())}")
 
 
 def _overrides(options: list[str]) -> dict[str, str]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 
 from bedplate.bundle.store import Bundle
 from bedplate.errors import RunError
+
+if TYPE_CHECKING:
+    from bedplate.runtime.chat_template import ChatTemplate
 
 Message = Mapping[str, Any]
 """One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}, and what else the
@@ -34,11 +31,11 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._special_tokens = dict(special_tokens)
-        self._template = None if chat_template is None else _compile(chat_template)
+        self._chat_template = chat_template
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Tokenizer:
-        """RunError: the tokenizer or the template cannot be read."""
+        """RunError: the tokenizer cannot be read."""
         template = bundle.chat_template_file
         return cls(
             bundle.tokenizer_file,
@@ -61,55 +58,24 @@ class Tokenizer:
     def render(self, messages: Sequence[Message]) -> str:
         """The conversation as text, like transformers' `apply_chat_template(add_generation_prompt=True)`.
 
-        RunError: the model has no chat template, a message is not one, or the template refuses them.
+        RunError: the chat template is missing or malformed, a message is not one, or the template refuses them.
         """
-        if self._template is None:
-            hint = "give the prompt as text"
-            raise RunError("the bundle has no chat template, so it takes no messages", hint=hint)
+        template = self._template
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 hint = 'a message is {"role": "user", "content": "…"}'
                 raise RunError(f"not a message: {message!r}", hint=hint)
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=True,
-                **self._special_tokens,
-            )
-        except jinja2.TemplateError as error:
-            roles = ", ".join(str(message["role"]) for message in messages)
-            hint = f"it was given the roles: {roles}"
-            raise RunError(f"the chat template refuses the messages: {error}", hint=hint) from error
+        return template.render(
+            messages=[dict(message) for message in messages],
+            add_generation_prompt=True,
+            **self._special_tokens,
+        )
 
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        from bedplate.runtime.chat_template import ChatTemplate
 
-class _GenerationBlocks(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's words for training: shown as they are."""
-
-    tags = {"generation"}  # noqa: RUF012 — jinja2 declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compile(source: str) -> jinja2.Template:
-    """Templates are the model authors' code, so they run in a sandbox, set up as transformers' own."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise RunError(f"the chat template is malformed: {error}", hint="build the bundle again") from error
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """jinja2's own filter escapes what HTML would; a prompt is not HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+        if self._chat_template is None:
+            hint = "give the prompt as text"
+            raise RunError("the bundle has no chat template, so it takes no messages", hint=hint)
+        return ChatTemplate(self._chat_template)
