@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -64,6 +65,26 @@ def test_a_program_that_cannot_be_loaded_harms_no_other(toy_bundle: Bundle, tmp_
         session.reset()
         np.testing.assert_array_equal(session.step(TEXT), expected)
         assert set(engine.memory().programs) == {whole}
+
+
+def test_a_data_file_that_was_replaced_is_read_anew(toy_bundle: Bundle, tmp_path: Path) -> None:
+    copy = Bundle.open(Path(shutil.copytree(toy_bundle.path, tmp_path / "copy.bundle")))
+    one, other = (copy.adapters[name] for name in sorted(copy.adapters)[:2])
+    with Engine(copy) as engine:
+        engine.load(one.name)
+        engine.unload(one.name)
+        one.weights.unlink()
+        shutil.copy(other.weights, one.weights)
+        with pytest.raises(RunError, match="of its constants"):
+            engine.load(one.name)
+
+
+def test_what_is_packed_leaves_no_page_of_its_file_in_memory(toy_bundle: Bundle) -> None:
+    with Engine(toy_bundle) as engine:
+        engine.load()
+        mappings = Path("/proc/self/smaps").read_text().split("VmFlags")
+    (of_foundation,) = (text for text in mappings if str(toy_bundle.foundation) in text)
+    assert int(re.findall(r"^Rss: +(\d+) kB", of_foundation, re.MULTILINE)[-1]) == 0
 
 
 def test_a_program_whose_constants_are_elsewhere_harms_no_other(toy_bundle: Bundle, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def _check_keys(path: Path, data: list[Path]) -> None:
     way, its weight cache never frees what the half-loaded program shares with others.
     """
     try:
-        held = set[str]().union(*(read_ptd(file).entries for file in data))
+        held = set[str]().union(*map(_data_keys, data))
         missing = program_keys(path) - held
     except OSError as error:
         what = f"it cannot be read: {error.strerror}"
@@ -98,6 +99,16 @@ def _check_keys(path: Path, data: list[Path]) -> None:
         what = f"no data file holds {len(missing)} of its constants, {min(missing)} among them"
         hint = f"{_HINT}; it was given {', '.join(map(str, data))}"
         raise RunError(what, where=path, hint=hint)
+
+
+def _data_keys(file: Path) -> frozenset[str]:
+    status = file.stat()
+    return _keys_of_version(file, status.st_ino, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)  # the foundation's, at every load of an adapter
+def _keys_of_version(file: Path, inode: int, modified: int) -> frozenset[str]:
+    return frozenset(read_ptd(file).entries)
 
 
 def resident_bytes() -> int:
