@@ -143,8 +143,8 @@ def test_ten_thousand_random_operations(bundle: bedplate.Bundle, oracle: Oracle)
             sizes.append(resident(engine))
             assert engine.memory().kv == 0 and engine.memory().programs == {}, f"round {round_}"
     assert user.failures > 100
-    # The allocator's own slack moves by some hundred kilobytes; a program of this toy holds more than one.
-    assert sizes[-1] - sizes[1] < 4_000_000, sizes
+    # The allocator's slack comes and goes (by megabytes, under AddressSanitizer); what leaks stays, and adds up.
+    assert max(sizes[-3:]) - max(sizes[1:4]) < 4_000_000, sizes
 
 
 def test_four_threads_on_one_engine(bundle: bedplate.Bundle, oracle: Oracle) -> None:
