@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -21,6 +21,9 @@ SAMPLINGS = st.builds(
 
 
 @given(logits=LOGITS, sampling=SAMPLINGS)
+@example(  # less the largest, two of them are equal
+    logits=np.array([-5e-40, 0, 0.5], np.float32), sampling=Sampling(temperature=1, top_p=0.5, top_k=0)
+)
 def test_probabilities_are_the_softmax_of_what_is_kept(
     logits: NDArray[np.float32], sampling: Sampling
 ) -> None:

@@ -38,7 +38,7 @@ def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np
     weights = np.exp(scaled)
     keep = sampling.top_k or weights.size
     if keep < weights.size or sampling.top_p < 1:
-        order = np.argsort(-scaled, kind="stable")[:keep]
+        order = np.argsort(-logits, kind="stable")[:keep]  # scaling may make equal what is not
         ranked = weights[order] / weights[order].sum()
         before = np.cumsum(ranked) - ranked  # what the likelier tokens hold already
         kept = np.zeros_like(weights)
