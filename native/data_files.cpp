@@ -24,7 +24,7 @@ constexpr std::size_t kLarge = std::size_t{64} << 10;  // less is not worth a ca
 
 // Pages that lie wholly within; the others may hold something that is still needed.
 void give_back(void*, void* data, std::size_t size) {
-    static const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+    const std::uintptr_t page = page_size();
     const auto begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
     const auto end = (reinterpret_cast<std::uintptr_t>(data) + size) / page * page;
     if (size >= kLarge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);

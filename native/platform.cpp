@@ -21,11 +21,6 @@ void keep_line(et_timestamp_t, et_pal_log_level_t level, const char*, const char
     if (level == kError && kept_lines.size() < kKeptLines) kept_lines.emplace_back(message, length);
 }
 
-std::size_t page_size() {
-    static const auto size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-    return size;
-}
-
 std::size_t whole_pages(std::size_t bytes) { return (bytes + page_size() - 1) / page_size() * page_size(); }
 
 }  // namespace
@@ -48,6 +43,11 @@ Turn::Turn() : lock_(turns), before_(executorch::runtime::get_pal_impl()->emit_l
 Turn::~Turn() {
     const_cast<executorch::runtime::PalImpl*>(executorch::runtime::get_pal_impl())->emit_log_message =
         before_;
+}
+
+std::size_t page_size() {
+    static const auto size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    return size;
 }
 
 void trim_heap() {

@@ -43,6 +43,8 @@ class Turn {
     pal_emit_log_message_method before_;
 };
 
+std::size_t page_size();
+
 // Gives back to the system what loading or freeing a program left unused on the heap.
 void trim_heap();
 

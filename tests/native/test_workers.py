@@ -78,6 +78,14 @@ logits = many.session().step([1, 2, 3])
 assert _native.threads() == cores + 3
 np.testing.assert_array_equal(Engine(bundle, threads=1).session().step([1, 2, 3]), logits)
 assert len(os.listdir("/proc/self/task")) >= cores + 3
+draw = np.random.default_rng(0).standard_normal
+for positions, start_pos in ((1, 700), (60, 0)):
+    q, k, v = (draw((1, n, 3, 64), np.float32) for n in (positions, *[positions + start_pos] * 2))
+    results = set()
+    for count in range(1, cores + 4):
+        _native.set_threads(count)
+        results.add(_native.attention(q, k, v, start_pos).tobytes())
+    assert len(results) == 1
 try:
     Engine(bundle, threads=cores + 4)
 except RunError as error:

@@ -128,6 +128,7 @@ def test_a_choice_is_built_and_the_same_built_twice(build_toy: BuildToy) -> None
     assert one.manifest == other.manifest
     chosen = [rule["scheme"]["bits"] for rule in one.manifest.recipe["rules"]]
     assert chosen and set(chosen) == {8}
+    assert one.manifest.recipe["defaults"][-1]["scheme"]["bits"] == 4
 
 
 def test_eight_bit_rows_are_what_a_quantized_linear_sees() -> None:

@@ -143,8 +143,9 @@ def test_ten_thousand_random_operations(bundle: bedplate.Bundle, oracle: Oracle)
             sizes.append(resident(engine))
             assert engine.memory().kv == 0 and engine.memory().programs == {}, f"round {round_}"
     assert user.failures > 100
-    # The allocator's slack comes and goes (by megabytes, under AddressSanitizer); what leaks stays, and adds up.
-    assert max(sizes[-3:]) - max(sizes[1:4]) < 4_000_000, sizes
+    # The allocator's slack comes and goes (by megabytes, under AddressSanitizer); what leaks stays, and adds up: half
+    # a megabyte in each of six rounds would be too much, where a program of this toy holds more than one.
+    assert max(sizes[-3:]) - max(sizes[1:4]) < 3_000_000, sizes
 
 
 def test_four_threads_on_one_engine(bundle: bedplate.Bundle, oracle: Oracle) -> None:

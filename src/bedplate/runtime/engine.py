@@ -36,7 +36,8 @@ class Engine:
     threads: of the whole process, for all engines; None: one for each physical core.
     weight_cache: weights that several programs name are packed once. Off, each packs its own.
 
-    Steps of all sessions take turns; any thread may ask for one. RunError: the tokenizer cannot be read.
+    Steps of all sessions take turns; any thread may ask for one.
+    RunError: the tokenizer cannot be read, or the process has not so many threads.
     """
 
     _serials = itertools.count()
