@@ -5,10 +5,13 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
+
+#include <algorithm>
 
 #include "attention.h"
 #include "operators.h"
@@ -21,8 +24,8 @@ using namespace bedplate;
 
 namespace {
 
-using Tokens = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Heads = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 using Output = nb::ndarray<nb::numpy, float, nb::ndim<4>>;
 
@@ -49,12 +52,9 @@ struct LoadedProgram {  // frees its program as the only one that computes
     }
 };
 
-Matrix step(LoadedProgram& self, const std::string& method, const Tokens& tokens, std::int64_t pos,
-            KvCache& kv) {
-    Logits logits =
-        alone([&] { return self.program->step(method, tokens.data(), tokens.shape(0), pos, kv); });
-    float* data = logits.data.get();
-    return Matrix(data, {logits.rows, logits.columns}, owner_of(std::move(logits.data)));
+Logits step(LoadedProgram& self, const std::string& method, const std::vector<std::int64_t>& tokens,
+            std::int64_t pos, KvCache& kv) {
+    return alone([&] { return self.program->step(method, tokens.data(), tokens.size(), pos, kv); });
 }
 
 Output attend(const Heads& q, const Heads& k, const Heads& v, std::int64_t start_pos) {
@@ -84,18 +84,37 @@ void bind_memory(nb::module_& m) {
         .def_prop_ro("resident", [](const KvCache& self) { return self.memory.resident(); });
 }
 
+// numpy is imported when an array is asked for, not before.
+void bind_logits(nb::module_& m) {
+    nb::class_<Logits>(m, "Logits")
+        .def(
+            "__init__",
+            [](Logits* self, const Rows& values) {
+                std::unique_ptr<float[]> data(new float[values.size()]);
+                std::copy_n(values.data(), values.size(), data.get());
+                new (self) Logits{std::move(data), values.shape(0), values.shape(1)};
+            },
+            "values"_a)
+        .def("likeliest", &Logits::likeliest)
+        .def_prop_ro("array", [](nb::handle_t<Logits> self) {
+            const auto& logits = nb::cast<const Logits&>(self);
+            return Matrix(logits.data.get(), {logits.rows, logits.columns}, self);
+        });
+}
+
 void bind_program(nb::module_& m) {
     nb::class_<LoadedProgram>(m, "Program")
         .def(
             "__init__",
             [](LoadedProgram* self, const std::string& path, const std::vector<std::string>& data_files,
-               std::shared_ptr<Activations> activations, bool weight_cache) {
+               std::shared_ptr<Activations> activations, bool weight_cache, std::string packed_cache) {
                 auto program = alone([&] {
-                    return std::make_unique<Program>(path, data_files, std::move(activations), weight_cache);
+                    return std::make_unique<Program>(path, data_files, std::move(activations),
+                                                     PackedWeights{weight_cache, std::move(packed_cache)});
                 });
                 new (self) LoadedProgram{std::move(program)};
             },
-            "path"_a, "data_files"_a, "activations"_a, "weight_cache"_a)
+            "path"_a, "data_files"_a, "activations"_a, "weight_cache"_a, "packed_cache"_a = "")
         .def("method_names", [](LoadedProgram& self) { return self.program->method_names(); })
         .def("constants",
              [](LoadedProgram& self) { return alone([&] { return self.program->constants(); }); })
@@ -129,7 +148,9 @@ NB_MODULE(_native, m) {
         }
     });
     bind_memory(m);
+    bind_logits(m);
     bind_program(m);
+    m.attr("EXECUTORCH_VERSION") = BEDPLATE_EXECUTORCH_VERSION;
     m.def("attention", &attend, "q"_a, "k"_a, "v"_a, "start_pos"_a);
     m.def("instruction_sets", &instruction_sets);
     m.def("instruction_set", &instruction_set);

@@ -34,14 +34,20 @@ bool ends_with(std::string_view text, std::string_view end) {
 
 Method::Method(const executorch::runtime::Program& program, const std::string& name, const DataFiles* data,
                std::shared_ptr<Activations> activations,
-               const std::vector<executorch::runtime::Kernel>& kernels, bool weight_cache)
+               const std::vector<executorch::runtime::Kernel>& kernels, const PackedWeights& packed_weights)
     : name_(name), activations_(std::move(activations)) {
     const std::string doing = "cannot load method " + name;
     const auto meta = program.method_meta(name.c_str());
     check(meta.error(), doing);
     plan_memory(*meta);
-    BackendOptions<2> options;
-    check(options.set_option("weight_cache_enabled", weight_cache), doing);
+    BackendOptions<3> options;
+    check(options.set_option("weight_cache_enabled", packed_weights.shared), doing);
+    if (!packed_weights.file.empty()) {
+        if (packed_weights.file.size() >= executorch::runtime::kMaxOptionValueLength)
+            throw NativeError("InvalidArgument",
+                              doing + ": ExecuTorch takes no path as long as " + packed_weights.file);
+        check(options.set_option("packed_cache_path", packed_weights.file.c_str()), doing);
+    }
     check(options.set_option("workspace_sharing_mode", kGlobalWorkspace), doing);
     LoadBackendOptionsMap backends;
     check(backends.set_options("XnnpackBackend", options.view()), doing);

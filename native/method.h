@@ -21,7 +21,7 @@ class Method {
     // `kernels` must outlive the method. Throws NativeError.
     Method(const executorch::runtime::Program& program, const std::string& name, const DataFiles* data,
            std::shared_ptr<Activations> activations, const std::vector<executorch::runtime::Kernel>& kernels,
-           bool weight_cache);
+           const PackedWeights& packed_weights);
 
     std::size_t kv_bytes() const { return kv_bytes_; }
     Logits step(const std::int64_t* tokens, std::size_t count, std::int64_t pos, KvCache& kv);

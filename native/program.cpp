@@ -6,9 +6,9 @@
 namespace bedplate {
 
 Program::Program(const std::string& path, const std::vector<std::string>& data_files,
-                 std::shared_ptr<Activations> activations, bool weight_cache)
+                 std::shared_ptr<Activations> activations, PackedWeights packed_weights)
     : path_(path),
-      weight_cache_(weight_cache),
+      packed_weights_(std::move(packed_weights)),
       activations_(std::move(activations)),
       kernels_(kernel_table()) {
     if (!data_files.empty()) data_ = std::make_unique<DataFiles>(data_files);
@@ -28,7 +28,7 @@ std::vector<std::string> Program::method_names() const {
 }
 
 std::unique_ptr<Method> Program::open(const std::string& method) const {
-    return std::make_unique<Method>(*program_, method, data_.get(), activations_, kernels_, weight_cache_);
+    return std::make_unique<Method>(*program_, method, data_.get(), activations_, kernels_, packed_weights_);
 }
 
 std::map<std::string, std::vector<Constant>> Program::constants() const {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "data_files.h"
+#include "logits.h"
 #include "platform.h"
 
 namespace bedplate {
@@ -28,13 +29,15 @@ struct KvCache {
     Mapping memory;
 };
 
-// Float32 [rows, columns] in the order of the program's last two output dimensions.
-struct Logits {
-    std::unique_ptr<float[]> data;
-    std::size_t rows, columns;
-};
-
 using Constant = std::variant<bool, std::int64_t, double>;
+
+// How XNNPACK keeps the weights that it has packed. shared: once for all programs of the process that name
+// the same. file: of the shared ones of all programs that are loaded with the same, written where it is
+// absent or is none and mapped where it is there; empty: none.
+struct PackedWeights {
+    bool shared;
+    std::string file;
+};
 
 class Method;
 
@@ -42,7 +45,7 @@ class Program {
   public:
     // Throws NativeError if a file cannot be opened or is not what it should be, or two hold one key.
     Program(const std::string& path, const std::vector<std::string>& data_files,
-            std::shared_ptr<Activations> activations, bool weight_cache);
+            std::shared_ptr<Activations> activations, PackedWeights packed_weights);
     ~Program();
 
     std::vector<std::string> method_names() const;
@@ -62,7 +65,7 @@ class Program {
     std::unique_ptr<Method> open(const std::string& method) const;
 
     std::string path_;
-    bool weight_cache_;
+    PackedWeights packed_weights_;
     std::shared_ptr<Activations> activations_;
     std::vector<executorch::runtime::Kernel> kernels_;
     // In the order of their dependence: what comes later points into what comes before.

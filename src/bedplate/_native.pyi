@@ -2,8 +2,13 @@
 it computes, and one call of the process computes at a time.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
+
+EXECUTORCH_VERSION: str
+"""What this was built against."""
 
 class NativeError(Exception):
     """ExecuTorch failed. args: the name of its error code; what was being done, and what it logged."""
@@ -30,12 +35,30 @@ class KvCache:
     def resident(self) -> int:
         """Bytes of it in memory."""
 
+class Logits:
+    """What a step gives. values: float32 [rows, vocab], at least one row; copied."""
+
+    def __init__(self, values: NDArray[np.float32]) -> None: ...
+    def likeliest(self) -> int | None:
+        """The column of the highest value of the last row, the first of equal ones; None: one is NaN."""
+    @property
+    def array(self) -> NDArray[np.float32]:
+        """float32 [rows, vocab], not copied. Imports numpy."""
+
 class Program:
     """A .pte with its data files, mapped; methods load when first used. Raises NativeError throughout."""
 
     def __init__(
-        self, path: str, data_files: list[str], activations: Activations, weight_cache: bool
-    ) -> None: ...
+        self,
+        path: str,
+        data_files: list[str],
+        activations: Activations,
+        weight_cache: bool,
+        packed_cache: str = "",
+    ) -> None:
+        """weight_cache: weights that programs share are packed once. packed_cache: file of those that were packed, for
+        all programs that name it; ExecuTorch writes it where none is, and it only then grows.
+        """
     def method_names(self) -> list[str]: ...
     def constants(self) -> dict[str, list[bool | int | float]]:
         """What the methods without inputs return, by their names."""
@@ -43,8 +66,8 @@ class Program:
         """Resolve every constant and pack weights, unless that is done."""
     def kv_bytes(self, method: str) -> int:
         """Size of the KvCache that `step` wants."""
-    def step(self, method: str, tokens: NDArray[np.int64], pos: int, kv: KvCache) -> NDArray[np.float32]:
-        """Run tokens [S] at positions pos … pos + S - 1: logits [1, vocab], or [S, vocab] of `logits`."""
+    def step(self, method: str, tokens: Sequence[int], pos: int, kv: KvCache) -> Logits:
+        """Run tokens at positions pos … pos + S - 1: logits of the last one, or of every one of method `logits`."""
 
 def attention(
     q: NDArray[np.float32], k: NDArray[np.float32], v: NDArray[np.float32], start_pos: int

@@ -30,7 +30,7 @@ def base(toy_bundle: Bundle) -> _native.Program:
 
 def run(program: _native.Program, tokens: list[int]) -> NDArray[np.float32]:
     kv = _native.KvCache(program.kv_bytes("forward"))
-    return program.step("forward", np.array(tokens, np.int64), 0, kv)
+    return program.step("forward", tokens, 0, kv).array
 
 
 class TestLoadingFails:
@@ -94,11 +94,11 @@ def test_a_step_that_fails_leaves_the_program_working(base: _native.Program) -> 
     before = run(base, [1, 2, 3])
     kv = _native.KvCache(base.kv_bytes("forward"))
     with pytest.raises(_native.NativeError, match="at position 1000000"):
-        base.step("forward", np.array([1], np.int64), 1_000_000, kv)
+        base.step("forward", [1], 1_000_000, kv)
     with pytest.raises(_native.NativeError, match="KV cache has 64 bytes"):
-        base.step("forward", np.array([1], np.int64), 0, _native.KvCache(64))
+        base.step("forward", [1], 0, _native.KvCache(64))
     with pytest.raises(_native.NativeError, match="on 0 tokens"):
-        base.step("forward", np.array([], np.int64), 0, kv)
+        base.step("forward", [], 0, kv)
     np.testing.assert_array_equal(run(base, [1, 2, 3]), before)
 
 
@@ -106,9 +106,7 @@ def test_conversations_do_not_touch_each_other(base: _native.Program) -> None:
     kvs = [_native.KvCache(base.kv_bytes("forward")) for _ in range(2)]
     texts = [[1, 2, 3, 4], [9, 8, 7, 6]]
     for i in range(4):
-        steps = [
-            base.step("forward", np.array([t[i]], np.int64), i, kv) for t, kv in zip(texts, kvs, strict=True)
-        ]
+        steps = [base.step("forward", [t[i]], i, kv).array for t, kv in zip(texts, kvs, strict=True)]
     for text, got in zip(texts, steps, strict=True):
         np.testing.assert_allclose(got, run(base, text), rtol=0, atol=1e-4 * np.abs(got).max())
 
@@ -116,7 +114,7 @@ def test_conversations_do_not_touch_each_other(base: _native.Program) -> None:
 def test_untouched_positions_cost_no_memory(base: _native.Program) -> None:
     kv = _native.KvCache(1 << 30)
     assert (kv.nbytes, kv.resident) == (1 << 30, 0)
-    base.step("forward", np.array([1], np.int64), 0, kv)
+    base.step("forward", [1], 0, kv)
     assert 0 < kv.resident <= base.kv_bytes("forward")
     kv.release()
     assert kv.resident == 0
@@ -185,7 +183,7 @@ def beside_executorch(toy_bundle: Bundle) -> subprocess.CompletedProcess[str]:
         "def run():\n"
         "    program = _native.Program(sys.argv[1], [sys.argv[2]], _native.Activations(), True)\n"
         "    kv = _native.KvCache(program.kv_bytes('forward'))\n"
-        "    return program.step('forward', np.arange(3), 0, kv)\n"
+        "    return program.step('forward', [0, 1, 2], 0, kv).array\n"
         "before = run()\n"
         "from executorch.extension.llm.custom_ops import custom_ops\n"
         "import executorch.kernels.quantized\n"

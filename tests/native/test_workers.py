@@ -15,7 +15,7 @@ import pytest
 from bedplate import _native
 from bedplate.bundle.store import Bundle
 
-TOKENS = np.arange(1, 9, dtype=np.int64)
+TOKENS = list(range(1, 9))
 
 
 def os_threads() -> int:
@@ -36,8 +36,8 @@ def base(toy_bundle: Bundle) -> Iterator[_native.Program]:
 def steps(program: _native.Program, count: int) -> bytes:
     """The logits of a prompt and of `count` tokens after it."""
     kv = _native.KvCache(program.kv_bytes("forward"))
-    logits = [program.step("forward", TOKENS, 0, kv)]
-    logits += [program.step("forward", TOKENS[:1], len(TOKENS) + i, kv) for i in range(count)]
+    logits = [program.step("forward", TOKENS, 0, kv).array]
+    logits += [program.step("forward", TOKENS[:1], len(TOKENS) + i, kv).array for i in range(count)]
     return np.stack(logits).tobytes()
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bedplate.errors import RunError
-from bedplate.runtime.sampling import Sampling, choose, probabilities
+from bedplate.runtime.sampling import Sampling, draw, probabilities
 
 LOGITS = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40).map(
     lambda values: np.array(values, np.float32)
@@ -50,28 +50,22 @@ def test_top_p_keeps_the_fewest_that_reach_p(logits: NDArray[np.float32], top_p:
 def test_a_seed_decides_and_only_kept_tokens_are_drawn(
     logits: NDArray[np.float32], sampling: Sampling, seed: int
 ) -> None:
-    draws = [choose(logits, sampling, np.random.default_rng(seed)) for _ in range(2)]
+    draws = [draw(logits, sampling, np.random.default_rng(seed)) for _ in range(2)]
     assert draws[0] == draws[1]
     assert probabilities(logits, sampling)[draws[0]] > 0
-
-
-@given(logits=LOGITS)
-def test_greedy_takes_the_likeliest(logits: NDArray[np.float32]) -> None:
-    greedy = Sampling(temperature=0, top_p=1, top_k=0)
-    assert choose(logits, greedy, np.random.default_rng(0)) == logits.argmax()
 
 
 def test_draws_follow_the_probabilities() -> None:
     logits, random = np.log(np.array([0.6, 0.3, 0.1], np.float32)), np.random.default_rng(0)
     sampling = Sampling(temperature=1, top_p=1, top_k=0)
-    counts = np.bincount([choose(logits, sampling, random) for _ in range(4000)])
+    counts = np.bincount([draw(logits, sampling, random) for _ in range(4000)])
     np.testing.assert_allclose(counts / 4000, [0.6, 0.3, 0.1], atol=0.03)
 
 
 def test_logits_that_are_no_numbers_are_refused() -> None:
-    greedy = Sampling(temperature=0, top_p=1, top_k=0)
+    sampling = Sampling(temperature=1, top_p=1, top_k=0)
     with pytest.raises(RunError, match="not numbers"):
-        choose(np.array([1, np.nan], np.float32), greedy, np.random.default_rng(0))
+        draw(np.array([1, np.nan], np.float32), sampling, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(

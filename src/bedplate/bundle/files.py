@@ -9,13 +9,11 @@ an unlocked one is a leftover, and the next command removes it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import glob
 import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,7 +99,7 @@ def workspace(parent: Path, name: str) -> Iterator[Path]:
     """A hidden folder beside `parent/name` to build it in. Whatever is left of it at the end is removed."""
     remove_leftovers(parent, name)
     while True:
-        folder = parent / f".{name}.tmp-{secrets.token_hex(4)}"
+        folder = parent / f".{name}.tmp-{os.urandom(4).hex()}"
         folder.mkdir()
         with contextlib.ExitStack() as stack:
             try:
@@ -157,6 +155,8 @@ _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
     """Linux's rename with flags (the standard library has no name for it). False: this system cannot."""
+    import ctypes
+
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
         return False

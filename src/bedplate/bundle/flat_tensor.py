@@ -18,9 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import flatbuffers
-import numpy as np
-
 SCALAR_TYPES = {"uint8": 0, "int8": 1, "int64": 4, "float16": 5, "float32": 6, "bfloat16": 15}
 _ITEM_BYTES = {"uint8": 1, "int8": 1, "int64": 8, "float16": 2, "float32": 4, "bfloat16": 2}
 _DTYPES = {code: name for name, code in SCALAR_TYPES.items()}
@@ -52,6 +49,8 @@ def encode(segments: Sequence[Segment], entries: Mapping[str, tuple[int, Layout 
     """The index as a flatbuffer. entries: key → (number of its segment, layout); written in the order of
     keys.
     """
+    import flatbuffers  # imports numpy, which whoever only reads an index does without
+
     builder = flatbuffers.Builder(1024)
     segment_tables = [
         _table(builder, 2, {0: ("Uint64", s.offset), 1: ("Uint64", s.nbytes)}) for s in segments
@@ -69,6 +68,8 @@ def encode(segments: Sequence[Segment], entries: Mapping[str, tuple[int, Layout 
 def _entry_table(builder: Any, key: str, segment: int, layout: Layout | None) -> int:
     fields = {0: ("UOffsetTRelative", builder.CreateString(key)), 1: ("Uint32", segment)}
     if layout is not None:
+        import numpy as np
+
         sizes = builder.CreateNumpyVector(np.asarray(layout.shape, np.int32))
         order = builder.CreateNumpyVector(np.arange(len(layout.shape), dtype=np.uint8))
         slots = {

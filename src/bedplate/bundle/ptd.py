@@ -29,16 +29,18 @@ import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import IO, TYPE_CHECKING
 
 from bedplate.bundle import files, flat_tensor
 from bedplate.bundle.flat_tensor import Layout, Segment
 from bedplate.bundle.manifest import ConstantInfo
-from bedplate.constants import Constant
 from bedplate.errors import BundleError, NotFoundError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from bedplate.constants import Constant
 
 ALIGNMENT = 128
 _HEADER = struct.Struct("<4sIQQQQ8x")
@@ -67,6 +69,8 @@ class Ptd:
 
     def data(self, key: str) -> NDArray[np.uint8]:
         """The bytes of `key`: uint8 [nbytes], memory-mapped, read-only. NotFoundError: it has no such key."""
+        import numpy as np
+
         entry = self.entries.get(key)
         if entry is None:
             raise NotFoundError(f"no constant has the key {key}", where=self.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 
 Adapter = Annotated[str | None, typer.Option(metavar="NAME", help="Adapter to use; the base if absent.")]
 Threads = Annotated[int | None, typer.Option(help="Threads; the physical cores if absent.")]
+PackedCache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keep the foundation's packed weights there, so that the next process maps them and starts sooner.",
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(help="End after this many tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")]
@@ -43,13 +51,14 @@ def run(
         bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")
     ] = False,
     threads: Threads = None,
+    packed_cache: PackedCache = None,
     as_json: Annotated[bool, typer.Option("--json", help="Text and statistics as JSON.")] = False,
 ) -> None:
     """Answer one prompt. The text goes to stdout as it comes, statistics to stderr."""
     from bedplate.runtime.engine import Engine
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with Engine(Bundle.open(bundle), threads=threads) as engine:
+    with Engine(Bundle.open(bundle), threads=threads, packed_cache=packed_cache) as engine:
         session = engine.session(adapter)
         pieces = session.generate(
             text if raw else _messages(system, text),
@@ -80,6 +89,7 @@ def chat(
     seed: Seed = 0,
     system: System = None,
     threads: Threads = None,
+    packed_cache: PackedCache = None,
 ) -> None:
     """Talk with the model. /use NAME switches the adapter, /use alone goes back to the base, /reset starts over,
     /quit ends.
@@ -93,7 +103,7 @@ def chat(
         "top_k": top_k,
         "seed": seed,
     }
-    with Engine(Bundle.open(bundle), threads=threads) as engine:
+    with Engine(Bundle.open(bundle), threads=threads, packed_cache=packed_cache) as engine:
         session = engine.session(adapter)
         history = _messages(system, None)
         while (line := _ask(session.adapter)) is not None:

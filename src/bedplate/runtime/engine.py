@@ -13,6 +13,7 @@ from types import TracebackType
 from bedplate import _native
 from bedplate.bundle.store import Bundle
 from bedplate.errors import NotFoundError, RunError
+from bedplate.runtime.packed_weights import PackedWeights
 from bedplate.runtime.programs import Limits, LoadedProgram, load_program, resident_bytes
 from bedplate.runtime.session import Session
 from bedplate.runtime.tokenizer import Tokenizer
@@ -21,7 +22,8 @@ from bedplate.runtime.tokenizer import Tokenizer
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
     """Bytes.  process: all that is resident.  activations: what all programs share.  kv: of all sessions.
-    programs: by adapter name, `base` for none: growth of the process while it was loaded.
+    programs: by adapter name, `base` for none: growth of the process while it was loaded, without what it maps from a
+    file of packed weights.
     """
 
     process: int
@@ -35,17 +37,32 @@ class Engine:
 
     threads: of the whole process, for all engines; None: one for each physical core.
     weight_cache: weights that several programs name are packed once. Off, each packs its own.
+    packed_cache: a folder for the foundation's packed weights, some MB more than the foundation has: the first process
+    writes them, every later one maps them in place of packing. Delete what is in it at any time.
 
     Steps of all sessions take turns; any thread may ask for one.
-    RunError: the tokenizer cannot be read, or the process has not so many threads.
+    RunError: the tokenizer cannot be read, the process has not so many threads, or the folder cannot be used.
     """
 
     _serials = itertools.count()
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, weight_cache: bool = True) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        weight_cache: bool = True,
+        packed_cache: str | Path | None = None,
+    ) -> None:
         if threads is not None and threads < 1:
             raise RunError(f"threads is {threads}", hint="at least 1")
+        if packed_cache is not None and not weight_cache:
+            raise RunError(
+                "packed weights on disk without a weight cache", hint="they are what that cache holds"
+            )
         self.bundle = bundle
+        # Before the tokenizer: they are hashed while that is read.
+        self._packed_weights = None if packed_cache is None else PackedWeights(Path(packed_cache), bundle)
         self.tokenizer = Tokenizer.of_bundle(bundle)
         self._weight_cache = weight_cache
         self._activations = _native.Activations()
@@ -66,6 +83,8 @@ class Engine:
         """Unload everything. A session that is used again loads what it needs again."""
         with self._lock:
             self._programs.clear()
+            if self._packed_weights is not None:
+                self._packed_weights.close()
 
     def session(self, adapter: str | None = None) -> Session:
         """A new conversation on the base (None) or an adapter. NotFoundError: no such adapter."""
@@ -93,14 +112,25 @@ class Engine:
                 if name is not None:
                     path = self.bundle.adapters[name].program
                     data.append(self.bundle.adapters[name].weights)
-                self._programs[name] = load_program(
-                    path,
-                    data,
-                    self._activations,
-                    weight_cache=self._weight_cache,
-                    serial=next(self._serials),
-                )
+                self._programs[name] = self._load(path, data)
             return self._programs[name]
+
+    def _load(self, path: Path, data: list[Path]) -> LoadedProgram:
+        packed = None if self._packed_weights is None else self._packed_weights.path(self._pack)
+        return self._load_with(path, data, packed)
+
+    def _load_with(self, path: Path, data: list[Path], packed_cache: Path | None) -> LoadedProgram:
+        return load_program(
+            path,
+            data,
+            self._activations,
+            serial=next(self._serials),
+            weight_cache=self._weight_cache,
+            packed_cache=packed_cache,
+        )
+
+    def _pack(self, file: Path) -> None:
+        self._load_with(self.bundle.base_program, [self.bundle.foundation], file)
 
     def unload(self, name: str | None = None) -> None:
         """Forget a program, if loaded. Its memory is free when the generations that use it have ended."""

@@ -46,7 +46,8 @@ class Limits:
 class LoadedProgram:
     """serial: no two loads of a process have the same; keys and values computed by one are no other's.
     kv_bytes: size of a session's keys and values.
-    growth: bytes by which the process's resident memory grew while `forward` was loaded.
+    growth: bytes by which the process's resident memory grew while `forward` was loaded; what is mapped from a file of
+    packed weights comes when it is used.
     """
 
     path: Path
@@ -58,9 +59,17 @@ class LoadedProgram:
 
 
 def load_program(
-    path: Path, data: list[Path], activations: _native.Activations, *, weight_cache: bool, serial: int
+    path: Path,
+    data: list[Path],
+    activations: _native.Activations,
+    *,
+    serial: int,
+    weight_cache: bool,
+    packed_cache: Path | None,
 ) -> LoadedProgram:
     """Load `forward` of a .pte with its data files.
+
+    weight_cache: weights that several programs name are packed once. packed_cache: a file of such.
 
     BundleError: a data file is damaged.  RunError: a file is missing, the program is damaged, or it names what
     no data file holds.
@@ -68,7 +77,9 @@ def load_program(
     _check_keys(path, data)
     before = resident_bytes()
     with native_errors(path):
-        native = _native.Program(str(path), [str(file) for file in data], activations, weight_cache)
+        native = _native.Program(
+            str(path), [str(file) for file in data], activations, weight_cache, str(packed_cache or "")
+        )
         native.load("forward")
         kv_bytes, constants = native.kv_bytes("forward"), native.constants()
     growth = max(0, resident_bytes() - before)

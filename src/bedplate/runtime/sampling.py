@@ -1,13 +1,22 @@
-"""Choosing the next token from logits. Pure functions: the random state comes in as a numpy Generator."""
+"""Choosing the next token from logits.
+
+numpy is imported where tokens are drawn: whoever takes the likeliest starts sooner and smaller without it.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from bedplate.errors import RunError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from bedplate import _native
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +28,7 @@ class Sampling:
     top_k: int
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise RunError(f"temperature is {self.temperature}", hint="0 is greedy, around 0.7 is usual")
         if not 0 < self.top_p <= 1:
             raise RunError(f"top_p is {self.top_p}", hint="above 0 and at most 1; 1 keeps every token")
@@ -33,6 +42,8 @@ def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np
     top_k keeps the k likeliest tokens; of those, top_p the fewest that together reach p (nucleus sampling,
     Holtzman et al. 2020). Equal logits are kept or left out by their ids, lower first.
     """
+    import numpy as np
+
     scaled = logits.astype(np.float64)
     scaled = (scaled - scaled.max()) / sampling.temperature
     weights = np.exp(scaled)
@@ -49,14 +60,33 @@ def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np
     return chances
 
 
-def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
-    """The next token's id. logits: float32 [vocab]. RunError: they hold NaN."""
+def draw(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
+    """A token's id, for temperature > 0. logits: float32 [vocab]. RunError: they hold NaN."""
+    import numpy as np
+
     if np.isnan(logits.max()):
-        raise RunError(
-            "the model's logits are not numbers", hint="bedplate verify BUNDLE finds damaged files"
-        )
-    if sampling.temperature == 0:
-        return int(logits.argmax())
+        raise _not_numbers()
     cumulative = np.cumsum(probabilities(logits, sampling))
     # Scaled to the last sum, which rounding leaves beside 1: a draw never falls beyond the last kept token.
     return int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
+
+
+def chooser(sampling: Sampling, seed: int) -> Callable[[_native.Logits], int]:
+    """Chooses one token's id after the other, from the logits of their last row. RunError: those hold NaN."""
+    if sampling.temperature == 0:
+        return _likeliest
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    return lambda logits: draw(logits.array[-1], sampling, random)
+
+
+def _likeliest(logits: _native.Logits) -> int:
+    token = logits.likeliest()
+    if token is None:
+        raise _not_numbers()
+    return token
+
+
+def _not_numbers() -> RunError:
+    return RunError("the model's logits are not numbers", hint="bedplate verify BUNDLE finds damaged files")

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, overload
 
-import numpy as np
-from numpy.typing import NDArray
-
 from bedplate import _native
 from bedplate.errors import RunError
 from bedplate.runtime.programs import LoadedProgram, native_errors
-from bedplate.runtime.sampling import Sampling, choose
+from bedplate.runtime.sampling import Sampling, chooser
 from bedplate.runtime.text import StopFilter, TextStream
 from bedplate.runtime.tokenizer import Message
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from bedplate.runtime.engine import Engine
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -117,20 +117,23 @@ class Session:
                 token_ids
             )  # what a reloaded program does not know
             _check_room(program, len(self._tokens) + len(ids))
-            return _last_row(self._append(program, "forward", ids))
+            row: NDArray[np.float32] = self._append(program, "forward", ids)[-1].array[-1]
+            return row
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits of every position of a text of its own, float32 [T, vocab]; the session then holds that.
 
         RunError: it is longer than the context, or the program has no method `logits`.
         """
+        import numpy as np
+
         with self._lock:
             self._running = None
             program = self._program()
             ids = self._checked(token_ids)
             _check_room(program, len(ids))
             self._tokens.clear()
-            return self._append(program, "logits", ids)
+            return np.concatenate([part.array for part in self._append(program, "logits", ids)])
 
     @overload
     def generate(
@@ -227,13 +230,13 @@ class Session:
             request.stats.finish_reason = "stop"
 
     def _choose_tokens(self, request: _Request) -> Iterator[int]:
-        stats, random = request.stats, np.random.default_rng(request.seed)
+        stats, choose = request.stats, chooser(request.sampling, request.seed)
         end_tokens = self._engine.bundle.manifest.tokenizer.eos_ids
         # The keys and values of the last token are not needed: it may stand just beyond the context.
         room = request.program.limits.max_context - len(request.prompt) + 1
         logits = self._prefill(request)
         while logits is not None:
-            token = choose(logits, request.sampling, random)
+            token = choose(logits)
             if token in end_tokens:
                 stats.finish_reason = "stop"
                 return
@@ -246,7 +249,7 @@ class Session:
             logits = self._continue(request, [token])
             stats.decode_seconds += time.perf_counter() - start
 
-    def _prefill(self, request: _Request) -> NDArray[np.float32] | None:
+    def _prefill(self, request: _Request) -> _native.Logits | None:
         """Logits of the prompt's last position; None: cancelled."""
         start = time.perf_counter()
         with self._lock:
@@ -267,12 +270,12 @@ class Session:
         request.stats.prefill_seconds = time.perf_counter() - start
         return logits
 
-    def _continue(self, request: _Request, ids: list[int]) -> NDArray[np.float32] | None:
-        """Logits of the last of some more tokens, float32 [vocab]; None: cancelled."""
+    def _continue(self, request: _Request, ids: list[int]) -> _native.Logits | None:
+        """Logits of the last of some more tokens; None: cancelled."""
         with self._lock:
             if self._running is not request:
                 return None
-            return _last_row(self._append(request.program, "forward", ids))
+            return self._append(request.program, "forward", ids)[-1]
 
     def _program(self) -> LoadedProgram:
         """The adapter's program, loaded. Keys and values that another one computed are dropped."""
@@ -284,18 +287,15 @@ class Session:
                 self._kv = _native.KvCache(program.kv_bytes)
         return program
 
-    def _append(self, program: LoadedProgram, method: str, ids: list[int]) -> NDArray[np.float32]:
-        """Run tokens after those that the session holds: float32 [rows, vocab]. It holds them as far as that
-        succeeds.
-        """
+    def _append(self, program: LoadedProgram, method: str, ids: list[int]) -> list[_native.Logits]:
+        """Run tokens after those that the session holds, in chunks. It holds them as far as that succeeds."""
         assert self._kv is not None, "_program() comes first"
         limits, results = program.limits, []
         for chunk in _chunks(ids, limits.max_logits_len if method == "logits" else limits.max_seq_len):
             with native_errors(program.path):
-                tokens = np.array(chunk, np.int64)
-                results.append(program.native.step(method, tokens, len(self._tokens), self._kv))
+                results.append(program.native.step(method, chunk, len(self._tokens), self._kv))
             self._tokens.extend(chunk)
-        return np.concatenate(results)
+        return results
 
     def _checked(self, token_ids: Sequence[int]) -> list[int]:
         ids = [int(token) for token in token_ids]
@@ -317,11 +317,6 @@ def _check_room(program: LoadedProgram, count: int) -> None:
 
 def _chunks(ids: list[int], size: int) -> Iterator[list[int]]:
     return (ids[at : at + size] for at in range(0, len(ids), size))
-
-
-def _last_row(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
-    row: NDArray[np.float32] = matrix[-1]
-    return row
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
