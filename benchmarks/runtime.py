@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROUNDS = 3
+ROUNDS, GENERATIONS = 3, 7
 # Each reads its arguments and prints one JSON object of figures. Speeds in tokens/s, times in ms, memory in MB.
 COMMON = """
 import json, os, sys, time
@@ -46,7 +46,6 @@ session = engine.session()
 found = {"load_ms": 1e3 * seconds(lambda: engine.load(None))}
 session.step(PROMPT[:16])
 found["decode"] = max(decode(session, 16, 200) for _ in range(2))
-found["resident_mb"] = resident()
 def prefill(): session.reset(); session.step(PROMPT[:241])
 found["prefill"] = 241 / min(seconds(prefill) for _ in range(3))
 found["decode_1000"] = decode(session, 1000, 200)
@@ -87,7 +86,7 @@ def decode(start, count):
     def run():
         for i in range(count): step([PROMPT[i]], start + i)
     return count / seconds(run)
-found = {"decode": max(decode(16, 200) for _ in range(2)), "resident_mb": resident()}
+found = {"decode": max(decode(16, 200) for _ in range(2))}
 found["prefill"] = 241 / min(seconds(lambda: fill(241)) for _ in range(3))
 found["decode_1000"] = decode(1000, 200)
 print(json.dumps(found))
@@ -100,7 +99,7 @@ def decode(start, count):
     def run():
         for i in range(count): model.eval([PROMPT[i]])
     return count / seconds(run)
-found = {"decode": max(decode(16, 200) for _ in range(2)), "resident_mb": resident()}
+found = {"decode": max(decode(16, 200) for _ in range(2))}
 def prefill(): model.reset(); model.eval(PROMPT[:241])
 found["prefill"] = 241 / min(seconds(prefill) for _ in range(3))
 found["decode_1000"] = decode(1000, 200)
@@ -114,16 +113,54 @@ def run(start, count):
     tokens, mask = numpy.array([PROMPT[:start]], numpy.int64), numpy.ones((1, start), numpy.int64)
     inputs = genai.TokenizedInputs(openvino.Tensor(tokens), openvino.Tensor(mask))
     return pipe.generate(inputs, config).perf_metrics
-found = {"decode": 1e3 / min(run(16, 200).get_tpot().mean for _ in range(2)), "resident_mb": resident()}
+found = {"decode": 1e3 / min(run(16, 200).get_tpot().mean for _ in range(2))}
 found["prefill"] = 241e3 / min(run(241, 2).get_ttft().mean for _ in range(3))
 found["decode_1000"] = 1e3 / run(1000, 200).get_tpot().mean
 print(json.dumps(found))
 """
-FIRST_TOKEN = """
-import sys, time, bedplate
-engine = bedplate.Engine(bedplate.Bundle.open(sys.argv[1], check=False), threads=2)
-engine.session().generate("Hello", max_tokens=1)
-print(time.clock_gettime(time.CLOCK_MONOTONIC))
+# What a user waits for and pays: from the start of the process to one token, and after 200 more.
+GENERATION = """
+def first(): print(time.clock_gettime(time.CLOCK_MONOTONIC))  # of the machine: the same in all processes
+def last(): print(resident())
+"""
+BEDPLATE_GENERATES = """
+import bedplate
+path, packed = sys.argv[1:]
+engine = bedplate.Engine(bedplate.Bundle.open(path, check=False), threads=2, packed_cache=packed or None)
+session = engine.session()
+session.generate("Hello", max_tokens=1)
+first()
+session.generate("Once upon a time there was a", max_tokens=200)
+assert session.last.generated_tokens == 200
+last()
+"""
+STOCK_GENERATES = """
+import torch, executorch.kernels.quantized
+from executorch.extension.llm.custom_ops import custom_ops
+from executorch.extension.pybindings.portable_lib import _load_for_executorch
+torch.set_num_threads(2)
+module = _load_for_executorch(sys.argv[1])
+def step(token, position): module.run_method("forward", (torch.tensor([[token]]), torch.tensor([position])))
+step(PROMPT[0], 0)
+first()
+for i in range(208): step(PROMPT[i], i)
+last()
+"""
+LLAMA_CPP_GENERATES = """
+from llama_cpp import Llama
+model = Llama(sys.argv[1], n_ctx=2048, n_threads=2, n_threads_batch=2, n_batch=256, verbose=False)
+model.create_completion("Hello", max_tokens=1)
+first()
+assert model.create_completion("Once upon a time there was a", max_tokens=200)["usage"]["completion_tokens"] == 200
+last()
+"""
+OPENVINO_GENERATES = """
+import openvino_genai as genai
+pipe = genai.LLMPipeline(sys.argv[1], "CPU", INFERENCE_NUM_THREADS=2, ATTENTION_BACKEND="SDPA")
+pipe.generate("Hello", max_new_tokens=1)
+first()
+pipe.generate("Once upon a time there was a", max_new_tokens=200, ignore_eos=True)
+last()
 """
 
 
@@ -138,26 +175,38 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--openvino", type=Path)
     options = parser.parse_args()
-    bundle = options.bundle
+    bundle = options.bundle.absolute()
+    packed = tempfile.TemporaryDirectory()
+    ours, other = sys.executable, str(options.other)
     systems: dict[str, list[str]] = {
-        "bedplate": [sys.executable, BEDPLATE, str(bundle), options.adapter, options.adapter8],
+        "bedplate": [ours, BEDPLATE, str(bundle), options.adapter, options.adapter8],
         "ExecuTorch's runtime, bedplate's files": [
-            *(sys.executable, STOCK, str(bundle / "base.pte"), str(bundle / "foundation.ptd"))
+            *(ours, STOCK, str(bundle / "base.pte"), str(bundle / "foundation.ptd"))
         ],
     }
+    generators: dict[str, list[str]] = {
+        "bedplate": [ours, BEDPLATE_GENERATES, str(bundle), ""],
+        "bedplate, packed weights on disk": [ours, BEDPLATE_GENERATES, str(bundle), packed.name],
+    }
     if options.stock:
-        systems["ExecuTorch's export_llm and runtime"] = [sys.executable, STOCK, str(options.stock), ""]
+        name = "ExecuTorch's export_llm and runtime"
+        systems[name] = [ours, STOCK, str(options.stock), ""]
+        generators[name] = [ours, STOCK_GENERATES, str(options.stock)]
     if options.gguf:
-        systems["llama.cpp Q4_0"] = [str(options.other), LLAMA_CPP, str(options.gguf)]
+        systems["llama.cpp Q4_0"] = [other, LLAMA_CPP, str(options.gguf)]
+        generators["llama.cpp Q4_0"] = [other, LLAMA_CPP_GENERATES, str(options.gguf)]
     if options.openvino:
-        systems["OpenVINO int4"] = [str(options.other), OPENVINO, str(options.openvino)]
+        systems["OpenVINO int4"] = [other, OPENVINO, str(options.openvino)]
+        generators["OpenVINO int4"] = [other, OPENVINO_GENERATES, str(options.openvino)]
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
     for number in range(ROUNDS):
         for name, (python, script, *arguments) in systems.items():
             print(f"round {number + 1}: {name} …", file=sys.stderr, flush=True)
             rounds[name].append(figures(python, script, arguments))
     rows = {name: best(found) for name, found in rounds.items()}
-    rows["bedplate"]["first_token_ms"] = min(first_token(bundle) for _ in range(5))
+    with packed:
+        for name, found in generations(generators).items():
+            rows.setdefault(name, {}).update(found)
     file = Path(__file__).parent / "runtime.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     results[options.machine] = {"date": time.strftime("%Y-%m-%d"), "rows": rows}
@@ -166,13 +215,19 @@ def main() -> None:
 
 
 def figures(python: str, script: str, arguments: list[str]) -> dict[str, float]:
-    words = [python, "-W", "ignore", "-c", COMMON + script, *arguments]
+    found = json.loads(output(python, COMMON + script, arguments)[-1])
+    return {name: float(value) for name, value in found.items()}
+
+
+def output(python: str, script: str, arguments: list[str]) -> list[str]:
+    """Lines that a process prints which runs `script` in a folder of its own."""
+    words = [python, "-W", "ignore", "-c", script, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    return {name: float(value) for name, value in json.loads(done.stdout.splitlines()[-1]).items()}
+    return done.stdout.splitlines()
 
 
 def best(rounds: list[dict[str, float]]) -> dict[str, float]:
@@ -181,12 +236,16 @@ def best(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {name: pick[name](found[name] for found in rounds) for name in rounds[0]}
 
 
-def first_token(bundle: Path) -> float:
-    """Milliseconds from the start of a process to its first token."""
-    words = [sys.executable, "-c", FIRST_TOKEN, str(bundle)]
-    start = time.clock_gettime(time.CLOCK_MONOTONIC)  # of the machine, so that both processes mean the same
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
-    return 1e3 * (float(done.stdout) - start)
+def generations(systems: dict[str, list[str]]) -> dict[str, dict[str, float]]:
+    """Milliseconds from the start of a process to its first token, and its resident MB 200 tokens later."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
+    for number in range(GENERATIONS + 1):
+        for name, (python, script, *arguments) in systems.items():
+            start = time.clock_gettime(time.CLOCK_MONOTONIC)
+            first, resident = map(float, output(python, COMMON + GENERATION + script, arguments)[-2:])
+            if number:  # the first time, files are read from the disk, and packed weights written to it
+                found[name].append({"first_token_ms": 1e3 * (first - start), "generated_mb": resident})
+    return {name: best(rounds) for name, rounds in found.items()}
 
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:

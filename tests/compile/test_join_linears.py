@@ -13,7 +13,8 @@ from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from torch import Tensor, nn
 
 from bedplate.compile.delegate_graph import share_conversions
-from bedplate.compile.join_linears import join_linears, tensor_of
+from bedplate.compile.graph_editor import tensor_of
+from bedplate.compile.join_linears import join_linears
 from bedplate.compile.symbols import executorch_keys
 from bedplate.compile.units import placeholder
 from bedplate.compile.xnnpack import partitioner

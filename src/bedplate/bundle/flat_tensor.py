@@ -123,6 +123,7 @@ class _Reader:
 
     def __init__(self, buffer: bytes) -> None:
         self._buffer = buffer
+        self._fields: dict[int, tuple[int, ...]] = {}  # by vtable, which tables of one form share
 
     def at(self, kind: struct.Struct, position: int) -> int:
         if not 0 <= position <= len(self._buffer) - kind.size:
@@ -136,9 +137,12 @@ class _Reader:
     def field(self, table: int, slot: int) -> int | None:
         """Where the field is; None where it has its default."""
         vtable = table - self.at(_I32, table)
-        entry = 4 + 2 * slot
-        start = self.at(_U16, vtable + entry) if entry < self.at(_U16, vtable) else 0
-        return table + start if start else None
+        starts = self._fields.get(vtable)
+        if starts is None:
+            end = vtable + self.at(_U16, vtable)
+            starts = tuple(self.at(_U16, position) for position in range(vtable + 4, end, 2))
+            self._fields[vtable] = starts
+        return table + starts[slot] if slot < len(starts) and starts[slot] else None
 
     def scalar(self, kind: struct.Struct, table: int, slot: int) -> int:
         position = self.field(table, slot)

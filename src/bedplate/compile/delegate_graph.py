@@ -18,7 +18,9 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
     XNNGraph,
 )
 
-from bedplate.compile.join_linears import join_linears, tensor_of
+from bedplate.compile.graph_editor import tensor_of
+from bedplate.compile.join_heads import join_heads
+from bedplate.compile.join_linears import join_linears
 
 
 @contextmanager
@@ -33,6 +35,7 @@ def lean_delegates(symbol_of: Mapping[str, str]) -> Iterator[set[str]]:
     def serialize_lean(graph: XNNGraph, constant_data: bytearray) -> bytes:
         share_conversions(graph)
         joined.update(join_linears(graph, symbol_of))
+        join_heads(graph)
         return serialize(graph, constant_data)  # type: ignore[no-any-return]
 
     xnnpack_preprocess.serialize_xnnpack_binary = serialize_lean
