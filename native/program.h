@@ -32,8 +32,7 @@ struct KvCache {
 using Constant = std::variant<bool, std::int64_t, double>;
 
 // How XNNPACK keeps the weights that it has packed. shared: once for all programs of the process that name
-// the same. file: of the shared ones of all programs that are loaded with the same, written where it is
-// absent or is none and mapped where it is there; empty: none.
+// them, or for each. file: keeps the shared ones; it is mapped, or written if it is not there; empty: none.
 struct PackedWeights {
     bool shared;
     std::string file;
@@ -73,6 +72,7 @@ class Program {
     std::unique_ptr<MappedFile> file_;
     std::unique_ptr<executorch::runtime::Program> program_;
     std::map<std::string, std::unique_ptr<Method>> methods_;
+    std::size_t read_ = 0;  // rows of the embedding since pages of the data files were given back
 };
 
 }  // namespace bedplate

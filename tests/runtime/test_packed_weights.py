@@ -124,6 +124,20 @@ def test_a_session_of_a_closed_engine_maps_them_again(toy_bundle: Bundle, kept: 
     engine.close()
 
 
+def test_a_file_that_is_removed_while_in_use_is_written_again(toy_bundle: Bundle, kept: Path) -> None:
+    with Engine(toy_bundle, packed_cache=kept.parent) as engine:
+        before = engine.session().step(TEXT)
+        kept.unlink()
+        engine.unload()
+        np.testing.assert_array_equal(engine.session().step(TEXT), before)
+    assert kept.exists()
+
+
+def test_an_engine_may_be_closed_before_it_has_loaded_anything(toy_bundle: Bundle, kept: Path) -> None:
+    Engine(toy_bundle, packed_cache=kept.parent).close()
+    assert kept.exists()
+
+
 class TestRefused:
     def test_a_folder_that_is_none(self, toy_bundle: Bundle, tmp_path: Path) -> None:
         file = tmp_path / "file"

@@ -37,23 +37,27 @@ class PackedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.close = weakref.finalize(self, os.close, self._file)
+        self._close = weakref.finalize(self, os.close, self._file)
         fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         self._sha256 = ""
         self._hashing = threading.Thread(target=self._hash)
         self._hashing.start()
 
     def _hash(self) -> None:
-        if os.fstat(self._file).st_size:  # nothing cannot be mapped
-            with mmap.mmap(
-                self._file, 0, prot=mmap.PROT_READ
-            ) as data:  # at one go, for which no GIL is needed
-                self._sha256 = hashlib.sha256(data).hexdigest()
+        if os.fstat(self._file).st_size == 0:
+            return  # nothing cannot be mapped
+        with mmap.mmap(self._file, 0, prot=mmap.PROT_READ) as data:
+            self._sha256 = hashlib.sha256(data).hexdigest()  # at one go, without the GIL
 
     def is_whole(self) -> bool:
-        """Whether it holds what was written into it. Waits until that is known."""
+        """Whether it is still there and holds what was written into it. Waits until that is known."""
         self._hashing.join()
-        return self.path.name.endswith(f"-{self._sha256}{_SUFFIX}")
+        return self.path.exists() and self.path.name.endswith(f"-{self._sha256}{_SUFFIX}")
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._hashing.join()
+        self._close()
 
 
 class PackedWeights:
@@ -76,7 +80,7 @@ class PackedWeights:
             self._file = PackedFile(found[0]) if found else None
 
     def path(self, write: Callable[[Path], None]) -> Path:
-        """Of the file. If there is none, or it is damaged, `write` is called to make it."""
+        """Of the file. If there is none, or a damaged one, `write` is called to make it."""
         if self._file is not None and not self._file.is_whole():
             self._file.path.unlink(missing_ok=True)
             self.close()
@@ -91,7 +95,6 @@ class PackedWeights:
         return self._file.path
 
     def close(self) -> None:
-        """Let go of the file."""
         if self._file is not None:
             self._file.close()
         self._file = None
