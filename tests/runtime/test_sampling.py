@@ -6,8 +6,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from bedplate import _native
 from bedplate.errors import RunError
-from bedplate.runtime.sampling import Sampling, draw, probabilities
+from bedplate.runtime.sampling import Sampling, chooser, draw, probabilities
 
 LOGITS = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40).map(
     lambda values: np.array(values, np.float32)
@@ -55,6 +56,20 @@ def test_a_seed_decides_and_only_kept_tokens_are_drawn(
     assert probabilities(logits, sampling)[draws[0]] > 0
 
 
+@given(logits=LOGITS)
+def test_greedy_takes_the_likeliest(logits: NDArray[np.float32]) -> None:
+    greedy = Sampling(temperature=0, top_p=1, top_k=0)
+    assert chooser(greedy, 0)(_native.Logits(logits[None])) == logits.argmax()
+
+
+@given(logits=LOGITS, sampling=SAMPLINGS, seed=st.integers(0, 100))
+def test_a_chooser_draws_from_the_last_row(
+    logits: NDArray[np.float32], sampling: Sampling, seed: int
+) -> None:
+    rows = _native.Logits(np.stack((logits[::-1], logits)))
+    assert chooser(sampling, seed)(rows) == draw(logits, sampling, np.random.default_rng(seed))
+
+
 def test_draws_follow_the_probabilities() -> None:
     logits, random = np.log(np.array([0.6, 0.3, 0.1], np.float32)), np.random.default_rng(0)
     sampling = Sampling(temperature=1, top_p=1, top_k=0)
@@ -62,10 +77,11 @@ def test_draws_follow_the_probabilities() -> None:
     np.testing.assert_allclose(counts / 4000, [0.6, 0.3, 0.1], atol=0.03)
 
 
-def test_logits_that_are_no_numbers_are_refused() -> None:
-    sampling = Sampling(temperature=1, top_p=1, top_k=0)
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_no_numbers_are_refused(temperature: float) -> None:
+    choose = chooser(Sampling(temperature=temperature, top_p=1, top_k=0), 0)
     with pytest.raises(RunError, match="not numbers"):
-        draw(np.array([1, np.nan], np.float32), sampling, np.random.default_rng(0))
+        choose(_native.Logits(np.array([[1, np.nan]], np.float32)))
 
 
 @pytest.mark.parametrize(
