@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
+    XNNAdd,
     XNNGraph,
     XNNStaticReshape,
     XNNStaticSlice,
@@ -75,6 +76,14 @@ def joined(request: pytest.FixtureRequest, graphs: list[XNNGraph]) -> XNNGraph:
     return graph
 
 
+def heads_taken(graph: XNNGraph, *, of: int) -> list[tuple[int, int]]:
+    """First head and number of heads of each slice of a value, which it takes along the heads alone."""
+    slices = [n.xnode_union for n in graph.xnodes if isinstance(n.xnode_union, XNNStaticSlice)]
+    found = [one for one in slices if one.input_id == of]
+    assert all(not any(one.offsets[:2] + one.offsets[3:] + one.sizes[:2] + one.sizes[3:]) for one in found)
+    return sorted((one.offsets[2], one.sizes[2]) for one in found)
+
+
 def operators(graph: XNNGraph) -> Counter[str]:
     return Counter(type(node.xnode_union).__name__.removeprefix("XNN") for node in graph.xnodes)
 
@@ -84,13 +93,11 @@ def test_q_and_k_are_turned_at_once(joined: XNNGraph) -> None:
     found = operators(joined)
     assert (found["Multiply"], found["Add"], found["FullyConnected"]) == (2, 1, 2)
     reshapes = [n.xnode_union for n in joined.xnodes if isinstance(n.xnode_union, XNNStaticReshape)]
-    assert [list(reshape.new_shape) for reshape in reshapes] == [[1, 0, 6, HEAD_DIM], [1, 0, 2, HEAD_DIM]]
-    along_heads = [
-        (node.xnode_union.offsets, node.xnode_union.sizes)
-        for node in joined.xnodes
-        if isinstance(node.xnode_union, XNNStaticSlice) and node.xnode_union.num_dims == 4
-    ]
-    assert sorted(along_heads) == [([0, 0, 0, 0], [0, 0, 4, 0]), ([0, 0, 4, 0], [0, 0, 2, 0])]
+    assert [list(reshape.new_shape) for reshape in reshapes] == [[1, 0, 8, HEAD_DIM]]
+    turned = next(n.xnode_union.output_id for n in joined.xnodes if isinstance(n.xnode_union, XNNAdd))
+    assert heads_taken(joined, of=reshapes[0].output_id) == [(0, 6), (6, 2)]
+    assert heads_taken(joined, of=turned) == [(0, 4), (4, 2)]
+    assert found["StaticSlice"] == 4
     shapes = {
         tuple(tensor_of(value).dims)
         for value in joined.xvalues
@@ -116,8 +123,6 @@ def test_what_is_not_side_by_side_or_used_otherwise_stays_apart(joined: XNNGraph
     before = repr(joined)
     join_heads(joined)
     assert repr(joined) == before
-    assert all(
-        node.xnode_union.num_dims == 3
-        for node in joined.xnodes
-        if isinstance(node.xnode_union, XNNStaticSlice)
-    )
+    (reshape,) = (n.xnode_union for n in joined.xnodes if isinstance(n.xnode_union, XNNStaticReshape))
+    assert heads_taken(joined, of=reshape.output_id) == [(0, 4), (4, 2), (6, 2)]
+    assert operators(joined)["StaticSlice"] == 3

@@ -7,6 +7,8 @@ They are as well done to both together, seen as heads side by side, which are ta
     op(slice q, cos), op(slice k, cos)             → slices of op(qk, cos)
     op(slice q, slice q'), op(slice k, slice k')   → slices of op(qk, qk')
 
+And v is seen as heads beside them: reshape(slice qk), reshape(slice v) → slices of reshape(qkv), along the heads.
+
 Every number is computed as before, so results stay the same to the bit.
 """
 
@@ -44,6 +46,7 @@ def join_heads(graph: XNNGraph) -> None:
         while joiner.join_operators():
             pass
         joiner.take_apart()
+    joiner.reshape_before_slicing()
 
 
 class _Joiner:
@@ -125,6 +128,42 @@ class _Joiner:
                 at = next(i for i, step in enumerate(steps) if step.xnode_union.output_id == taken.of)
                 handle = steps[at].debug_handle
                 steps.insert(at + 1, slice_node(taken, index, dims=_DIMS, dim=_HEADS, debug_handle=handle))
+        self._editor.drop_unused()
+
+    def reshape_before_slicing(self) -> None:
+        """See all of a value as heads where each of its slices is only used so."""
+        by_value: dict[tuple[int, int], list[tuple[Slice, XNode]]] = {}
+        for node in self._editor.operators(XNNStaticReshape):
+            reshape = node.xnode_union
+            taken = self._slice_before(reshape.input_id)
+            if taken is not None and reshape.num_dims == _DIMS and self._editor.uses(reshape.input_id) == 1:
+                by_value.setdefault((taken.of, reshape.new_shape[-1]), []).append((taken, node))
+        for (of, _), found in by_value.items():
+            found.sort(key=lambda one: one[0].start)
+            if len(found) > 1 and self._editor.covered(of, [taken for taken, _ in found], -1):
+                self._reshape_before_slicing(of, [node for _, node in found])
+
+    def _reshape_before_slicing(self, of: int, nodes: Sequence[XNode]) -> None:
+        first = copy.deepcopy(nodes[0])
+        reshape, handle = first.xnode_union, first.debug_handle
+        whole = tensor_of(self._editor.copy_value(reshape.output_id))
+        heads = [node.xnode_union.new_shape[_HEADS] for node in nodes]
+        whole.dims[_HEADS] = sum(heads)
+        reshape.input_id, reshape.output_id = of, whole.id_out
+        reshape.new_shape = [*reshape.new_shape[:_HEADS], sum(heads), *reshape.new_shape[_HEADS + 1 :]]
+        placed, start = [first], 0
+        for node, width in zip(nodes, heads, strict=True):
+            taken = Slice(of=whole.id_out, start=start, width=width)
+            output = node.xnode_union.output_id
+            placed.append(slice_node(taken, output, dims=_DIMS, dim=_HEADS, debug_handle=handle))
+            start += width
+        read = {node.xnode_union.input_id for node in nodes}
+        gone = [
+            step
+            for step in self._graph.xnodes
+            if step.xnode_union.output_id in read or any(step is n for n in nodes)
+        ]
+        self._editor.replace(gone, placed)
         self._editor.drop_unused()
 
     def _put(self, nodes: Sequence[XNode], placed: Sequence[XNode]) -> None:

@@ -14,7 +14,7 @@ from bedplate.model.spec import ModelSpec
 from bedplate.quantize.recipe import Recipe
 
 # Rises when units of an older bedplate no longer fit the linker.
-UNIT_FORMAT = 5
+UNIT_FORMAT = 6
 
 
 @dataclass(frozen=True, kw_only=True)
