@@ -7,6 +7,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <new>
 
 namespace bedplate {
 
@@ -20,7 +21,10 @@ using executorch::runtime::TensorLayout;
 
 namespace {
 
-constexpr std::size_t kLarge = std::size_t{64} << 10;  // less is not worth a call of the system
+// Less is not worth a call of the system, which maps as much around whatever is read.
+constexpr std::size_t kLarge = std::size_t{64} << 10;
+constexpr std::align_val_t kAlignment{64};
+constexpr std::size_t kPastTheEnd = 128;  // XNNPACK may read as much
 
 // Pages that lie wholly within; the others may hold something that is still needed.
 void give_back(void*, void* data, std::size_t size) {
@@ -28,6 +32,13 @@ void give_back(void*, void* data, std::size_t size) {
     const auto begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
     const auto end = (reinterpret_cast<std::uintptr_t>(data) + size) / page * page;
     if (size >= kLarge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
+FreeableBuffer copied(const FreeableBuffer& data) {
+    void* copy = ::operator new(data.size() + kPastTheEnd, kAlignment);
+    std::memcpy(copy, data.data(), data.size());
+    return FreeableBuffer(copy, data.size(),
+                          [](void*, void* memory, std::size_t) { ::operator delete(memory, kAlignment); });
 }
 
 [[noreturn]] void fail(const std::string& path) {
@@ -86,12 +97,16 @@ Result<const TensorLayout> DataFiles::get_tensor_layout(std::string_view key) co
     const auto layout = merged_->get_tensor_layout(key);
     note(layout.error(), key);
     if (!layout.ok()) return layout.error();
+    tensors_.emplace(key);
     return *layout;
 }
 
 Result<FreeableBuffer> DataFiles::get_data(std::string_view key) const {
     auto data = merged_->get_data(key);
     note(data.error(), key);
+    // A norm, say, which every step reads, between what only loading does: megabytes would be mapped around
+    // all.
+    if (data.ok() && data->size() < kLarge && tensors_.count(std::string(key)) > 0) return copied(*data);
     return data;
 }
 

@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <unordered_set>
 #include <vector>
 
 #include "platform.h"
@@ -73,6 +74,8 @@ class DataFiles final : public executorch::runtime::NamedDataMap {
     std::vector<std::unique_ptr<executorch::extension::FlatTensorDataMap>> maps_;
     std::unique_ptr<executorch::extension::merged_data_map::MergedDataMap> merged_;
     mutable std::string missing_;
+    mutable std::unordered_set<std::string>
+        tensors_;  // keys whose layout a program asked for: it reads them itself
 };
 
 }  // namespace bedplate

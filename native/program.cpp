@@ -5,14 +5,6 @@
 
 namespace bedplate {
 
-namespace {
-
-// Rows of the embedding lie all over its file, and with each the system maps what lies around it, up to
-// megabytes.
-constexpr std::size_t kRowsKept = 16;
-
-}  // namespace
-
 Program::Program(const std::string& path, const std::vector<std::string>& data_files,
                  std::shared_ptr<Activations> activations, PackedWeights packed_weights)
     : path_(path),
@@ -67,11 +59,9 @@ std::size_t Program::kv_bytes(const std::string& method) { return loaded(method)
 Logits Program::step(const std::string& method, const std::int64_t* tokens, std::size_t count,
                      std::int64_t pos, KvCache& kv) {
     Logits logits = loaded(method).step(tokens, count, pos, kv);
-    read_ += count;
-    if (read_ >= kRowsKept && data_ != nullptr) {
-        data_->release();
-        read_ = 0;
-    }
+    // Rows of the embedding lie all over its file, and with each the system maps what lies around, up to
+    // megabytes.
+    if (data_ != nullptr) data_->release();
     return logits;
 }
 

@@ -72,7 +72,6 @@ class Program {
     std::unique_ptr<MappedFile> file_;
     std::unique_ptr<executorch::runtime::Program> program_;
     std::map<std::string, std::unique_ptr<Method>> methods_;
-    std::size_t read_ = 0;  // rows of the embedding since pages of the data files were given back
 };
 
 }  // namespace bedplate

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import gc
-import re
 import shutil
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mapped import resident_of
 
 from bedplate import _native
 from bedplate.bundle.store import Bundle
@@ -80,19 +80,13 @@ def test_a_data_file_that_was_replaced_is_read_anew(toy_bundle: Bundle, tmp_path
 
 
 def test_what_is_packed_or_read_leaves_no_page_of_its_file_in_memory(toy_bundle: Bundle) -> None:
-    def resident() -> int:
-        mappings = Path("/proc/self/smaps").read_text().split("VmFlags")
-        (of_foundation,) = (text for text in mappings if str(toy_bundle.foundation) in text)
-        return int(re.findall(r"^Rss: +(\d+) kB", of_foundation, re.MULTILINE)[-1])
-
     with Engine(toy_bundle) as engine:
         engine.load()
-        assert resident() == 0
+        assert resident_of(toy_bundle.foundation) == [0]  # which is mapped once
         session = engine.session()
-        session.step(TEXT)
-        assert resident() > 0
-        session.step(TEXT * 4)
-        assert resident() == 0
+        for tokens in (TEXT, TEXT[:1]):
+            session.step(tokens)
+            assert resident_of(toy_bundle.foundation) == [0]
 
 
 def test_a_program_whose_constants_are_elsewhere_harms_no_other(toy_bundle: Bundle, tmp_path: Path) -> None:

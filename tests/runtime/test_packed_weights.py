@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from mapped import resident_of
 from numpy.typing import NDArray
 
 from bedplate.bundle.store import Bundle
@@ -23,13 +23,6 @@ TEXT = [5, 9, 13, 2, 7]
 def logits(bundle: Bundle, folder: Path | None, adapter: str | None = None) -> NDArray[np.float32]:
     with Engine(bundle, packed_cache=folder) as engine:
         return engine.session(adapter).step(TEXT)
-
-
-def mapped_bytes(file: Path) -> int:
-    """Of the file, what this process has mapped and touched."""
-    mappings = Path("/proc/self/smaps").read_text().split("VmFlags")
-    found = (re.search(r"^Rss: +(\d+) kB", text, re.MULTILINE) for text in mappings if str(file) in text)
-    return sum(1024 * int(match[1]) for match in found if match)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +48,9 @@ def test_what_is_mapped_computes_the_same_as_what_is_packed(
 def test_a_step_reads_its_weights_from_the_file(toy_bundle: Bundle, kept: Path) -> None:
     with Engine(toy_bundle, packed_cache=kept.parent) as engine:
         engine.load()
-        before = mapped_bytes(kept)
+        before = sum(resident_of(kept))
         engine.session().step(TEXT)
-        assert before < kept.stat().st_size / 2 < mapped_bytes(kept)
+        assert before < kept.stat().st_size / 2 < sum(resident_of(kept))
     assert str(kept) not in Path("/proc/self/maps").read_text()
 
 
