@@ -18,7 +18,8 @@ from bedplate.model.tokenizer_files import read_tokenizer
 from bedplate.quantize.calibration import calibration_tokens, input_statistics
 from bedplate.quantize.eager import quantize_decoder
 from bedplate.quantize.modules import QuantizedLinear
-from bedplate.quantize.recipe import WEIGHT_ONLY, AdapterScheme, Recipe, recipe_from_dict
+from bedplate.quantize.options import AdapterScheme
+from bedplate.quantize.recipe import WEIGHT_ONLY, Recipe, recipe_from_dict
 from bedplate.quantize.weights import quantize_weight
 
 

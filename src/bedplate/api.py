@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from bedplate.assemble.report import SILENT, Reporter
 from bedplate.bundle import store
-from bedplate.quantize.recipe import METHOD, RECOVERY_RANK, AdapterScheme, Goal, Method, make_recipe
+from bedplate.quantize.options import METHOD, RECOVERY_RANK, AdapterScheme, Method
 
 if TYPE_CHECKING:
     from bedplate.assemble.evaluate import Evaluation
@@ -125,6 +125,7 @@ def build(
     Raises a BedplateError that says what is wrong; nothing is then left at `out`.
     """
     from bedplate.assemble.build import build_bundle
+    from bedplate.quantize.recipe import Goal, make_recipe
 
     goal = None
     if bytes_per_weight is not None or target_kl is not None:

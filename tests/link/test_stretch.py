@@ -18,7 +18,7 @@ from bedplate.link.stretch import stretch
 from bedplate.link.template import template_of
 from bedplate.model.adapter import read_adapter
 from bedplate.model.spec import spec_from_dict
-from bedplate.quantize.recipe import AdapterScheme
+from bedplate.quantize.options import AdapterScheme
 
 TOKENS = [5, 17, 101, 3, 250, 77, 8, 8, 19, 300, 2, 45]
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from package_model import smollm2_gguf
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from bedplate.errors import CheckpointError, NotFoundError, UnsupportedError
 from bedplate.model.tokenizer_files import TokenizerFiles, read_tokenizer
@@ -138,6 +138,22 @@ def test_a_folder_gives_the_same(read: TokenizerFiles, folder: Path, theirs: Any
     tokenizer = Tokenizer.from_str(found.tokenizer_json.decode())
     for text in TEXTS:
         assert tokenizer.encode(text).ids == theirs.encode(text)
+
+
+def test_a_merge_is_one_string_where_that_is_clear(
+    read: TokenizerFiles, ours: Tokenizer, edited: Path
+) -> None:
+    data = json.loads(read.tokenizer_json)
+    assert data["model"]["merges"][:2] == ["Ġ t", "Ġ a"]
+    data["model"]["merges"] = [merge.split(" ") for merge in data["model"]["merges"]]
+    assert data == json.loads(ours.to_str())
+
+    spaced = Tokenizer(models.BPE(vocab={"a": 0, " ": 1, " a": 2, "<|endoftext|>": 3}, merges=[(" ", "a")]))
+    spaced.save(str(edited / "tokenizer.json"))
+    (edited / "tokenizer_config.json").write_text("{}")
+    found = read_tokenizer(edited).tokenizer_json.decode()
+    assert json.loads(found)["model"]["merges"] == [[" ", "a"]]
+    assert Tokenizer.from_str(found).encode("a a").ids == [0, 2]
 
 
 def write(path: Path, **fields: Any) -> None:

@@ -22,7 +22,8 @@ from bedplate.link.linker import Template, link
 from bedplate.model.adapter import Adapter, read_adapter
 from bedplate.model.spec import spec_from_dict
 from bedplate.quantize.joined import joined
-from bedplate.quantize.recipe import AdapterScheme, default_adapter_scheme, recipe_from_dict
+from bedplate.quantize.options import AdapterScheme
+from bedplate.quantize.recipe import default_adapter_scheme, recipe_from_dict
 from bedplate.quantize.rows import pack_branch
 
 # Zeros are computed with like any number: a rank is at most doubled for want of units, or raised to this.

@@ -15,8 +15,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 SCALAR_TYPES = {"uint8": 0, "int8": 1, "int64": 4, "float16": 5, "float32": 6, "bfloat16": 15}
 _ITEM_BYTES = {"uint8": 1, "int8": 1, "int64": 8, "float16": 2, "float32": 4, "bfloat16": 2}
@@ -27,8 +26,7 @@ class MalformedError(Exception):
     """The bytes are not an index; says where it stopped making sense."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(NamedTuple):
     """How a constant that a program holds as a tensor lies in memory: contiguous, outermost dim first."""
 
     dtype: str
@@ -39,8 +37,7 @@ class Layout:
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Segment:
+class Segment(NamedTuple):
     offset: int
     nbytes: int
 
@@ -126,9 +123,10 @@ class _Reader:
         self._fields: dict[int, tuple[int, ...]] = {}  # by vtable, which tables of one form share
 
     def at(self, kind: struct.Struct, position: int) -> int:
-        if not 0 <= position <= len(self._buffer) - kind.size:
-            raise MalformedError(f"refers to byte {position} of {len(self._buffer)}")
-        number: int = kind.unpack_from(self._buffer, position)[0]
+        try:
+            number: int = kind.unpack_from(self._buffer, position)[0]
+        except struct.error as error:
+            raise MalformedError(f"refers to byte {position} of {len(self._buffer)}") from error
         return number
 
     def indirect(self, position: int) -> int:
@@ -137,6 +135,8 @@ class _Reader:
     def field(self, table: int, slot: int) -> int | None:
         """Where the field is; None where it has its default."""
         vtable = table - self.at(_I32, table)
+        if vtable < 0:  # would count from the end
+            raise MalformedError(f"refers to byte {vtable} of {len(self._buffer)}")
         starts = self._fields.get(vtable)
         if starts is None:
             end = vtable + self.at(_U16, vtable)

@@ -29,7 +29,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from bedplate.bundle import files, flat_tensor
 from bedplate.bundle.flat_tensor import Layout, Segment
@@ -48,8 +48,7 @@ _HEADER_OFFSET = 8
 _HEADER_LENGTH = 40  # the zeros are not counted
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
+class Entry(NamedTuple):
     """One key of a data file. offset: of its bytes, from the start of the file; keys with equal bytes share
     them.
     """

@@ -12,7 +12,7 @@ from bedplate import api
 from bedplate.bundle import store
 from bedplate.cli.output import print_json, print_table, progress_bars, size, stderr
 from bedplate.errors import AdapterError, NameTakenError, RecipeError
-from bedplate.quantize.recipe import METHOD, RECOVERY_RANK, AdapterScheme
+from bedplate.quantize.options import METHOD, RECOVERY_RANK, AdapterScheme
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")]
 CacheFolder = Annotated[

@@ -203,9 +203,20 @@ def _files(
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return TokenizerFiles(
-        tokenizer_json=tokenizer.to_str().encode(),
+        tokenizer_json=_written(tokenizer).encode(),
         chat_template=chat_template,
         bos_id=bos_id,
         eos_ids=eos_ids,
         special_tokens=special_tokens,
     )
+
+
+def _written(tokenizer: Tokenizer) -> str:
+    """Its JSON, each merge one string where that is clear: older readers want it so, and newer ones read it sooner."""
+    written = str(tokenizer.to_str())
+    data = json.loads(written)
+    merges = data["model"].get("merges")
+    if not merges or any(" " in part for merge in merges for part in merge):
+        return written
+    data["model"]["merges"] = [" ".join(merge) for merge in merges]
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))

@@ -9,13 +9,7 @@ from typing import Any, Literal, get_args
 
 from bedplate.errors import RecipeError
 from bedplate.model.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes
-
-Method = Literal["plain", "hqq", "offset"]
-AdapterScheme = Literal["none", "8w"]
-
-# What a user gets who names neither. Measured: docs/recipes.md has the table.
-METHOD: Method = "offset"
-RECOVERY_RANK = 0
+from bedplate.quantize.options import METHOD, RECOVERY_RANK, AdapterScheme, Method
 
 
 @dataclass(frozen=True, kw_only=True)

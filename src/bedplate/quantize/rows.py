@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bedplate.constants import Constant
+from bedplate.quantize.options import AdapterScheme
 from bedplate.quantize.packing import pack_float, pack_linear
-from bedplate.quantize.recipe import AdapterScheme
 
 
 def quantize_rows(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import mmap
 import os
-import platform
 import shutil
 import threading
 import weakref
@@ -134,7 +133,7 @@ def _key(bundle: Bundle) -> str:
         bundle.foundation_sha256,
         bundle.manifest.files[BASE_PROGRAM].sha256,
         _native.EXECUTORCH_VERSION,
-        platform.machine(),
+        os.uname().machine,
         _processor_features(),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:_KEY_LENGTH]
