@@ -24,7 +24,7 @@ extern const TileKernel kernel;
 
 namespace {
 
-constexpr std::int64_t kKeySplit = 256;              // keys a task, when all rows fit one tile
+constexpr std::int64_t kKeySplit = 128;              // keys a task, when all rows fit one tile
 constexpr std::int64_t kSerialProducts = 64 * 1024;  // fewer multiplications are done sooner than handed out
 
 std::vector<const TileKernel*> kernels() {
@@ -51,30 +51,33 @@ float* scratch(std::int64_t floats) {
     return buffer.data() + (kAlign - misaligned) % kAlign;
 }
 
-// How the work is cut: splits of the keys × tiles of rows × kv heads. Heads come last, for a thread takes
-// tasks in a row: a cache line or page that the heads of one key share is then fetched once.
+// How the work is cut: splits of the keys × tiles of rows × groups of kv heads. Heads come last, for a thread
+// takes tasks in a row: a cache line or page that the heads of one key share is then fetched once.
 struct Plan {
     const TileKernel* kernel;
-    std::int64_t rows, tiles, keys, splits, tasks;
+    std::int64_t rows, tiles, heads, groups, keys, splits, tasks;
 
     explicit Plan(const AttentionShape& s) : kernel(active()) {
         rows = s.positions * (s.heads / s.kv_heads);
         tiles = (rows + kernel->rows - 1) / kernel->rows;
+        heads = kernel->heads(rows, s.kv_heads);
+        groups = (s.kv_heads + heads - 1) / heads;
         keys = s.start_pos + s.positions;
         splits = tiles == 1 ? (keys + kKeySplit - 1) / kKeySplit : 1;
-        tasks = s.kv_heads * tiles * splits;
+        tasks = groups * tiles * splits;
     }
-    // A task's result, when it is to be merged with others: acc [rows, D], max, sum.
+    // A task's result, when it is to be merged with others: acc [heads, rows, D], max, sum.
     std::int64_t partial_floats(const AttentionShape& s) const {
-        return rows * s.head_dim + 2 * kernel->rows;
+        return heads * rows * s.head_dim + 2 * kernel->rows;
     }
 };
 
 AttentionTile tile_of(const AttentionShape& s, const Plan& plan, std::int64_t task, const float* q,
                       const float* k, const float* v) {
-    const std::int64_t head = task % s.kv_heads, row_tile = task / s.kv_heads % plan.tiles;
-    const std::int64_t split = task / s.kv_heads / plan.tiles, group = s.heads / s.kv_heads;
+    const std::int64_t head = task % plan.groups * plan.heads, row_tile = task / plan.groups % plan.tiles;
+    const std::int64_t split = task / plan.groups / plan.tiles, group = s.heads / s.kv_heads;
     AttentionTile tile{};
+    tile.heads = std::min(plan.heads, s.kv_heads - head);
     tile.q = q + head * group * s.head_dim;
     tile.k = k + head * s.head_dim;
     tile.v = v + head * s.head_dim;
@@ -92,11 +95,16 @@ AttentionTile tile_of(const AttentionShape& s, const Plan& plan, std::int64_t ta
     return tile;
 }
 
-float* out_row(const AttentionShape& s, const AttentionTile& tile, std::int64_t head, std::int64_t row,
+// Row `index` of [heads, rows] of a tile, whose first kv head is `head`.
+float* out_row(const AttentionShape& s, const AttentionTile& tile, std::int64_t head, std::int64_t index,
                float* out) {
-    const std::int64_t position = row / tile.group, in_group = row % tile.group;
-    return out + position * tile.q_stride + (head * tile.group + in_group) * s.head_dim;
+    const std::int64_t rows = tile.row_end - tile.row_begin, row = tile.row_begin + index % rows;
+    const std::int64_t position = row / tile.group,
+                       q_head = (head + index / rows) * tile.group + row % tile.group;
+    return out + position * tile.q_stride + q_head * s.head_dim;
 }
+
+std::int64_t rows_of(const AttentionTile& tile) { return tile.heads * (tile.row_end - tile.row_begin); }
 
 void run_whole(const AttentionShape& s, const Plan& plan, const AttentionTile& tile, std::int64_t head,
                float* out) {
@@ -104,20 +112,20 @@ void run_whole(const AttentionShape& s, const Plan& plan, const AttentionTile& t
     float* space = scratch(work + plan.kernel->rows * (depth + 2));
     float *acc = space + work, *max = acc + plan.kernel->rows * depth, *sum = max + plan.kernel->rows;
     plan.kernel->run(tile, space, acc, max, sum);
-    for (std::int64_t r = 0; r < tile.row_end - tile.row_begin; ++r) {
-        float* to = out_row(s, tile, head, tile.row_begin + r, out);
+    for (std::int64_t r = 0; r < rows_of(tile); ++r) {
+        float* to = out_row(s, tile, head, r, out);
         const float inverse = 1.0f / sum[r];
         for (std::int64_t d = 0; d < depth; ++d) to[d] = acc[r * depth + d] * inverse;
     }
 }
 
-// One kv head's splits, of `partials` [splits, K, partial_floats], into its rows of `out`.
+// The splits of one group of kv heads, of `partials` [splits, groups, partial_floats], into its rows of
+// `out`.
 void merge(const AttentionShape& s, const Plan& plan, const AttentionTile& tile, std::int64_t head,
            const float* partials, float* out) {
-    const std::int64_t depth = s.head_dim, stride = s.kv_heads * plan.partial_floats(s),
-                       at_max = plan.rows * depth;
-    const std::int64_t at_sum = at_max + plan.kernel->rows;
-    for (std::int64_t r = 0; r < plan.rows; ++r) {
+    const std::int64_t depth = s.head_dim, stride = plan.groups * plan.partial_floats(s);
+    const std::int64_t at_max = plan.heads * plan.rows * depth, at_sum = at_max + plan.kernel->rows;
+    for (std::int64_t r = 0; r < rows_of(tile); ++r) {
         float top = partials[at_max + r], total = 0;
         for (std::int64_t i = 1; i < plan.splits; ++i) top = std::max(top, partials[i * stride + at_max + r]);
         float* to = out_row(s, tile, head, r, out);
@@ -140,9 +148,9 @@ void attention(const AttentionShape& s, const float* q, const float* k, const fl
     std::vector<float> partials(whole ? 0 : plan.tasks * plan.partial_floats(s));
     const auto task = [&](std::size_t index) {
         const AttentionTile tile = tile_of(s, plan, index, q, k, v);
-        if (whole) return run_whole(s, plan, tile, index % s.kv_heads, out);
+        if (whole) return run_whole(s, plan, tile, index % plan.groups * plan.heads, out);
         float* acc = partials.data() + index * plan.partial_floats(s);
-        float *max = acc + plan.rows * s.head_dim, *sum = max + plan.kernel->rows;
+        float *max = acc + plan.heads * plan.rows * s.head_dim, *sum = max + plan.kernel->rows;
         plan.kernel->run(tile, scratch(plan.kernel->scratch_floats(s.head_dim)), acc, max, sum);
     };
     const bool serial = s.kv_heads * plan.rows * plan.keys * s.head_dim < kSerialProducts;
@@ -151,9 +159,9 @@ void attention(const AttentionShape& s, const float* q, const float* k, const fl
     else
         run_on_pool(task, plan.tasks);
     if (whole) return;
-    for (std::int64_t head = 0; head < s.kv_heads; ++head) {
-        const AttentionTile tile = tile_of(s, plan, head, q, k, v);
-        merge(s, plan, tile, head, partials.data() + head * plan.partial_floats(s), out);
+    for (std::int64_t group = 0; group < plan.groups; ++group) {
+        const AttentionTile tile = tile_of(s, plan, group, q, k, v);
+        merge(s, plan, tile, group * plan.heads, partials.data() + group * plan.partial_floats(s), out);
     }
 }
 

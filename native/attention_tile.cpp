@@ -17,6 +17,12 @@ constexpr int kLanes = 4, kAccumulators = 24;  // of 32
 constexpr int kLanes = 4, kAccumulators = 12;  // of 16
 #endif
 #define INLINE inline __attribute__((always_inline))
+// Before a loop over registers: left as a loop, it keeps them in memory.
+#if defined(__clang__)
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 24")
+#endif
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
@@ -25,7 +31,8 @@ constexpr int kRowVecs = 4;                   // a tile's rows lie in the lanes 
 constexpr int64_t kRows = kRowVecs * kLanes;  //
 constexpr int64_t kKeyBlock = 64;             // keys a pass: their scores, and V for PV, stay in the L1 cache
 constexpr int64_t kDotRows = 4;      // up to here, rows · keys as dot products beats lanes full of rows
-constexpr int64_t kFetchAhead = 16;  // keys between asking for a row of K and its use
+constexpr int64_t kFetchAhead = 8;   // keys between asking for a row of K or V and its use
+constexpr int64_t kKeyStep = 4;      // keys of V for one head before the next: memory is read in a row
 constexpr int64_t kLineFloats = 16;  // of a cache line
 constexpr float kMasked = -1e30f;    // finite, so that a row masked throughout makes no NaN
 
@@ -78,32 +85,31 @@ INLINE Vec exp2(Vec x) {
 template <int V, int N>
 INLINE void score_lanes(const float* q, int64_t ld, const float* k, int64_t k_stride, int64_t depth,
                         float* out) {
-    Vec a[N][V] = {};
+    Vec a[N][V];
+    UNROLLED for (int n = 0; n < N; ++n) UNROLLED for (int v = 0; v < V; ++v) a[n][v] = Vec{};
     for (int64_t d = 0; d < depth; ++d)
-        for (int n = 0; n < N; ++n)
-            for (int v = 0; v < V; ++v) a[n][v] += load(q + d * ld + v * kLanes) * k[n * k_stride + d];
-    for (int n = 0; n < N; ++n)
-        for (int v = 0; v < V; ++v) store(out + n * ld + v * kLanes, a[n][v]);
+        UNROLLED for (int n = 0; n < N; ++n) UNROLLED for (int v = 0; v < V; ++v) a[n][v] +=
+            load(q + d * ld + v * kLanes) * k[n * k_stride + d];
+    UNROLLED for (int n = 0; n < N; ++n) UNROLLED for (int v = 0; v < V; ++v)
+        store(out + n * ld + v * kLanes, a[n][v]);
 }
 
 // The same for M rows as dot products: `q` is [M, D].
 template <int M, int N>
 INLINE void score_dots(const float* q, int64_t ld, const float* k, int64_t k_stride, int64_t depth,
                        float* out) {
-    Vec a[N][M] = {};
+    Vec a[N][M];
+    UNROLLED for (int n = 0; n < N; ++n) UNROLLED for (int m = 0; m < M; ++m) a[n][m] = Vec{};
     int64_t d = 0;
-    for (; d + kLanes <= depth; d += kLanes)
-        for (int n = 0; n < N; ++n) {
+    for (; d + kLanes <= depth; d += kLanes) UNROLLED for (int n = 0; n < N; ++n) {
             const Vec key = load(k + n * k_stride + d);
-            for (int m = 0; m < M; ++m) a[n][m] += load(q + m * depth + d) * key;
+            UNROLLED for (int m = 0; m < M; ++m) a[n][m] += load(q + m * depth + d) * key;
         }
-    for (int n = 0; n < N; ++n)
-        for (int m = 0; m < M; ++m) {
-            float total = sum(a[n][m]);
-            for (int64_t rest = d; rest < depth; ++rest)
-                total += q[m * depth + rest] * k[n * k_stride + rest];
-            out[n * ld + m] = total;
-        }
+    UNROLLED for (int n = 0; n < N; ++n) UNROLLED for (int m = 0; m < M; ++m) {
+        float total = sum(a[n][m]);
+        for (int64_t rest = d; rest < depth; ++rest) total += q[m * depth + rest] * k[n * k_stride + rest];
+        out[n * ld + m] = total;
+    }
 }
 
 struct Lanes {
@@ -119,27 +125,29 @@ struct Dots {
     }
 };
 
-// Rows lie apart, so the hardware does not foresee them; memory is slower than all the arithmetic of a
-// decode.
-INLINE void fetch_row(const AttentionTile& t, const float* row) {
-    for (int64_t d = 0; d < t.head_dim; d += kLineFloats) __builtin_prefetch(row + d);
+// Memory is slower than all the arithmetic of a decode, and the hardware foresees less than is needed.
+INLINE void fetch(const AttentionTile& t, const float* at, int64_t keys) {
+    for (int64_t i = 0; i < keys; ++i)
+        for (int64_t d = 0; d < t.heads * t.head_dim; d += kLineFloats)
+            __builtin_prefetch(at + (kFetchAhead + i) * t.kv_stride + d);
 }
 
 template <class How, int R>
 void score_block(const AttentionTile& t, const float* q, int64_t ld, int64_t key, int64_t n, float* out) {
     constexpr int kKeys = kAccumulators / R < 8 ? kAccumulators / R : 8;
+    const int64_t rows = t.row_end - t.row_begin, depth = t.head_dim;
     const float* k = t.k + key * t.kv_stride;
-    const float* v = t.v + key * t.kv_stride;
     int64_t i = 0;
     for (; i + kKeys <= n; i += kKeys) {
-        for (int64_t ahead = i; ahead < i + kKeys; ++ahead) {
-            fetch_row(t, k + (ahead + kFetchAhead) * t.kv_stride);
-            fetch_row(t, v + ahead * t.kv_stride);
-        }
-        How::template score<R, kKeys>(q, ld, k + i * t.kv_stride, t.kv_stride, t.head_dim, out + i * ld);
+        fetch(t, k + i * t.kv_stride, kKeys);
+        for (int64_t h = 0; h < t.heads; ++h)
+            How::template score<R, kKeys>(q + h * rows * depth, ld, k + i * t.kv_stride + h * depth,
+                                          t.kv_stride, depth, out + i * ld + h * rows);
     }
     for (; i < n; ++i)
-        How::template score<R, 1>(q, ld, k + i * t.kv_stride, t.kv_stride, t.head_dim, out + i * ld);
+        for (int64_t h = 0; h < t.heads; ++h)
+            How::template score<R, 1>(q + h * rows * depth, ld, k + i * t.kv_stride + h * depth, t.kv_stride,
+                                      depth, out + i * ld + h * rows);
 }
 
 template <class How>
@@ -157,53 +165,67 @@ void score_rows(int rows, const AttentionTile& t, const float* q, int64_t ld, in
     }
 }
 
-// acc [M rows, C vectors from column d] = acc · decay + P V, for n keys; `p` is [n, ld].
+// acc [M rows, C vectors from column d] += P V, for n keys; `p` is [n, ld].
 template <int M, int C>
-INLINE void weigh(const AttentionTile& t, const float* p, int64_t ld, const float* v, int64_t n,
-                  const float* decay, float* acc) {
+INLINE void weigh(const AttentionTile& t, const float* p, int64_t ld, const float* v, int64_t n, float* acc) {
     Vec a[M][C];
-    for (int m = 0; m < M; ++m)
-        for (int c = 0; c < C; ++c) a[m][c] = load(acc + m * t.head_dim + c * kLanes) * decay[m];
-    for (int64_t i = 0; i < n; ++i)
-        for (int c = 0; c < C; ++c) {
+    UNROLLED for (int m = 0; m < M; ++m) UNROLLED for (int c = 0; c < C; ++c) a[m][c] =
+        load(acc + m * t.head_dim + c * kLanes);
+    for (int64_t i = 0; i < n; ++i) UNROLLED for (int c = 0; c < C; ++c) {
             const Vec value = load(v + i * t.kv_stride + c * kLanes);
-            for (int m = 0; m < M; ++m) a[m][c] += value * p[i * ld + m];
+            UNROLLED for (int m = 0; m < M; ++m) a[m][c] += value * p[i * ld + m];
         }
-    for (int m = 0; m < M; ++m)
-        for (int c = 0; c < C; ++c) store(acc + m * t.head_dim + c * kLanes, a[m][c]);
+    UNROLLED for (int m = 0; m < M; ++m) UNROLLED for (int c = 0; c < C; ++c)
+        store(acc + m * t.head_dim + c * kLanes, a[m][c]);
+}
+
+// Columns from d on, C vectors at once, and half as many of what is left; returns the first that fills none.
+template <int M, int C>
+INLINE int64_t weigh_columns(const AttentionTile& t, const float* p, int64_t ld, const float* v, int64_t n,
+                             float* acc, int64_t d) {
+    for (; d + C * kLanes <= t.head_dim; d += C * kLanes) weigh<M, C>(t, p, ld, v + d, n, acc + d);
+    if constexpr (C > 1)
+        return weigh_columns<M, C / 2>(t, p, ld, v, n, acc, d);
+    else
+        return d;
 }
 
 template <int M>
-void weigh_rows(const AttentionTile& t, const float* p, int64_t ld, const float* v, int64_t n,
-                const float* decay, float* acc) {
-    constexpr int kColumns = kAccumulators == 24 ? 16 / M : 8 / M;
-    const int64_t depth = t.head_dim;
-    int64_t d = 0;
-    for (; d + kColumns * kLanes <= depth; d += kColumns * kLanes)
-        weigh<M, kColumns>(t, p, ld, v + d, n, decay, acc + d);
-    for (; d + kLanes <= depth; d += kLanes) weigh<M, 1>(t, p, ld, v + d, n, decay, acc + d);
-    for (; d < depth; ++d)
-        for (int m = 0; m < M; ++m) {
-            float a = acc[m * depth + d] * decay[m];
-            for (int64_t i = 0; i < n; ++i) a += p[i * ld + m] * v[i * t.kv_stride + d];
-            acc[m * depth + d] = a;
-        }
+void weigh_rows(const AttentionTile& t, const float* p, int64_t ld, const float* v, int64_t n, float* acc) {
+    constexpr int kMost = kAccumulators / M, kColumns = kMost >= 8 ? 8 : kMost >= 4 ? 4 : 2;
+    for (int64_t d = weigh_columns<M, kColumns>(t, p, ld, v, n, acc, 0); d < t.head_dim; ++d)
+        for (int64_t i = 0; i < n; ++i)
+            for (int m = 0; m < M; ++m) acc[m * t.head_dim + d] += p[i * ld + m] * v[i * t.kv_stride + d];
+}
+
+// One head's rows; `v` is its first key of n.
+void weigh_head(const AttentionTile& t, const float* p, int64_t ld, const float* v, int64_t n, float* acc) {
+    const int64_t rows = t.row_end - t.row_begin;
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) weigh_rows<4>(t, p + r, ld, v, n, acc + r * t.head_dim);
+    float* rest = acc + r * t.head_dim;
+    switch (rows - r) {
+        case 3:
+            return weigh_rows<3>(t, p + r, ld, v, n, rest);
+        case 2:
+            return weigh_rows<2>(t, p + r, ld, v, n, rest);
+        case 1:
+            return weigh_rows<1>(t, p + r, ld, v, n, rest);
+    }
 }
 
 void weigh_block(const AttentionTile& t, const float* p, int64_t ld, int64_t key, int64_t n,
                  const float* decay, float* acc) {
-    const float* v = t.v + key * t.kv_stride;
-    const int64_t rows = t.row_end - t.row_begin;
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) weigh_rows<4>(t, p + r, ld, v, n, decay + r, acc + r * t.head_dim);
-    float* rest = acc + r * t.head_dim;
-    switch (rows - r) {
-        case 3:
-            return weigh_rows<3>(t, p + r, ld, v, n, decay + r, rest);
-        case 2:
-            return weigh_rows<2>(t, p + r, ld, v, n, decay + r, rest);
-        case 1:
-            return weigh_rows<1>(t, p + r, ld, v, n, decay + r, rest);
+    const int64_t rows = t.row_end - t.row_begin, depth = t.head_dim;
+    for (int64_t r = 0; r < t.heads * rows; ++r)
+        for (int64_t d = 0; d < depth; ++d) acc[r * depth + d] *= decay[r];
+    const int64_t step = t.heads == 1 ? n : kKeyStep;
+    for (int64_t i = 0; i < n; i += step) {
+        const float* v = t.v + (key + i) * t.kv_stride;
+        const int64_t count = n - i < step ? n - i : step;
+        fetch(t, v, count);
+        for (int64_t h = 0; h < t.heads; ++h)
+            weigh_head(t, p + i * ld + h * rows, ld, v + h * depth, count, acc + h * rows * depth);
     }
 }
 
@@ -237,12 +259,12 @@ void soften_block(int vecs, int64_t ld, int64_t key, int64_t n, bool masked, con
     }
 }
 
-// Scaled queries: [D, ld] with rows in lanes, or [rows, D] for the dot products.
+// Scaled queries: [D, ld] with rows in lanes, or [heads · rows, D] for the dot products.
 void gather_queries(const AttentionTile& t, bool dots, int64_t ld, float* q) {
     const int64_t rows = t.row_end - t.row_begin, depth = t.head_dim;
-    for (int64_t r = 0; r < rows; ++r) {
-        const int64_t row = t.row_begin + r;
-        const float* from = t.q + row / t.group * t.q_stride + row % t.group * depth;
+    for (int64_t r = 0; r < t.heads * rows; ++r) {
+        const int64_t row = t.row_begin + r % rows, head = r / rows * t.group + row % t.group;
+        const float* from = t.q + row / t.group * t.q_stride + head * depth;
         for (int64_t d = 0; d < depth; ++d) q[dots ? r * depth + d : d * ld + r] = from[d] * t.scale;
     }
     if (dots) return;
@@ -250,22 +272,27 @@ void gather_queries(const AttentionTile& t, bool dots, int64_t ld, float* q) {
         for (int64_t d = 0; d < depth; ++d) q[d * ld + r] = 0;
 }
 
+int64_t heads_of(int64_t rows, int64_t kv_heads) {
+    if (rows > kDotRows) return 1;
+    return kv_heads * rows <= kRows ? kv_heads : kRows / rows;
+}
+
 int64_t scratch_floats(int64_t head_dim) { return kRows * (head_dim + kKeyBlock + 2); }
 
 void run(const AttentionTile& t, float* scratch, float* acc, float* max, float* sum) {
-    const int64_t rows = t.row_end - t.row_begin;
+    const int64_t rows = t.row_end - t.row_begin, all = t.heads * rows;
     const bool dots = rows <= kDotRows;
-    const int vecs = (int)((rows + kLanes - 1) / kLanes);
+    const int vecs = (int)((all + kLanes - 1) / kLanes);
     const int64_t ld = vecs * kLanes;
     float* q = scratch;
     float* scores = q + kRows * t.head_dim;
     float* decay = scores + kRows * kKeyBlock;
     int32_t last_key[kRows];
     if (dots)  // which leave the lanes without a row as they are
-        for (int64_t i = 0; i < kKeyBlock; ++i) store(scores + i * ld, Vec{});
-    for (int64_t i = 0; i < rows * t.head_dim; ++i) acc[i] = 0;
+        for (int64_t i = 0; i < kKeyBlock * vecs; ++i) store(scores + i * kLanes, Vec{});
+    for (int64_t i = 0; i < all * t.head_dim; ++i) acc[i] = 0;
     for (int64_t r = 0; r < kRows; ++r) {
-        last_key[r] = (int32_t)(t.start_pos + (t.row_begin + r) / t.group);
+        last_key[r] = (int32_t)(t.start_pos + (t.row_begin + r % rows) / t.group);
         max[r] = kMasked;
         sum[r] = 0;
     }
@@ -286,6 +313,6 @@ void run(const AttentionTile& t, float* scratch, float* acc, float* max, float* 
 #define BEDPLATE_TEXT(x) #x
 #define BEDPLATE_NAME(x) BEDPLATE_TEXT(x)
 extern const TileKernel kernel;
-const TileKernel kernel = {BEDPLATE_NAME(BEDPLATE_ISA), kRows, scratch_floats, run};
+const TileKernel kernel = {BEDPLATE_NAME(BEDPLATE_ISA), kRows, heads_of, scratch_floats, run};
 
 }  // namespace bedplate::BEDPLATE_ISA

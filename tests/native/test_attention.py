@@ -52,7 +52,7 @@ class TestAgainstReference:
         seed=st.integers(0, 1000),
         positions=st.one_of(st.integers(1, 5), st.integers(1, 90)),
         start_pos=st.one_of(st.just(0), st.integers(0, 600)),
-        kv_heads=st.integers(1, 4),
+        kv_heads=st.one_of(st.integers(1, 4), st.integers(1, 40)),
         group=st.integers(1, 9),
         head_dim=st.one_of(st.sampled_from([16, 64, 80, 128]), st.integers(1, 40)),
         unused=st.integers(0, 3),
