@@ -17,11 +17,11 @@ constexpr int kLanes = 4, kAccumulators = 24;  // of 32
 constexpr int kLanes = 4, kAccumulators = 12;  // of 16
 #endif
 #define INLINE inline __attribute__((always_inline))
-// Before a loop over registers: left as a loop, it keeps them in memory.
+// A loop over registers, unrolled: left a loop, it would keep them in memory.
 #if defined(__clang__)
-#define UNROLLED _Pragma("unroll")
+#define EACH(i, count) _Pragma("unroll") for (int i = 0; i < count; ++i)
 #else
-#define UNROLLED _Pragma("GCC unroll 24")
+#define EACH(i, count) _Pragma("GCC unroll 24") for (int i = 0; i < count; ++i)
 #endif
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
@@ -86,12 +86,13 @@ template <int V, int N>
 INLINE void score_lanes(const float* q, int64_t ld, const float* k, int64_t k_stride, int64_t depth,
                         float* out) {
     Vec a[N][V];
-    UNROLLED for (int n = 0; n < N; ++n) UNROLLED for (int v = 0; v < V; ++v) a[n][v] = Vec{};
+    EACH (n, N)
+        EACH (v, V) a[n][v] = Vec{};
     for (int64_t d = 0; d < depth; ++d)
-        UNROLLED for (int n = 0; n < N; ++n) UNROLLED for (int v = 0; v < V; ++v) a[n][v] +=
-            load(q + d * ld + v * kLanes) * k[n * k_stride + d];
-    UNROLLED for (int n = 0; n < N; ++n) UNROLLED for (int v = 0; v < V; ++v)
-        store(out + n * ld + v * kLanes, a[n][v]);
+        EACH (n, N)
+            EACH (v, V) a[n][v] += load(q + d * ld + v * kLanes) * k[n * k_stride + d];
+    EACH (n, N)
+        EACH (v, V) store(out + n * ld + v * kLanes, a[n][v]);
 }
 
 // The same for M rows as dot products: `q` is [M, D].
@@ -99,17 +100,21 @@ template <int M, int N>
 INLINE void score_dots(const float* q, int64_t ld, const float* k, int64_t k_stride, int64_t depth,
                        float* out) {
     Vec a[N][M];
-    UNROLLED for (int n = 0; n < N; ++n) UNROLLED for (int m = 0; m < M; ++m) a[n][m] = Vec{};
+    EACH (n, N)
+        EACH (m, M) a[n][m] = Vec{};
     int64_t d = 0;
-    for (; d + kLanes <= depth; d += kLanes) UNROLLED for (int n = 0; n < N; ++n) {
+    for (; d + kLanes <= depth; d += kLanes)
+        EACH (n, N) {
             const Vec key = load(k + n * k_stride + d);
-            UNROLLED for (int m = 0; m < M; ++m) a[n][m] += load(q + m * depth + d) * key;
+            EACH (m, M) a[n][m] += load(q + m * depth + d) * key;
         }
-    UNROLLED for (int n = 0; n < N; ++n) UNROLLED for (int m = 0; m < M; ++m) {
-        float total = sum(a[n][m]);
-        for (int64_t rest = d; rest < depth; ++rest) total += q[m * depth + rest] * k[n * k_stride + rest];
-        out[n * ld + m] = total;
-    }
+    EACH (n, N)
+        EACH (m, M) {
+            float total = sum(a[n][m]);
+            for (int64_t rest = d; rest < depth; ++rest)
+                total += q[m * depth + rest] * k[n * k_stride + rest];
+            out[n * ld + m] = total;
+        }
 }
 
 struct Lanes {
@@ -169,14 +174,15 @@ void score_rows(int rows, const AttentionTile& t, const float* q, int64_t ld, in
 template <int M, int C>
 INLINE void weigh(const AttentionTile& t, const float* p, int64_t ld, const float* v, int64_t n, float* acc) {
     Vec a[M][C];
-    UNROLLED for (int m = 0; m < M; ++m) UNROLLED for (int c = 0; c < C; ++c) a[m][c] =
-        load(acc + m * t.head_dim + c * kLanes);
-    for (int64_t i = 0; i < n; ++i) UNROLLED for (int c = 0; c < C; ++c) {
+    EACH (m, M)
+        EACH (c, C) a[m][c] = load(acc + m * t.head_dim + c * kLanes);
+    for (int64_t i = 0; i < n; ++i)
+        EACH (c, C) {
             const Vec value = load(v + i * t.kv_stride + c * kLanes);
-            UNROLLED for (int m = 0; m < M; ++m) a[m][c] += value * p[i * ld + m];
+            EACH (m, M) a[m][c] += value * p[i * ld + m];
         }
-    UNROLLED for (int m = 0; m < M; ++m) UNROLLED for (int c = 0; c < C; ++c)
-        store(acc + m * t.head_dim + c * kLanes, a[m][c]);
+    EACH (m, M)
+        EACH (c, C) store(acc + m * t.head_dim + c * kLanes, a[m][c]);
 }
 
 // Columns from d on, C vectors at once, and half as many of what is left; returns the first that fills none.

@@ -104,8 +104,7 @@ Result<const TensorLayout> DataFiles::get_tensor_layout(std::string_view key) co
 Result<FreeableBuffer> DataFiles::get_data(std::string_view key) const {
     auto data = merged_->get_data(key);
     note(data.error(), key);
-    // A norm, say, which every step reads, between what only loading does: megabytes would be mapped around
-    // all.
+    // A norm, say: every step reads it, and the system would map megabytes of weights around it.
     if (data.ok() && data->size() < kLarge && tensors_.count(std::string(key)) > 0) return copied(*data);
     return data;
 }

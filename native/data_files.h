@@ -74,8 +74,7 @@ class DataFiles final : public executorch::runtime::NamedDataMap {
     std::vector<std::unique_ptr<executorch::extension::FlatTensorDataMap>> maps_;
     std::unique_ptr<executorch::extension::merged_data_map::MergedDataMap> merged_;
     mutable std::string missing_;
-    mutable std::unordered_set<std::string>
-        tensors_;  // keys whose layout a program asked for: it reads them itself
+    mutable std::unordered_set<std::string> tensors_;  // keys that a program asked for the layout of
 };
 
 }  // namespace bedplate

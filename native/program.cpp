@@ -59,8 +59,7 @@ std::size_t Program::kv_bytes(const std::string& method) { return loaded(method)
 Logits Program::step(const std::string& method, const std::int64_t* tokens, std::size_t count,
                      std::int64_t pos, KvCache& kv) {
     Logits logits = loaded(method).step(tokens, count, pos, kv);
-    // Rows of the embedding lie all over its file, and with each the system maps what lies around, up to
-    // megabytes.
+    // Around each row of the embedding the system maps up to megabytes.
     if (data_ != nullptr) data_->release();
     return logits;
 }
