@@ -18,7 +18,8 @@ from bedplate.compile.units import Structure
 from bedplate.constants import Constant
 from bedplate.errors import UnsupportedError
 from bedplate.link.linker import Template, link
-from bedplate.model.spec import check_exists, corrected_together
+from bedplate.model.config import check_exists
+from bedplate.model.spec import corrected_together
 from bedplate.quantize.joined import joined
 from bedplate.quantize.recipe import Goal, Recipe, Scheme
 

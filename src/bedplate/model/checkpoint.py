@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from bedplate.errors import CheckpointError, UnsupportedError
+from bedplate.model.config import check_exists
 from bedplate.model.decoder import Decoder
 from bedplate.model.gguf_file import GgufFile
 from bedplate.model.safetensors_folder import SafetensorsFolder
-from bedplate.model.spec import ModelSpec, check_exists
+from bedplate.model.spec import ModelSpec
 
 
 class Checkpoint(Protocol):
@@ -67,7 +69,12 @@ def expected_model(spec: ModelSpec) -> Decoder:
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that a checkpoint of this spec holds. A tied head is no tensor of its own."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected_model(spec).state_dict().items()}
+    first = "layers.0."
+    one_layer = expected_model(replace(spec, n_layers=1)).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in one_layer.items()}
+    layer = {name.removeprefix(first): shapes.pop(name) for name in one_layer if name.startswith(first)}
+    for index in range(spec.n_layers):
+        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
     if spec.tied_head:
         del shapes["lm_head.weight"]
     return shapes
@@ -98,7 +105,15 @@ def tied_names(name: str, spec: ModelSpec) -> tuple[str, ...]:
 
 
 def _check_shapes(checkpoint: Checkpoint) -> None:
-    expected, found = expected_shapes(checkpoint.spec), checkpoint.shapes()
+    found = checkpoint.shapes()
+    # Before a name is made for each layer: the number may be anything.
+    if checkpoint.spec.n_layers > len(found):
+        raise CheckpointError(
+            f"the config wants {checkpoint.spec.n_layers} layers, but there are {len(found)} tensors",
+            where=checkpoint.path,
+            hint="is a shard missing, or does config.json belong to another model?",
+        )
+    expected = expected_shapes(checkpoint.spec)
     if missing := sorted(expected.keys() - found.keys()):
         raise CheckpointError(
             f"{len(missing)} tensors are missing, the first {missing[0]}",

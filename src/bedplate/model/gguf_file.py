@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bedplate.errors import CheckpointError, UnsupportedError
-from bedplate.model.spec import spec_from_config
+from bedplate.model.config import spec_from_config
+from bedplate.model.fields import Fields, shown
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -107,21 +108,23 @@ def _config(reader: Any, path: Path) -> dict[str, Any]:
             f"GGUF architecture {architecture!r} is not supported", where=path, hint="supported: llama"
         )
     for name in sorted(name for name in fields if name.startswith("llama.") and name not in _USED):
-        if fields[name] not in _NO_EFFECT.get(name, ()):
+        allowed = _NO_EFFECT.get(name, ())
+        if not any(type(fields[name]) is type(value) and fields[name] == value for value in allowed):
             raise UnsupportedError(
-                f"{name} = {fields[name]!r} is not supported", where=path, hint=_USE_FOLDER
+                f"{name} = {shown(fields[name])} is not supported", where=path, hint=_USE_FOLDER
             )
-    widths = {fields[name] for name in _HEAD_WIDTHS if name in fields}
+    widths = {Fields(fields, path).count(name) for name in _HEAD_WIDTHS if name in fields}
     if len(widths) > 1:
         raise UnsupportedError(
             f"{', '.join(_HEAD_WIDTHS)} differ: {sorted(widths)}", where=path, hint=_USE_FOLDER
         )
+    tokens = fields.get("tokenizer.ggml.tokens")
     names = {tensor.name for tensor in reader.tensors}
     return {
         **{hugging_face: fields.get(name) for hugging_face, name in _FIELDS.items()},
-        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "head_dim": next(iter(widths), None),
-        "vocab_size": fields.get("llama.vocab_size") or len(fields.get("tokenizer.ggml.tokens", ())),
+        "vocab_size": fields.get("llama.vocab_size") or (len(tokens) if isinstance(tokens, list) else None),
         "tie_word_embeddings": "output.weight" not in names,
         "attention_bias": any(name.endswith("attn_q.bias") for name in names),
     }

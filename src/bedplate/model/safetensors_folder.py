@@ -1,8 +1,8 @@
-"""A Hugging Face folder as a checkpoint: config.json, and one or more safetensors files."""
+"""A Hugging Face folder as a checkpoint: config.json, and model.safetensors or the shards that its index names."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +11,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bedplate.errors import CheckpointError, UnsupportedError
-from bedplate.model.spec import read_config, spec_from_config
+from bedplate.model.config import read_config, spec_from_config
+from bedplate.model.json_file import DAMAGED, read_object
 
-_INDEX = "model.safetensors.index.json"
 # Left over in files of old transformers versions; recomputed from the config.
 _RECOMPUTED = ("rotary_emb.inv_freq", "masked_bias")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_DOWNLOAD = "the file is damaged: download it again"
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
@@ -35,6 +34,7 @@ class SafetensorsFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _check_no_adapter(path)
         config_file = path / "config.json"
         self.spec = spec_from_config(read_config(config_file), where=config_file)
         self._stored = _find_tensors(path)
@@ -67,45 +67,79 @@ class SafetensorsFolder:
             )
 
 
-def _find_tensors(path: Path) -> dict[str, _Stored]:
-    """Every tensor by its name without `model.`, file by file."""
-    index = path / _INDEX
-    listed = _read_index(index) if index.exists() else {}
-    files = sorted({path / file for file in listed.values()} or path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            "there are no *.safetensors files",
-            where=path,
-            hint="weights in .bin files can be saved again with transformers' save_pretrained",
+def _check_no_adapter(path: Path) -> None:
+    if not (path / "adapter_config.json").exists():
+        return
+    if (path / "config.json").exists():
+        raise UnsupportedError(
+            "there is an adapter in the folder of the model, and transformers would load both",
+            where=path / "adapter_config.json",
+            hint="move adapter_config.json and adapter_model.safetensors into a folder of their own, build the model, "
+            "and add the adapter to the bundle",
         )
-    found: dict[str, _Stored] = {}
-    for file in files:
-        for stored in _read_header(file):
-            name = _short(stored.name)
-            if name in found:
-                raise CheckpointError(
-                    f"tensor {name} is there twice",
-                    where=file,
-                    hint="leave only the files of one model in the folder",
-                )
-            found[name] = stored
+    raise CheckpointError(
+        "this folder holds an adapter, not a model",
+        where=path,
+        hint="build the model that adapter_config.json names as base_model_name_or_path, then add the adapter",
+    )
+
+
+def _find_tensors(path: Path) -> dict[str, _Stored]:
+    """Every tensor by its name without `model.`, file by file: of the files that transformers reads, no others."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return _read_files([single])
+    if not index.is_file():
+        raise CheckpointError(
+            "there is neither model.safetensors nor model.safetensors.index.json",
+            where=path,
+            hint="weights in other files can be saved again with transformers' save_pretrained",
+        )
+    listed = _read_index(index)
+    found = _read_files(sorted({path / file for file in listed.values()}))
     places = {(stored.name, stored.file) for stored in found.values()}
-    if missing := sorted(name for name, file in listed.items() if (name, path / file) not in places):
+    left_over = {name for name in listed if name.endswith(_RECOMPUTED)}
+    if missing := sorted(
+        name for name, file in listed.items() if (name, path / file) not in places and name not in left_over
+    ):
         raise CheckpointError(
             f"the index says that {missing[0]} is in {listed[missing[0]]}, which does not hold it",
             where=index,
             hint="download the folder again",
         )
+    return found
+
+
+def _read_files(files: Sequence[Path]) -> dict[str, _Stored]:
+    found: dict[str, _Stored] = {}
+    for file in files:
+        for stored in _read_header(file):
+            name = stored.name.removeprefix("model.")
+            if name in found:
+                raise CheckpointError(
+                    f"tensor {name} is there twice",
+                    where=file,
+                    hint=f"keep one of the two: the other is in {found[name].file.name}",
+                )
+            found[name] = stored
     return {name: stored for name, stored in found.items() if not name.endswith(_RECOMPUTED)}
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        listed = json.loads(path.read_bytes())["weight_map"]
-    except (ValueError, TypeError, KeyError):
-        listed = None
-    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-        raise CheckpointError("is not an index of shards", where=path, hint=_DOWNLOAD)
+    """The file of each tensor. CheckpointError: this is no index, or it names files outside of the folder."""
+    listed = read_object(path).get("weight_map")
+    if (
+        not isinstance(listed, dict)
+        or not listed
+        or not all(isinstance(file, str) for file in listed.values())
+    ):
+        raise CheckpointError("is not an index of shards", where=path, hint=DAMAGED)
+    for file in listed.values():
+        # By its words alone: in a download cache, files of the folder are links to places outside.
+        if Path(file).is_absolute() or ".." in Path(file).parts or "\0" in file or not file:
+            raise CheckpointError(
+                f"the index names {file!r}, which is not a file of this folder", where=path, hint=DAMAGED
+            )
     return listed
 
 
@@ -124,12 +158,6 @@ def _read_header(file: Path) -> list[_Stored]:
                 stored.append(_Stored(file=file, name=name, shape=tuple(header.get_shape())))
     except FileNotFoundError:
         raise CheckpointError("the shard is missing", where=file, hint="download it again") from None
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"is not a whole safetensors file: {error}", where=file, hint=_DOWNLOAD
-        ) from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"is not a whole safetensors file: {error}", where=file, hint=DAMAGED) from None
     return stored
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("model.")

@@ -17,8 +17,8 @@ import gguf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from bedplate.errors import CheckpointError, UnsupportedError
+from bedplate.model.config import check_exists
 from bedplate.model.gguf_file import open_gguf
-from bedplate.model.spec import check_exists
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 # What the table says is what the model's own tokenizer.json says, and llama.cpp does for the name.

@@ -1,0 +1,89 @@
+"""A Hugging Face `config.json` → the dimensions of a decoder, for the families that bedplate knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bedplate.errors import CheckpointError, NotFoundError, UnsupportedError
+from bedplate.model.families import llama
+from bedplate.model.fields import Fields, shown
+from bedplate.model.json_file import read_object
+from bedplate.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Family:
+    """architecture: the causal language model that transformers builds for the family's model_type."""
+
+    architecture: str
+    read: Callable[[Fields], ModelSpec]
+
+
+_FAMILIES = {"llama": _Family(architecture=llama.ARCHITECTURE, read=llama.llama_spec)}
+# With these, transformers reads other files than config.json and model.safetensors, or another part of config.json.
+_ELSEWHERE = (
+    "configuration_files",
+    "transformers_weights",
+    "text_config",
+    "text_encoder",
+    "decoder",
+    "generator",
+)
+
+
+def check_exists(model: Path) -> None:
+    """NotFoundError: there is nothing at this path."""
+    if not model.exists():
+        raise NotFoundError("no such file or folder", where=model, hint="give a model folder or a .gguf file")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a `config.json`. Raises CheckpointError if it is missing or is no JSON object."""
+    try:
+        return read_object(path)
+    except FileNotFoundError:
+        raise CheckpointError(
+            "there is no config.json",
+            where=path.parent,
+            hint="give the folder of a Hugging Face model (config.json, *.safetensors, tokenizer.json), "
+            "or a .gguf file",
+        ) from None
+
+
+def spec_from_config(config: Mapping[str, Any], *, where: str | Path) -> ModelSpec:
+    """Translate a Hugging Face config. Raises UnsupportedError or CheckpointError, naming the field."""
+    fields = Fields(config, where)
+    family = _family(fields)
+    for name in _ELSEWHERE:
+        fields.only(name, None, hint="save the model again with save_pretrained, which leaves this field out")
+    return family.read(fields)
+
+
+def _family(config: Fields) -> _Family:
+    """As transformers' AutoModelForCausalLM: by model_type. What `architectures` says has to agree with it."""
+    model_type, names = config.get("model_type"), config.get("architectures")
+    supported = ", ".join(f"{name} ({family.architecture})" for name, family in _FAMILIES.items())
+    if model_type is None:
+        raise CheckpointError(
+            "there is no model_type, by which transformers decides what to compute",
+            where=config.where,
+            hint=f"write down the model's model_type; supported: {supported}",
+        )
+    if type(model_type) is not str or model_type not in _FAMILIES:
+        raise UnsupportedError(
+            f"model_type {shown(model_type)} (architectures {shown(names)}) is not supported",
+            where=config.where,
+            hint=f"supported: {supported}",
+        )
+    family = _FAMILIES[model_type]
+    # Without `architectures` transformers builds the causal language model of the model_type, too.
+    if names not in (None, [], [family.architecture]):
+        raise UnsupportedError(
+            f"architectures {shown(names)} is not what model_type {model_type!r} means: {family.architecture}",
+            where=config.where,
+            hint="use a causal language model; if it is one, correct the field that is wrong",
+        )
+    return family

@@ -1,0 +1,85 @@
+"""The fields of a config, each checked before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bedplate.errors import CheckpointError, UnsupportedError
+
+# No model is so wide or so deep; a product of three such sizes still fits the integers of every library.
+LARGEST = 2**20
+_CORRECT = "correct this field, or download the file again"
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Fields by name. A field that is null is one that is not there.
+
+    where: the file that errors name.
+    """
+
+    values: Mapping[str, Any]
+    where: str | Path
+
+    def get(self, name: str) -> Any:
+        """The field as it is; None: it is not there."""
+        return self.values.get(name)
+
+    def count(self, name: str, *, default: int | None = None, most: int = LARGEST) -> int:
+        """A positive integer up to `most`. CheckpointError: it is none, or is missing and has no default."""
+        value = self.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise CheckpointError(f"{name} is missing", where=self.where, hint=_CORRECT)
+        if type(value) is not int or value < 1:
+            raise self.wrong(name, "a positive integer")
+        if value > most:
+            raise self.wrong(name, f"at most {most}")
+        return value
+
+    def number(self, name: str, *, default: float | None = None) -> float:
+        """A positive, finite number. CheckpointError: it is none, or is missing and has no default."""
+        value = self.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise CheckpointError(f"{name} is missing", where=self.where, hint=_CORRECT)
+        # NaN compares as false; an integer that no float holds is compared all the same.
+        if type(value) not in (int, float) or not 0 < value < 1e300:
+            raise self.wrong(name, "a positive number")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """True or false; false when it is missing. CheckpointError: it is neither."""
+        value = self.get(name)
+        if value is not None and type(value) is not bool:
+            raise self.wrong(name, "true or false")
+        return bool(value)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """An object; empty when it is missing. CheckpointError: it is none."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise self.wrong(name, "an object")
+        return value or {}
+
+    def only(self, name: str, *allowed: Any, hint: str) -> None:
+        """UnsupportedError: the field is there, and its value is none of those allowed."""
+        if name not in self.values:
+            return
+        value = self.values[name]
+        if not any(type(value) is type(other) and value == other for other in allowed):
+            raise UnsupportedError(f"{name} = {shown(value)} is not supported", where=self.where, hint=hint)
+
+    def wrong(self, name: str, wanted: str) -> CheckpointError:
+        return CheckpointError(
+            f"{name} must be {wanted}, got {shown(self.get(name))}", where=self.where, hint=_CORRECT
+        )
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: in Python's notation, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
