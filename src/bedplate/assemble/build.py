@@ -61,7 +61,7 @@ def build_bundle(
     from bedplate.quantize.plan import plan
 
     checkpoint = open_checkpoint(model)
-    tokenizer = read_tokenizer(model, checkpoint.reader if isinstance(checkpoint, GgufFile) else None)
+    tokenizer = read_tokenizer(model, checkpoint.fields if isinstance(checkpoint, GgufFile) else None)
     if not 1 <= max_context <= checkpoint.spec.max_positions:
         raise UnsupportedError(
             f"the model knows {checkpoint.spec.max_positions} positions, not a context of {max_context}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,27 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
         ) from None
 
 
+def gguf_fields(reader: gguf.GGUFReader, path: Path) -> dict[str, Any]:
+    """The values of a file's fields by their names. CheckpointError: one cannot be read."""
+    try:
+        return {name: entry.contents() for name, entry in reader.fields.items()}
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"holds a field that is damaged: {error}", where=path, hint="download it again"
+        ) from None
+
+
 class GgufFile:
     """A `Checkpoint`. Raises CheckpointError or UnsupportedError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = (path,)
-        self.reader = open_gguf(path)
-        self.spec = spec_from_config(_config(self.reader, path), where=path)
-        self._stored = {_name(tensor.name, path): tensor for tensor in self.reader.tensors}
+        reader = open_gguf(path)
+        self.fields = gguf_fields(reader, path)
+        names = {tensor.name for tensor in reader.tensors}
+        self.spec = spec_from_config(_config(self.fields, names, path), where=path)
+        self._stored = {_name(tensor.name, path): tensor for tensor in reader.tensors}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         # The format lists dimensions from the innermost on.
@@ -99,9 +112,8 @@ def _name(name: str, path: Path) -> str:
     raise UnsupportedError(f"tensor {name} has no place in the decoder", where=path, hint=_USE_FOLDER)
 
 
-def _config(reader: Any, path: Path) -> dict[str, Any]:
-    """What the file's config.json would say."""
-    fields = {name: entry.contents() for name, entry in reader.fields.items()}
+def _config(fields: Mapping[str, Any], names: Collection[str], path: Path) -> dict[str, Any]:
+    """What the config.json of a file with these fields and tensors would say."""
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise UnsupportedError(
@@ -119,7 +131,6 @@ def _config(reader: Any, path: Path) -> dict[str, Any]:
             f"{', '.join(_HEAD_WIDTHS)} differ: {sorted(widths)}", where=path, hint=_USE_FOLDER
         )
     tokens = fields.get("tokenizer.ggml.tokens")
-    names = {tensor.name for tensor in reader.tensors}
     return {
         **{hugging_face: fields.get(name) for hugging_face, name in _FIELDS.items()},
         "model_type": "llama",

@@ -1,0 +1,45 @@
+"""A tokenizer as a checkpoint gives it, before it becomes the files of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from bedplate.errors import CheckpointError
+from bedplate.model.fields import shown
+
+# Those that a chat template may name.
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSource:
+    """The fields are those of `TokenizerFiles`, but `tokenizer`, which is not written yet."""
+
+    tokenizer: Tokenizer
+    chat_template: str | None
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    special_tokens: dict[str, str]
+
+
+def token_ids(values: Iterable[Any], tokenizer: Tokenizer, where: Path) -> tuple[int, ...]:
+    """The ids in a list of ids, lists of ids, and None; each once, in order.
+
+    CheckpointError: one is no integer, or the tokenizer has no token of it.
+    """
+    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    for number in flat:
+        if number is None:
+            continue
+        if type(number) is not int or not 0 <= number < 2**31 or tokenizer.id_to_token(number) is None:
+            raise CheckpointError(
+                f"the tokenizer has no token {shown(number)}",
+                where=where,
+                hint="check bos_token_id and eos_token_id in generation_config.json and config.json",
+            )
+    return tuple(dict.fromkeys(item for item in flat if item is not None))
