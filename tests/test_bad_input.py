@@ -110,12 +110,34 @@ LAST_WEIGHT = "model.layers.2.mlp.down_proj.weight"
         (lambda folder: (folder / "config.json").unlink(), CheckpointError, r"there is no config\.json"),
         (lambda folder: (folder / "config.json").write_text("{"), CheckpointError, "JSON"),
         (config("config.json", architectures=["GemmaForCausalLM"]), UnsupportedError, "GemmaForCausalLM"),
+        (config("config.json", model_type="granite"), UnsupportedError, "model_type 'granite'"),
+        (config("config.json", is_causal=False), UnsupportedError, "is_causal = False"),
         (config("config.json", hidden_act="gelu"), UnsupportedError, "hidden_act = 'gelu'"),
         (config("config.json", rope_parameters={"rope_type": "yarn"}), UnsupportedError, "yarn"),
         (config("config.json", quantization_config={"bits": 4}), UnsupportedError, "quantization_config"),
         (config("config.json", intermediate_size=128), CheckpointError, "has shape .* the config wants"),
         (config("config.json", num_hidden_layers=4), CheckpointError, "9 tensors are missing"),
-        (lambda folder: (folder / "model.safetensors").unlink(), CheckpointError, "no .*safetensors files"),
+        (
+            config("config.json", num_hidden_layers=10**6),
+            CheckpointError,
+            "1000000 layers, but .* 29 tensors",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            CheckpointError,
+            r"neither model\.safetensors",
+        ),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("{}"),
+            UnsupportedError,
+            "an adapter in the folder of the model",
+        ),
+        (config("generation_config.json", eos_token_id=-1), CheckpointError, "no token -1"),
+        (
+            config("tokenizer_config.json", extra_special_tokens=[*map(str, range(100, 111))]),
+            CheckpointError,
+            r"ids up to 320 \('110'\), but the embedding of the model has 320 rows",
+        ),
         (lambda folder: (folder / "tokenizer.json").unlink(), CheckpointError, r"no tokenizer\.json"),
         (cut("model.safetensors"), CheckpointError, "not a whole safetensors file"),
         (
@@ -139,12 +161,18 @@ LAST_WEIGHT = "model.layers.2.mlp.down_proj.weight"
         "no config",
         "config no JSON",
         "architecture",
+        "model type",
+        "bidirectional",
         "activation",
         "RoPE",
         "quantized",
         "shapes",
         "deeper",
+        "much deeper",
         "no weights",
+        "with an adapter",
+        "end token",
+        "tokens beyond the embedding",
         "no tokenizer",
         "truncated",
         "tensor missing",
@@ -198,9 +226,9 @@ def test_a_calibration_text_without_text_is_refused_before_anything_is_compiled(
     assert not units.exists()
 
 
-@pytest.mark.parametrize("max_context", [0, -1, 257])
-def test_a_context_that_the_model_does_not_know(max_context: int, toy_model: Path, tmp_path: Path) -> None:
-    with refused(UnsupportedError, "knows 256 positions", tmp_path):
+@pytest.mark.parametrize("max_context", [0, -1, 257, 2.5, True, "64"])
+def test_a_context_that_the_model_does_not_have(max_context: Any, toy_model: Path, tmp_path: Path) -> None:
+    with refused(UnsupportedError, "has 256 positions", tmp_path):
         bedplate.build(toy_model, tmp_path / "new.bundle", max_context=max_context)
 
 

@@ -109,7 +109,7 @@ def build(
     bytes_per_weight: float | None = None,
     target_kl: float | None = None,
     calibration: str | Path | None = None,
-    max_context: int = 2048,
+    max_context: int | None = None,
     unit_cache: str | Path | None = None,
     reporter: Reporter = SILENT,
     force: bool = False,
@@ -121,7 +121,8 @@ def build(
     bytes_per_weight, target_kl: one of them: choose 8 bits instead of 4 for some linears and the head, by what 4 bits
     of each cost on the calibration text, within so many bytes a weight, or until the mean KL is so small.
     calibration: a text that the model might read, on which choices and recovery are measured; None: bedplate's own.
-    max_context: positions that a session can hold. force: replace a bundle at `out`.
+    max_context: positions that a session can hold; None: 2,048, or as many as the model has, if those are fewer.
+    force: replace a bundle at `out`.
     Raises a BedplateError that says what is wrong; nothing is then left at `out`.
     """
     from bedplate.assemble.build import build_bundle

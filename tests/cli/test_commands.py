@@ -355,6 +355,20 @@ def test_a_build_says_nothing_but_its_stages(toy_model: Path, unit_cache: Path, 
     assert built.startswith(f"built {tmp_path / 'b'} in ")
 
 
+@pytest.mark.usefixtures("toy_bundle")  # has compiled what this needs
+def test_the_context_is_what_the_model_has_where_that_is_less(
+    toy_model: Path, unit_cache: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(toy_model, tmp_path / "model"))
+    fields = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**fields, "max_position_embeddings": 128}))
+    assert command("build", model, "-o", tmp_path / "b", "--unit-cache", unit_cache).exit_code == 0
+    built = bedplate.Bundle.open(tmp_path / "b")
+    assert built.manifest.model["max_context"] == 128
+    with bedplate.Engine(built) as engine:
+        assert engine.limits().max_context == 128
+
+
 def test_a_full_disk_behind_stdout_is_an_error(toy_bundle: bedplate.Bundle) -> None:
     with Path("/dev/full").open("w") as full:
         args = [EXECUTABLE, "inspect", toy_bundle.path, "--json"]

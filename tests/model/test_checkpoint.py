@@ -16,10 +16,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toy import save_toy_model, toy_config
+from toy import save_adapter, save_toy_model, toy_config
+from transformers import AutoModelForCausalLM
 
 from bedplate.errors import BedplateError, CheckpointError, NotFoundError, UnsupportedError
-from bedplate.model.checkpoint import checked_tensors, expected_shapes, fingerprint, open_checkpoint
+from bedplate.model.checkpoint import (
+    checked_tensors,
+    expected_model,
+    expected_shapes,
+    fingerprint,
+    open_checkpoint,
+)
+from bedplate.model.config import spec_from_config
 from bedplate.model.load import float_decoder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -174,17 +182,132 @@ def test_an_index_that_names_the_wrong_shard(sharded: Path) -> None:
     refused(sharded, CheckpointError, r"model\.norm\.weight is in .* which does not hold it")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+NO_INDEX = [
+    "{",
+    "[]",
+    "{}",
+    '{"weight_map": []}',
+    '{"weight_map": {}}',
+    '{"weight_map": {"a": 1}}',
+    "[" * 5000,
+]
+
+
+@pytest.mark.parametrize("content", NO_INDEX, ids=lambda content: content[:30])
 def test_an_index_that_is_none(sharded: Path, content: str) -> None:
     (sharded / INDEX).write_text(content)
-    assert refused(sharded, CheckpointError, "is not an index").where == str(sharded / INDEX)
+    says = "is not an index|cannot be read as JSON|is not a JSON object|is nested too deeply"
+    assert refused(sharded, CheckpointError, says).where == str(sharded / INDEX)
+
+
+@pytest.mark.parametrize("file", ["../whole/model.safetensors", "/etc/passwd", "a/../../x", "", "..", "a\0b"])
+def test_an_index_that_names_files_elsewhere(sharded: Path, file: str) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = file
+    (sharded / INDEX).write_text(json.dumps(index))
+    refused(sharded, CheckpointError, "not a file of this folder")
+
+
+def test_shards_in_a_folder_of_their_own_and_behind_links(sharded: Path) -> None:
+    """A download cache has links in the place of files."""
+    whole = read(sharded.parent / "whole")
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"] = {name: f"parts/{file}" for name, file in index["weight_map"].items()}
+    (sharded / INDEX).write_text(json.dumps(index))
+    (sharded / "parts").mkdir()
+    for file in sharded.glob("*.safetensors"):
+        (sharded / "parts" / file.name).symlink_to(file.rename(sharded.parent / file.name))
+    parts = read(sharded)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def logits(folder: Path) -> Tensor:
+    """What transformers computes of the folder."""
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return model(torch.arange(8)[None]).logits[0]  # type: ignore[no-any-return]
+
+
+def ours(folder: Path) -> Tensor:
+    decoder = float_decoder(open_checkpoint(folder), max_context=8)
+    with torch.no_grad():
+        return decoder(torch.arange(8)[None], torch.tensor([0]), torch.zeros(8))[0]  # type: ignore[no-any-return]
+
+
+def test_a_single_file_counts_before_an_index(sharded: Path) -> None:
+    """A folder of shards, trained on and saved again as one file: the index and its shards are old."""
+    other = save_toy_model(sharded.parent / "other", toy_config(), seed=1)
+    old = logits(sharded)
+    shutil.copy(sharded.parent / "other" / WEIGHTS, sharded / WEIGHTS)
+    assert not torch.allclose(old, logits(sharded), atol=1)
+    torch.testing.assert_close(ours(sharded), logits(sharded), rtol=0, atol=1e-3)
+    torch.testing.assert_close(other.lm_head.weight, read(sharded)["embed_tokens.weight"], rtol=0, atol=0)
+
+
+BESIDE = [
+    "adapter_model.safetensors",
+    "consolidated.safetensors",
+    "model.fp16.safetensors",
+    "model-00001-of-00009.safetensors",
+    "optimizer.safetensors",
+]
+
+
+@pytest.mark.parametrize("kind", ["single", "shards"])
+def test_other_files_in_the_folder_are_not_the_model(kind: str, folder: Path, sharded: Path) -> None:
+    model = folder if kind == "single" else sharded
+    before = read(model)
+    for name in BESIDE:
+        save_file({"model.norm.weight": torch.zeros(64), "x": torch.ones(1)}, model / name)
+    (model / "broken.safetensors").write_bytes(b"{")
+    after = read(model)
+    assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
+    torch.testing.assert_close(ours(model), logits(model), rtol=0, atol=1e-3)
+
+
+def test_an_adapter_in_the_folder_of_a_model_is_refused(folder: Path) -> None:
+    """transformers puts it on the model: to leave it out in silence would be another model."""
+    before = logits(folder)
+    save_adapter(folder, folder, seed=1)
+    assert not torch.allclose(before, logits(folder), atol=1e-2)
+    error = refused(folder, UnsupportedError, "an adapter in the folder of the model")
+    assert "folder of their own" in str(error.hint)
+
+
+def test_a_folder_that_is_an_adapter(toy_adapters: dict[str, Path]) -> None:
+    error = refused(toy_adapters["all"], CheckpointError, "holds an adapter, not a model")
+    assert "base_model_name_or_path" in str(error.hint)
+
+
+@pytest.mark.parametrize("n_layers", [30, 2**20])
+def test_more_layers_than_there_are_tensors(folder: Path, n_layers: int) -> None:
+    edit_config(folder, num_hidden_layers=n_layers)
+    refused(folder, CheckpointError, f"wants {n_layers} layers, but there are 29 tensors")
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "vocab_size", "head_dim"])
+def test_the_largest_size_that_is_read(folder: Path, field: str) -> None:
+    edit_config(folder, **{field: 2**20})
+    refused(folder, CheckpointError, "has shape .* the config wants")
+
+
+def test_the_expected_shapes_are_those_of_the_decoder(folder: Path) -> None:
+    edit_config(folder, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
+    spec = spec_from_config(json.loads((folder / "config.json").read_text()), where=folder)
+    decoder = expected_model(spec).state_dict()
+    assert expected_shapes(spec) == {name: tuple(value.shape) for name, value in decoder.items()}
 
 
 @pytest.mark.parametrize("short", [False, True], ids=["same name", "name without model."])
 def test_a_tensor_in_two_files_is_no_silent_choice(folder: Path, short: bool) -> None:
     name = "model.norm.weight"
-    save_file({name.removeprefix("model.") if short else name: torch.ones(64)}, folder / "other.safetensors")
-    refused(folder, CheckpointError, r"norm\.weight is there twice")
+    second = name.removeprefix("model.") if short else name
+    save_file({second: torch.ones(64)}, folder / "other.safetensors")
+    (folder / WEIGHTS).rename(folder / "first.safetensors")
+    listed = {EMBEDDING: "first.safetensors", second: "other.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": listed}))
+    error = refused(folder, CheckpointError, r"norm\.weight is there twice")
+    assert "first.safetensors" in str(error.hint)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
@@ -198,7 +321,7 @@ def test_a_truncated_file_is_refused_before_any_tensor(folder: Path, keep: int) 
 
 def test_weights_in_bin_files_only(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    assert "save_pretrained" in str(refused(folder, CheckpointError, r"no \*\.safetensors").hint)
+    assert "save_pretrained" in str(refused(folder, CheckpointError, r"neither model\.safetensors nor").hint)
 
 
 def test_no_config(folder: Path) -> None:

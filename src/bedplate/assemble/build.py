@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 # The longest run of tokens that one call takes. Longer prompts go in several; more than this gains no speed and
 # makes the activation arena larger.
 MAX_CHUNK = 256
+# Positions of a session where none are asked for: enough for a conversation, and little memory.
+DEFAULT_CONTEXT = 2048
+# The table of rotations and the memory of keys and values of a longer one take gigabytes.
+MAX_CONTEXT = 2**20
 
 
 def build_bundle(
@@ -40,7 +44,7 @@ def build_bundle(
     recipe: Recipe,
     goal: Goal | None,
     calibration: Path | None,
-    max_context: int,
+    max_context: int | None,
     cache: UnitCache,
     reporter: Reporter,
     force: bool,
@@ -49,6 +53,7 @@ def build_bundle(
 
     goal: what 8 bits are to be chosen for where the recipe has 4 by default; None: the recipe stands.
     calibration: a text for the choice and for the recovery; None: the one that comes with bedplate.
+    max_context: None: `DEFAULT_CONTEXT`, or all positions that the model has, if it has fewer.
     Raises CheckpointError, UnsupportedError, RecipeError, CalibrationError, LoweringError, NameTakenError,
     NotFoundError; whatever is raised, nothing is left at `out`.
     """
@@ -57,17 +62,13 @@ def build_bundle(
     load_torch(reporter)
     from bedplate.model.checkpoint import expected_model, fingerprint, open_checkpoint
     from bedplate.model.gguf_file import GgufFile
-    from bedplate.model.tokenizer_files import read_tokenizer
+    from bedplate.model.tokenizer_files import check_ids, read_tokenizer
     from bedplate.quantize.plan import plan
 
     checkpoint = open_checkpoint(model)
     tokenizer = read_tokenizer(model, checkpoint.fields if isinstance(checkpoint, GgufFile) else None)
-    if not 1 <= max_context <= checkpoint.spec.max_positions:
-        raise UnsupportedError(
-            f"the model knows {checkpoint.spec.max_positions} positions, not a context of {max_context}",
-            where=model,
-            hint=f"choose --max-context between 1 and {checkpoint.spec.max_positions}",
-        )
+    check_ids(tokenizer, checkpoint.spec.vocab_size, where=model)
+    max_context = _context(max_context, checkpoint.spec.max_positions, model)
     # Known, and refused where need be, before anything is measured or compiled.
     named = expected_model(checkpoint.spec)
     plan(named, recipe)
@@ -106,6 +107,20 @@ def build_bundle(
         )
 
     return create_bundle(out, write, replace=force)
+
+
+def _context(wanted: int | None, max_positions: int, model: Path) -> int:
+    """Positions of a session. UnsupportedError: no such number of positions can be had of this model."""
+    most = min(max_positions, MAX_CONTEXT)
+    if wanted is None:
+        return min(DEFAULT_CONTEXT, most)
+    if type(wanted) is not int or not 1 <= wanted <= most:
+        raise UnsupportedError(
+            f"the model has {max_positions} positions: a context of {wanted} is not possible",
+            where=model,
+            hint=f"choose --max-context between 1 and {most}",
+        )
+    return wanted
 
 
 def _foundation(

@@ -64,7 +64,12 @@ def build(
             metavar="FILE", help="Text to measure choices and recovery on; bedplate's own if absent."
         ),
     ] = None,
-    max_context: Annotated[int, typer.Option(help="Positions that a session can hold.")] = 2048,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            help="Positions that a session can hold. If absent: 2,048, or all that the model has, if fewer."
+        ),
+    ] = None,
     unit_cache: CacheFolder = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the bundle that is there, with its adapters.")

@@ -43,6 +43,8 @@ class Structure:
         """SHA-256 over the structure and the versions of what compiles it; with `any_depth`, less the depth."""
         content = self.to_dict() | {"versions": dict(versions), "unit_format": UNIT_FORMAT}
         content["ranks"] = sorted(self.ranks.items())
+        # Of the positions that the model has, a program takes max_context.
+        del content["spec"]["max_positions"]
         if any_depth:
             content["spec"].pop("n_layers")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -38,8 +38,9 @@ class TokenizerFiles:
 
 
 def read_tokenizer(model: Path, fields: Mapping[str, Any] | None = None) -> TokenizerFiles:
-    """Read the tokenizer of a Hugging Face folder, or of a `.gguf` file; `fields` are those of the file, if read already.
+    """Read the tokenizer of a Hugging Face folder or a `.gguf` file.
 
+    fields: those of the GGUF, if they are read already.
     NotFoundError: no such path.  CheckpointError: files are missing or contradict each other.
     UnsupportedError: a kind of tokenizer that bedplate cannot rebuild.
     """
