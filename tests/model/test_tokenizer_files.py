@@ -8,15 +8,15 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from package_model import smollm2_gguf
 from tokenizers import Tokenizer, models
+from toy import save_toy_tokenizer, toy_config
 
-from bedplate.errors import CheckpointError, NotFoundError, UnsupportedError
-from bedplate.model.tokenizer_files import TokenizerFiles, read_tokenizer
+from bedplate.errors import BedplateError, CheckpointError, NotFoundError, UnsupportedError
+from bedplate.model.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer
 
 GGUF = smollm2_gguf()
 TEXTS = [
@@ -163,9 +163,21 @@ def write(path: Path, **fields: Any) -> None:
 
 def test_every_id_that_ends_an_answer_is_kept(edited: Path) -> None:
     write(edited / "generation_config.json", eos_token_id=[5, 2], bos_token_id=3)
+    # Of no effect, as in transformers' generate: generation_config.json says what ends an answer.
     write(edited / "config.json", eos_token_id=7)
     found = read_tokenizer(edited)
-    assert (found.bos_id, found.eos_ids) == (3, (5, 2, 7))
+    assert (found.bos_id, found.eos_ids) == (3, (5, 2))
+    (edited / "generation_config.json").unlink()
+    # The last one is the tokenizer's own.
+    assert read_tokenizer(edited).eos_ids == (7, 2)
+    write(edited / "config.json", eos_token_id=None)
+    assert read_tokenizer(edited).eos_ids == (2,)
+
+
+def test_where_generation_config_names_no_end_config_does(edited: Path) -> None:
+    write(edited / "generation_config.json", eos_token_id=None)
+    write(edited / "config.json", eos_token_id=[7, 8])
+    assert read_tokenizer(edited).eos_ids == (7, 8, 2)
 
 
 def test_without_configs_the_tokens_themselves_are_taken(edited: Path) -> None:
@@ -213,9 +225,40 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     ("file", "content", "says"),
     [
         ("tokenizer.json", "{}", r"tokenizer\.json: not a tokenizer"),
-        ("config.json", "{", r"config\.json: not JSON"),
-        ("generation_config.json", "[]", r"generation_config\.json: not a JSON object"),
+        ("config.json", "{", r"config\.json: cannot be read as JSON"),
+        ("generation_config.json", "[]", r"generation_config\.json: is not a JSON object"),
+        ("tokenizer_config.json", "[" * 5000, r"tokenizer_config\.json: is nested too deeply"),
+        ("special_tokens_map.json", "3", r"special_tokens_map\.json: is not a JSON object"),
         ("config.json", '{"eos_token_id": 49152}', "no token 49152"),
+        ("config.json", '{"eos_token_id": -1}', "no token -1"),
+        ("config.json", '{"eos_token_id": true}', "no token True"),
+        ("config.json", '{"eos_token_id": 1.0}', "no token 1.0"),
+        ("config.json", '{"eos_token_id": [2, [3]]}', r"no token \[3\]"),
+        ("config.json", '{"eos_token_id": {}}', "no token {}"),
+        ("config.json", '{"bos_token_id": 1e999}', "no token inf"),
+        ("generation_config.json", '{"eos_token_id": 99999999999999999999}', "no token 99999999999999999999"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', r"must be an object, got \[1\]"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"x": {"content": "a"}}}',
+            "must be a number, got 'x'",
+        ),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"-1": {"content": "a"}}}',
+            "must be a number, got '-1'",
+        ),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": "a"}}', "gives 'a' the id 1"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {"content": 1}}}', "must be a token"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"1": {"content": "a", "lstrip": 1}}}',
+            "lstrip of",
+        ),
+        ("tokenizer_config.json", '{"eos_token": 1}', "eos_token must be a token, got 1"),
+        ("tokenizer_config.json", '{"bos_token": ["a"]}', "bos_token must be a token"),
+        ("tokenizer_config.json", '{"extra_special_tokens": "a"}', "extra_special_tokens must be a list"),
+        ("tokenizer_config.json", '{"extra_special_tokens": [1]}', "extra_special_tokens must be a token"),
         ("config.json", '{"eos_token_id": "2"}', "no token '2'"),
         (
             "tokenizer_config.json",
@@ -227,56 +270,197 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
 def test_files_that_are_damaged_or_contradict_each_other(
     edited: Path, file: str, content: str, says: str
 ) -> None:
+    if file == "config.json":
+        (edited / "generation_config.json").unlink(missing_ok=True)
     (edited / file).write_text(content)
-    with pytest.raises(CheckpointError, match=says):
+    if file == "special_tokens_map.json":
+        (edited / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match=says) as caught:
         read_tokenizer(edited)
+    assert caught.value.where and caught.value.where.startswith(str(edited)) and caught.value.hint
 
 
-def write_gguf(path: Path, *, model: str | None = "gpt2", pre: str = "smollm", add_bos: bool = False) -> None:
-    """Bytes a to d, a merge, a control token, and a user-defined one."""
-    writer = gguf.GGUFWriter(path, "llama")
-    if model is not None:
-        writer.add_tokenizer_model(model)
-        writer.add_tokenizer_pre(pre)
-        writer.add_token_list(["<s>", "a", "b", "c", "d", "ab", "<think>", "</s>"])
-        writer.add_token_types([3, 1, 1, 1, 1, 1, 4, 3])
-        writer.add_token_merges(["a b"])
-        writer.add_bos_token_id(0)
-        writer.add_eos_token_id(7)
-        writer.add_eot_token_id(6)
-        writer.add_add_bos_token(add_bos)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+def theirs_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
 
 
-def test_a_gguf_that_adds_its_first_token(tmp_path: Path) -> None:
-    for add_bos in (False, True):
-        write_gguf(tmp_path / "a.gguf", add_bos=add_bos)
-        found = read_tokenizer(tmp_path / "a.gguf")
-        tokenizer = Tokenizer.from_str(found.tokenizer_json.decode())
-        assert tokenizer.encode("abc<think>d</s>").ids == [0] * add_bos + [5, 3, 6, 4, 7]
-        assert tokenizer.decode([5, 6, 4, 7]) == "ab<think>d"
-        assert (found.bos_id, found.eos_ids, found.chat_template) == (0, (7, 6), None)
-        assert read_tokenizer(tmp_path / "a.gguf") == found, "equal tokenizers are equal bytes"
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of the toy model, which is read soon, in the folder of a Llama."""
+    made = tmp_path_factory.mktemp("small")
+    toy_config().save_pretrained(made)
+    save_toy_tokenizer(made, 320)
+    return made
 
 
-@pytest.mark.parametrize(("model", "pre"), [("gpt2", "tekken"), ("llama", "default")])
-def test_a_gguf_whose_way_to_split_text_is_unknown(tmp_path: Path, model: str, pre: str) -> None:
-    write_gguf(tmp_path / "a.gguf", model=model, pre=pre)
-    with pytest.raises(UnsupportedError, match=f"'{model}' with the pre-tokenizer '{pre}'") as caught:
-        read_tokenizer(tmp_path / "a.gguf")
-    assert "Hugging Face folder" in str(caught.value.hint)
+@pytest.fixture
+def copied(small: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small, tmp_path / "model"))
 
 
-def test_a_gguf_without_a_tokenizer(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "a.gguf", model=None)
-    with pytest.raises(CheckpointError, match="holds no tokenizer"):
-        read_tokenizer(tmp_path / "a.gguf")
+NEW = {"content": "<|x|>", "special": True, "lstrip": True}
 
 
-def test_a_truncated_gguf(tmp_path: Path) -> None:
-    with GGUF.open("rb") as file:
-        (tmp_path / "a.gguf").write_bytes(file.read(100_000))
-    with pytest.raises(CheckpointError, match="not a whole GGUF file"):
-        read_tokenizer(tmp_path / "a.gguf")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
+        {"tokenizer_class": "LlamaTokenizerFast"},
+        {"tokenizer_class": "NoSuchTokenizer"},
+        {"add_bos_token": True, "add_eos_token": True, "add_prefix_space": True},
+        {"clean_up_tokenization_spaces": True, "model_max_length": 8, "padding_side": "left"},
+        {"pad_token": "<|x|>"},
+        {"eos_token": "<|x|>", "bos_token": "the"},
+        {"unk_token": None, "mask_token": "<|x|>"},
+        {"bos_token": {"__type": "AddedToken", **NEW}},
+        {"image_token": "<|x|>"},
+        {"extra_special_tokens": ["<|x|>", "fox"]},
+        {"additional_special_tokens": ["<|x|>"]},
+        {"extra_special_tokens": {"image_token": "<|x|>"}},
+        {"added_tokens_decoder": {"310": NEW}},
+        {"added_tokens_decoder": {"310": {**NEW, "special": False}, "311": {"content": "lazy"}}},
+        {"added_tokens_decoder": {"1": {"content": "<|im_end|>", "special": True, "rstrip": True}}},
+    ],
+    ids=str,
+)
+def test_tokens_that_settings_name_are_those_of_transformers(copied: Path, changes: dict[str, Any]) -> None:
+    write(copied / "tokenizer_config.json", **changes)
+    theirs, found = theirs_of(copied), read_tokenizer(copied)
+    tokenizer = Tokenizer.from_str(found.tokenizer_json.decode())
+    for text in ("the fox", "the <|x|> fox<|x|>the lazy fox", "a <|im_end|> fox<|im_end|>", ""):
+        assert tokenizer.encode(text).ids == theirs.encode(text), text
+    assert tokenizer.get_vocab() == theirs.get_vocab()
+    assert found.last_id == len(theirs) - 1
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    values = {name: getattr(theirs, name) for name in names}
+    assert found.special_tokens == {name: value for name, value in values.items() if value is not None}
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_special_tokens_map_counts_where_no_added_tokens_are_listed(copied: Path, listed: bool) -> None:
+    write(copied / "special_tokens_map.json", eos_token={"content": "<|im_start|>", "special": True})
+    if listed:
+        write(copied / "tokenizer_config.json", added_tokens_decoder={"0": {"content": "<|im_start|>"}})
+    assert read_tokenizer(copied).special_tokens["eos_token"] == theirs_of(copied).eos_token
+    assert (theirs_of(copied).eos_token == "<|im_end|>") == listed
+
+
+def test_splitting_special_tokens_is_refused(copied: Path) -> None:
+    write(copied / "tokenizer_config.json", split_special_tokens=True)
+    with pytest.raises(UnsupportedError, match="split_special_tokens"):
+        read_tokenizer(copied)
+
+
+def test_ids_beyond_the_embedding(copied: Path) -> None:
+    found = read_tokenizer(copied)
+    assert found.last_id == 309
+    check_ids(found, 310, where=copied)
+    with pytest.raises(
+        CheckpointError, match=r"ids up to 309 .*, but the embedding of the model has 309 rows"
+    ):
+        check_ids(found, 309, where=copied)
+
+
+TEMPLATES = st.fixed_dictionaries(
+    {},
+    optional={
+        "chat_template.jinja": st.sampled_from(["file\r\n", ""]),
+        "additional_chat_templates/default.jinja": st.just("folder default"),
+        "additional_chat_templates/tool_use.jinja": st.just("folder tools"),
+        "chat_template.json": st.just('{"chat_template": "of a processor"}'),
+        "chat_template": st.sampled_from(
+            [
+                "setting",
+                [{"name": "default", "template": "listed"}, {"name": "rag", "template": "listed rag"}],
+                [{"name": "rag", "template": "listed rag"}],
+                {"default": "mapped", "rag": "mapped rag"},
+                None,
+            ]
+        ),
+    },
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(templates=TEMPLATES)
+def test_the_chat_template_that_counts_is_that_of_transformers(
+    small: Path, tmp_path_factory: pytest.TempPathFactory, templates: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(small, tmp_path_factory.mktemp("templates") / "model"))
+    (folder / "additional_chat_templates").mkdir()
+    write(folder / "tokenizer_config.json", chat_template=templates.get("chat_template"))
+    for name, content in templates.items():
+        if "." in name:
+            (folder / name).write_text(content, newline="")
+    try:
+        found = read_tokenizer(folder).chat_template
+    except UnsupportedError as error:
+        assert "no chat template is the default one" in str(error)
+        with pytest.raises(ValueError, match="multiple chat templates"):
+            theirs_of(folder).get_chat_template()
+    else:
+        theirs = theirs_of(folder)
+        assert found == (None if theirs.chat_template is None else theirs.get_chat_template())
+
+
+@pytest.mark.parametrize(
+    "value", [1, True, ["a"], [{"name": "default"}], [{"name": "default", "template": 1}]]
+)
+def test_a_chat_template_that_is_none(copied: Path, value: Any) -> None:
+    write(copied / "tokenizer_config.json", chat_template=value)
+    with pytest.raises(CheckpointError, match="chat_template must be a text"):
+        read_tokenizer(copied)
+
+
+def test_a_chat_template_that_is_not_utf8(copied: Path) -> None:
+    (copied / "chat_template.jinja").write_bytes(b"{{ '\xff' }}")
+    with pytest.raises(CheckpointError, match="is not UTF-8") as caught:
+        read_tokenizer(copied)
+    assert caught.value.where == str(copied / "chat_template.jinja")
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["<|im_end|>", "", "1", "<|x|>"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["content", "1", "default", "name", "template", "lstrip"]), inner, max_size=3
+        )
+    ),
+    max_leaves=5,
+)
+SETTINGS = st.dictionaries(
+    st.sampled_from(
+        "bos_token eos_token pad_token image_token chat_template added_tokens_decoder extra_special_tokens "
+        + [
+            "extra_special_tokens",
+            "additional_special_tokens",
+            "eos_token_id",
+            "bos_token_id",
+            "tokenizer_class",
+        ]
+    ),
+    VALUES,
+    max_size=3,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=SETTINGS)
+def test_any_settings_give_a_tokenizer_or_an_error_of_ours(
+    small: Path, tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(small, tmp_path_factory.getbasetemp() / "any", dirs_exist_ok=True))
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_text(json.dumps(changes))
+    try:
+        read_tokenizer(folder)
+    except BedplateError as error:
+        assert error.where and error.hint
