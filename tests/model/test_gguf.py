@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_edit import replaced
 from numpy.typing import NDArray
 from torch import Tensor
 from toy import save_toy_model, toy_config
@@ -223,6 +224,48 @@ def test_partial_rotation_is_refused(model: LlamaForCausalLM, tmp_path: Path) ->
         edit=lambda writer: writer.add_rope_dimension_count(16),
     )
     refused(path, UnsupportedError, r"rope\.dimension_count differ: \[16, 32\]")
+
+
+COUNTS = {
+    "llama.embedding_length": "hidden_size",
+    "llama.block_count": "num_hidden_layers",
+    "llama.attention.head_count": "num_attention_heads",
+    "llama.attention.head_count_kv": "num_key_value_heads",
+    "llama.feed_forward_length": "intermediate_size",
+    "llama.context_length": "max_position_embeddings",
+    "llama.vocab_size": "vocab_size",
+    "llama.attention.key_length": "llama.attention.key_length",
+    "llama.rope.dimension_count": "llama.rope.dimension_count",
+}
+
+
+@pytest.mark.parametrize("field", COUNTS)
+@pytest.mark.parametrize("value", [-1, 1.5, True, "64", [64], 2**40], ids=str)
+def test_a_number_that_is_none_is_named(
+    field: str, value: Any, model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "model.gguf", model, edit=replaced(field, value))
+    refused(path, CheckpointError, f"{COUNTS[field]} must be")
+
+
+@pytest.mark.parametrize(
+    ("field", "says"),
+    [("llama.attention.layer_norm_rms_epsilon", "rms_norm_eps"), ("llama.rope.freq_base", "rope_theta")],
+)
+@pytest.mark.parametrize("value", [-1.0, 0.0, float("nan"), float("inf"), True, "1", [1.0]], ids=str)
+def test_a_float_that_is_none_is_named(
+    field: str, says: str, value: Any, model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "model.gguf", model, edit=replaced(field, value))
+    refused(path, CheckpointError, f"{says} must be a positive number")
+
+
+@pytest.mark.parametrize("value", [[1, 2], "yes", 0.5])
+def test_a_field_without_effect_has_to_have_its_value(
+    value: Any, model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "model.gguf", model, edit=replaced("llama.attention.causal", value))
+    refused(path, UnsupportedError, r"llama\.attention\.causal = ")
 
 
 def test_another_architecture_is_refused(model: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf
 import pytest
+from gguf_edit import replaced
 from package_model import smollm2_gguf
 from tokenizers import Tokenizer
 
@@ -76,28 +77,6 @@ def test_a_truncated_gguf(tmp_path: Path) -> None:
         read_tokenizer(tmp_path / "a.gguf")
 
 
-def replaced(name: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
-    """Writes another value for a field, or none."""
-
-    def edit(writer: gguf.GGUFWriter) -> None:
-        writer.kv_data[0].pop(f"tokenizer.{name}", None)
-        match value:
-            case None:
-                pass
-            case bool():
-                writer.add_bool(f"tokenizer.{name}", value)
-            case int():
-                writer.add_int32(f"tokenizer.{name}", value)
-            case float():
-                writer.add_float32(f"tokenizer.{name}", value)
-            case str():
-                writer.add_string(f"tokenizer.{name}", value)
-            case list():
-                writer.add_array(f"tokenizer.{name}", value)
-
-    return edit
-
-
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
@@ -120,14 +99,14 @@ def replaced(name: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
     ],
 )
 def test_a_field_that_is_wrong_is_named(field: str, value: Any, says: str, tmp_path: Path) -> None:
-    write_gguf(tmp_path / "a.gguf", edit=replaced(field, value))
+    write_gguf(tmp_path / "a.gguf", edit=replaced(f"tokenizer.{field}", value))
     with pytest.raises(CheckpointError, match=says) as caught:
         read_tokenizer(tmp_path / "a.gguf")
     assert caught.value.where == str(tmp_path / "a.gguf") and caught.value.hint
 
 
 def test_a_first_token_that_is_not_there(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "a.gguf", add_bos=True, edit=replaced("ggml.bos_token_id", None))
+    write_gguf(tmp_path / "a.gguf", add_bos=True, edit=replaced("tokenizer.ggml.bos_token_id", None))
     with pytest.raises(CheckpointError, match="there is no first token"):
         read_tokenizer(tmp_path / "a.gguf")
 

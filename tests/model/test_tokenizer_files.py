@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from package_model import smollm2_gguf
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from toy import save_toy_tokenizer, toy_config
 
 from bedplate.errors import BedplateError, CheckpointError, NotFoundError, UnsupportedError
@@ -348,6 +348,21 @@ def test_special_tokens_map_counts_where_no_added_tokens_are_listed(copied: Path
     assert (theirs_of(copied).eos_token == "<|im_end|>") == listed
 
 
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer", "LlamaTokenizerFast"])
+def test_text_is_split_as_tokenizer_json_says_whatever_the_class(kind: str, copied: Path) -> None:
+    """transformers 5 builds the tokenizers of some classes anew, by rules that the model was not trained with."""
+    trained = Tokenizer(models.BPE(vocab={"1": 0, "2": 1, "12": 2, "<|im_end|>": 3}, merges=[("1", "2")]))
+    trained.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
+    trained.save(str(copied / "tokenizer.json"))
+    (copied / "generation_config.json").unlink(missing_ok=True)
+    write(copied / "config.json", eos_token_id=None, bos_token_id=None)
+    (copied / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    theirs = theirs_of(copied)
+    (copied / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    found = Tokenizer.from_str(read_tokenizer(copied).tokenizer_json.decode())
+    assert found.encode("1212").ids == theirs.encode("1212") == [0, 1, 0, 1]
+
+
 def test_splitting_special_tokens_is_refused(copied: Path) -> None:
     write(copied / "tokenizer_config.json", split_special_tokens=True)
     with pytest.raises(UnsupportedError, match="split_special_tokens"):
@@ -436,20 +451,9 @@ VALUES = st.recursive(
     ),
     max_leaves=5,
 )
-SETTINGS = st.dictionaries(
-    st.sampled_from(
-        "bos_token eos_token pad_token image_token chat_template added_tokens_decoder extra_special_tokens "
-        + [
-            "extra_special_tokens",
-            "additional_special_tokens",
-            "eos_token_id",
-            "bos_token_id",
-            "tokenizer_class",
-        ]
-    ),
-    VALUES,
-    max_size=3,
-)
+NAMES = """bos_token eos_token pad_token image_token chat_template added_tokens_decoder extra_special_tokens
+additional_special_tokens eos_token_id bos_token_id tokenizer_class"""
+SETTINGS = st.dictionaries(st.sampled_from(NAMES.split()), VALUES, max_size=3)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
