@@ -94,7 +94,6 @@ def test_the_installed_transformers_config_is_read() -> None:
         ({"model_type": ["llama"]}, r"model_type \['llama'\]"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"is_causal": False}, "is_causal = False"),
-        ({"is_causal": None}, "is_causal = None"),
         ({"is_causal": 1}, "is_causal = 1"),
         ({"per_layer_config": {"0": {"rms_norm_eps": 1.0}}}, "per_layer_config"),
         ({"layer_types": ["full_attention"] * 2}, "layer_types"),

@@ -20,7 +20,7 @@ _OTHER_MODEL = (
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     # transformers has two names for one function.
     "hidden_act": (("silu", "swish", None), _NEVER),
-    "is_causal": ((True,), _NEVER),
+    "is_causal": ((None, True), _NEVER),
     "per_layer_config": ((None, {}), _NEVER),
     "layer_types": ((None,), _NEVER),
     "fusion_config": ((None,), _NEVER),
