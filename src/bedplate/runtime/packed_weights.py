@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bedplate import _native
-from bedplate.bundle import files
+from bedplate.bundle import files, integrity
 from bedplate.bundle.manifest import BASE_PROGRAM, FOUNDATION
 from bedplate.bundle.store import Bundle
 from bedplate.errors import RunError
@@ -67,6 +67,7 @@ class PackedWeights:
 
     def __init__(self, folder: Path, bundle: Bundle) -> None:
         self._folder = folder.absolute()
+        self._bundle = bundle
         self._key = _key(bundle)
         self._room = 2 * bundle.manifest.files[FOUNDATION].size
         name_length = len(f"/{self._key}-{hashlib.sha256().hexdigest()}{_SUFFIX}")
@@ -79,7 +80,10 @@ class PackedWeights:
             self._file = PackedFile(found[0]) if found else None
 
     def path(self, write: Callable[[Path], None]) -> Path:
-        """Of the file. If there is none, or a damaged one, `write` is called to make it."""
+        """Of the file. If there is none, or a damaged one, `write` is called to make it.
+
+        BundleError: it would have to be made of a damaged foundation.
+        """
         if self._file is not None and not self._file.is_whole():
             self._file.path.unlink(missing_ok=True)
             self.close()
@@ -106,6 +110,9 @@ class PackedWeights:
                 where=self._folder,
                 hint="make room, or do without packed weights on disk",
             )
+        # The file's name says what it was packed from; whoever maps it later takes the manifest's word for that.
+        packed_from = {name: self._bundle.manifest.files[name] for name in (FOUNDATION, BASE_PROGRAM)}
+        integrity.check_files(self._bundle.path, packed_from, hashes=True)
         with files.workspace(self._folder, self._key) as workspace:
             draft = workspace / "weights"
             write(draft)
