@@ -76,14 +76,15 @@ class PackedWeights:
             raise RunError("the path is too long for packed weights", where=self._folder, hint=hint)
         with _folder_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            found = sorted(self._folder.glob(f"{self._key}-*{_SUFFIX}"))
-            self._file = PackedFile(found[0]) if found else None
+            self._file = self._find()
 
     def path(self, write: Callable[[Path], None]) -> Path:
         """Of the file. If there is none, or a damaged one, `write` is called to make it.
 
         BundleError: it would have to be made of a damaged foundation.
         """
+        with _folder_errors(self._folder):
+            self._file = self._file or self._find()
         if self._file is not None and not self._file.is_whole():
             self._file.path.unlink(missing_ok=True)
             self.close()
@@ -101,6 +102,10 @@ class PackedWeights:
         if self._file is not None:
             self._file.close()
         self._file = None
+
+    def _find(self) -> PackedFile | None:
+        found = sorted(self._folder.glob(f"{self._key}-*{_SUFFIX}"))
+        return PackedFile(found[0]) if found else None
 
     def _write(self, write: Callable[[Path], None]) -> Path:
         free = shutil.disk_usage(self._folder).free
