@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import platformdirs
 import pytest
+from power import PowerCuts
 
 from bedplate.compile.cache import Entry, UnitCache
 from bedplate.constants import TENSOR, Constant
@@ -52,6 +53,17 @@ def test_an_entry_is_the_same_bytes_each_time(tmp_path: Path) -> None:
         UnitCache(tmp_path / name).store("units", NAME, entry())
     one, two = (next((tmp_path / name).iterdir()).read_bytes() for name in ("one", "two"))
     assert one == two
+
+
+def test_an_entry_is_whole_whenever_the_power_is_cut(tmp_path: Path) -> None:
+    cache, name = UnitCache(tmp_path), f"units-{NAME}.unit"
+    cache.store("units", NAME, entry(1))
+    before = (tmp_path / name).read_bytes()
+    with PowerCuts(tmp_path, lambda tree: tree[name]) as cuts:
+        cache.store("units", NAME, entry(2))
+        after = (tmp_path / name).read_bytes()
+        assert cuts.durable() == after != before
+    assert cuts.seen == {before, after}
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 from forged import flip
 from mapped import resident_of
 from numpy.typing import NDArray
+from power import PowerCuts
 
 from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError, RunError
@@ -83,6 +84,15 @@ def test_a_damaged_file_is_written_again(
     )
     np.testing.assert_array_equal(logits(toy_bundle, kept.parent), expected[None])
     assert [file.read_bytes() for file in kept.parent.iterdir()] == [whole]
+
+
+def test_it_is_whole_whenever_the_power_is_cut(toy_bundle: Bundle, tmp_path: Path) -> None:
+    with PowerCuts(tmp_path, lambda tree: frozenset(tree.items())) as cuts:
+        logits(toy_bundle, tmp_path)
+        (file,) = tmp_path.iterdir()
+        after = frozenset({(file.name, file.read_bytes())})
+        assert cuts.durable() == after
+    assert cuts.seen == {frozenset(), after}
 
 
 @pytest.mark.parametrize("damaged", ["foundation.ptd", "base.pte"])

@@ -30,7 +30,7 @@ def sha256_file(path: Path) -> str:
 @contextlib.contextmanager
 def naming(target: Path, draft: Path | None = None) -> Iterator[None]:
     """Has every OSError of the block name the file that the user knows: `target`, if the error names none (a write
-    to a full disk does not); the file in `target`, if it names one in the hidden folder `draft`.
+    to a full disk does not); what is to be there instead, if it names the hidden `draft` or a file in it.
     """
     try:
         yield
@@ -49,7 +49,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     One writer at a time: what a killed one left, the next one overwrites.
     """
     draft = path.with_name(f".{path.name}.tmp")
-    with naming(path):
+    with naming(path, draft):
         try:
             with draft.open("wb") as file:
                 yield file
