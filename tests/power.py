@@ -18,7 +18,7 @@ import pytest
 
 from bedplate.bundle import files
 
-Tree = Mapping[str, bytes]  # contents by path
+Tree = Mapping[str, bytes]  # contents by path; a folder's path ends with a slash
 Listing = dict[str, int]  # names of a folder → inodes
 _WATCHED = ("fsync", "rename", "replace", "unlink", "rmdir")
 
@@ -112,6 +112,7 @@ class PowerCuts:
                 if name.startswith("."):
                     continue
                 if child in folders:
+                    tree[f"{path}{name}/"] = b""
                     walk(child, f"{path}{name}/")
                 else:
                     tree[path + name] = b"" if child in dirty else self._contents.get(child, b"")

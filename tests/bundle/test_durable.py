@@ -27,10 +27,11 @@ def judge(tmp_path: Path) -> Callable[[Tree], bytes | None]:
         shutil.rmtree(place, ignore_errors=True)
         for name, data in tree.items():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
-            (place / name).write_bytes(data)
+            (place / name).mkdir(exist_ok=True) if name.endswith("/") else (place / name).write_bytes(data)
         if not (place / "toy.bundle").exists():
             return None
         Bundle.open(place / "toy.bundle")
+        assert "toy.bundle/adapters/" in tree
         return tree["toy.bundle/bundle.json"]
 
     return judge
