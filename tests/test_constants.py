@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bedplate.constants import KEY_LENGTH, Constant, content_key
+from bedplate.constants import KEY_LENGTH, TENSOR, Constant, content_key
 
 DATA = np.arange(16, dtype=np.uint8)
 KEY = content_key("int8", (4, 4), "row", DATA)
@@ -65,5 +65,19 @@ def test_a_key_literally() -> None:
 
 
 def test_a_constant_knows_its_size() -> None:
-    constant = Constant(key=KEY, name="x", dtype="int8", shape=(4, 4), is_tensor=False, data=DATA)
-    assert constant.nbytes == 16
+    assert Constant.of("x", "int8", (4, 4), "row", DATA).nbytes == 16
+
+
+def test_a_constant_has_the_key_of_its_content_and_of_its_scales() -> None:
+    scales = Constant.of("x#scales", "float32", (4, 1), "scales", DATA)
+    assert Constant.of("x", "int8", (4, 4), "row", DATA).key == KEY
+    assert Constant.of("x", "int8", (4, 4), "row", DATA, scales).key == content_key(
+        "int8", (4, 4), "row", DATA, DATA
+    )
+
+
+def test_a_tensor_of_the_program_is_told_by_its_layout() -> None:
+    assert [Constant.of("x", "int8", (16,), layout, DATA).is_tensor for layout in (TENSOR, "row")] == [
+        True,
+        False,
+    ]

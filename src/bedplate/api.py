@@ -65,7 +65,7 @@ class Bundle(store.Bundle):
             sources,
             quantize=quantize,
             exact_rank=exact_rank,
-            cache=open_cache(unit_cache),
+            cache=open_cache(unit_cache, reporter),
             reporter=reporter,
         )
         return [self.adapters[name] for name in sources]
@@ -147,7 +147,7 @@ def build(
         goal=goal,
         calibration=None if calibration is None else Path(calibration),
         max_context=max_context,
-        cache=open_cache(unit_cache),
+        cache=open_cache(unit_cache, reporter),
         reporter=reporter,
         force=force,
     )
@@ -174,8 +174,10 @@ def evaluate(
     )
 
 
-def open_cache(folder: str | Path | None) -> UnitCache:
-    """Compiled units in a folder; None: in the user's cache folder."""
+def open_cache(folder: str | Path | None, reporter: Reporter = SILENT) -> UnitCache:
+    """Compiled units in a folder; None: in the user's cache folder. The reporter is told if they cannot be kept."""
     from bedplate.compile.cache import UnitCache
 
-    return UnitCache.default() if folder is None else UnitCache(Path(folder))
+    if folder is None:
+        return UnitCache.default(notice=reporter.notice)
+    return UnitCache(Path(folder), notice=reporter.notice)

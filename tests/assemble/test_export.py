@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from power import PowerCuts
 from stock import StockProgram
 
 import bedplate
@@ -25,3 +26,11 @@ def test_one_file_that_wants_no_other(
     bundle.export(beside, adapter=name, self_contained=name is not None)
     expected = StockProgram(beside, bundle.foundation).logits(TOKENS, prefill=4)
     assert torch.equal(StockProgram(one).logits(TOKENS, prefill=4), expected)
+
+
+def test_an_export_is_whole_whenever_the_power_is_cut(toy_bundle: bedplate.Bundle, tmp_path: Path) -> None:
+    (tmp_path / "x.pte").write_bytes(b"old")
+    with PowerCuts(tmp_path, lambda tree: tree["x.pte"]) as cuts:
+        toy_bundle.export(tmp_path / "x.pte")
+        assert cuts.durable() == toy_bundle.base_program.read_bytes()
+    assert cuts.seen == {b"old", toy_bundle.base_program.read_bytes()}

@@ -39,7 +39,15 @@ BUNDLE = Manifest(
         )
     },
 )
-CONSTANT = ConstantInfo(name="q_proj.lora_a", key="4" * 64, dtype="float32", shape=(4, 8), nbytes=128)
+CONSTANT = ConstantInfo(
+    name="q_proj.lora_a#codes",
+    key="4" * 64,
+    dtype="int8",
+    shape=(4, 8),
+    layout="row",
+    scales="7" * 64,
+    nbytes=32,
+)
 ADAPTER = AdapterInfo(
     name="one",
     foundation="3" * 64,
@@ -81,8 +89,8 @@ def test_the_order_of_fields_does_not_show() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: type(d).__name__)
 def test_another_version_is_refused_with_a_hint(document: Any) -> None:
-    data = edited(document, lambda fields: fields.update(version=2, shiny="new"))
-    with pytest.raises(BundleError, match="format version 2; this bedplate reads version 1") as caught:
+    data = edited(document, lambda fields: fields.update(version=1, shiny="old"))
+    with pytest.raises(BundleError, match="format version 1; this bedplate reads version 2") as caught:
         manifest.load(type(document), data, "x.json")
     assert "build the bundle again" in str(caught.value.hint)
 

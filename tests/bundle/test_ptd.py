@@ -13,23 +13,19 @@ import pytest
 
 from bedplate.bundle.flat_tensor import Layout
 from bedplate.bundle.ptd import ALIGNMENT, read_ptd, write_ptd
-from bedplate.constants import Constant, content_key
+from bedplate.constants import TENSOR, Constant
 from bedplate.errors import BundleError, NotFoundError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "three_keys.ptd"
 
 
 def plain(name: str, data: bytes, dtype: str = "int4", shape: tuple[int, ...] = (4, 2)) -> Constant:
-    array = np.frombuffer(data, np.uint8)
-    key = content_key(dtype, shape, f"test {name}", array)
-    return Constant(key=key, name=name, dtype=dtype, shape=shape, is_tensor=False, data=array)
+    return Constant.of(name, dtype, shape, f"test {name}", np.frombuffer(data, np.uint8))
 
 
 def tensor(name: str, values: np.ndarray) -> Constant:
     data = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
-    dtype = str(values.dtype)
-    key = content_key(dtype, values.shape, "tensor", data)
-    return Constant(key=key, name=name, dtype=dtype, shape=values.shape, is_tensor=True, data=data)
+    return Constant.of(name, str(values.dtype), values.shape, TENSOR, data)
 
 
 THREE = [
@@ -77,7 +73,7 @@ def test_equal_constants_under_two_names_are_one_entry_and_two_names(tmp_path: P
 
 def test_one_key_for_two_contents_is_our_bug(tmp_path: Path) -> None:
     other = Constant(**{**vars(THREE[1]), "data": np.zeros(4, np.uint8)})
-    with pytest.raises(AssertionError, match=r"q_proj\.weight: the key .* names other bytes already"):
+    with pytest.raises(AssertionError, match=r"q_proj\.weight: the key .* names something else already"):
         write_ptd(tmp_path / "a.ptd", [THREE[1], other])
     assert list(tmp_path.iterdir()) == []
 
@@ -206,8 +202,9 @@ def test_executorch_reads_the_same(tmp_path: Path) -> None:
     constants = []
     for i in range(150):  # shapes () to 4-D, empty ones too; few values, so that bytes and keys repeat
         shape = [rng.randrange(5) for _ in range(rng.randrange(5))]
-        constant = tensor(f"c{i}", np.full(shape, rng.randrange(3), rng.choice(list(SCALAR_NAMES))))
-        constants.append(Constant(**{**vars(constant), "is_tensor": rng.random() < 0.5}))
+        held = tensor(f"c{i}", np.full(shape, rng.randrange(3), rng.choice(list(SCALAR_NAMES))))
+        layout = TENSOR if rng.random() < 0.5 else "dense"
+        constants.append(Constant.of(held.name, held.dtype, held.shape, layout, held.data))
     layouts = {c.key: c for c in constants if c.is_tensor}
     write_ptd(tmp_path / "a.ptd", constants)
 

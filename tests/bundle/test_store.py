@@ -402,7 +402,7 @@ def test_a_running_writer_is_not_taken_for_a_leftover(bundle: Bundle) -> None:
 
 def test_the_manifest_says_what_lies_on_disk(bundle: Bundle) -> None:
     text = json.loads((bundle.path / "bundle.json").read_text())
-    assert (text["format"], text["version"]) == ("bedplate bundle", 1)
+    assert (text["format"], text["version"]) == ("bedplate bundle", manifest.VERSION)
     assert text["adapters"]["one"]["foundation"] == text["files"]["foundation.ptd"]["sha256"]
     assert text["tokenizer"]["sha256"] == text["files"]["tokenizer.json"]["sha256"]
     assert text["files"]["base.pte"]["size"] == bundle.base_program.stat().st_size

@@ -10,7 +10,7 @@ import numpy as np
 from bedplate.bundle.manifest import AdapterInfo
 from bedplate.bundle.ptd import write_ptd
 from bedplate.bundle.store import Bundle, BundleFacts
-from bedplate.constants import Constant, content_key
+from bedplate.constants import Constant
 
 MODEL = {
     "architecture": "LlamaForCausalLM",
@@ -28,9 +28,7 @@ MODEL = {
 
 def constant(name: str, value: int) -> Constant:
     """uint8 [8], all `value`."""
-    data = np.full(8, value, np.uint8)
-    key = content_key("uint8", (8,), "test", data)
-    return Constant(key=key, name=name, dtype="uint8", shape=(8,), is_tensor=False, data=data)
+    return Constant.of(name, "uint8", (8,), "test", np.full(8, value, np.uint8))
 
 
 NORM, Q_PROJ, ZEROS = constant("norm.weight", 1), constant("q_proj.weight", 2), constant("q_proj.bias", 0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forged import flip, settle
 from safetensors.numpy import load_file, save_file
 
 import bedplate
@@ -305,6 +306,16 @@ def test_a_damaged_file_is_named(command: Command, copy: Path) -> None:
     assert command("verify", copy).code == 0
 
 
+def test_verify_refuses_other_bytes_under_a_key(command: Command, copy: Path) -> None:
+    """Also where every hash and digest fits."""
+    opened = bedplate.Bundle.open(copy)
+    info = next(c for c in opened.foundation_info.constants if c.name == "layers.0.mlp.up_proj.weight#codes")
+    flip(opened.foundation, info.key)
+    settle(copy)
+    assert command("list", copy).code == 0
+    failed(command("verify", copy), str(opened.foundation), info.name, "is not what its key says", "--force")
+
+
 def test_usage_errors_end_with_exit_code_2(command: Command, tmp_path: Path) -> None:
     for args in (
         ("build", "x"),
@@ -326,7 +337,7 @@ def test_a_file_that_cannot_be_written_is_an_error_in_words(
         result = command("export", toy_bundle.path, "-o", tmp_path / "x.pte")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    failed(result, "File too large")
+    failed(result, f"{tmp_path / 'x.pte'}: File too large")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from forged import flip
 from mapped import resident_of
 from numpy.typing import NDArray
+from power import PowerCuts
 
 from bedplate.bundle.store import Bundle
-from bedplate.errors import RunError
+from bedplate.errors import BundleError, RunError
 from bedplate.runtime import packed_weights
 from bedplate.runtime.engine import Engine
 
@@ -84,6 +86,54 @@ def test_a_damaged_file_is_written_again(
     assert [file.read_bytes() for file in kept.parent.iterdir()] == [whole]
 
 
+def test_it_is_whole_whenever_the_power_is_cut(toy_bundle: Bundle, tmp_path: Path) -> None:
+    with PowerCuts(tmp_path, lambda tree: frozenset(tree.items())) as cuts:
+        logits(toy_bundle, tmp_path)
+        (file,) = tmp_path.iterdir()
+        after = frozenset({(file.name, file.read_bytes())})
+        assert cuts.durable() == after
+    assert cuts.seen == {frozenset(), after}
+
+
+@pytest.mark.parametrize("damaged", ["foundation.ptd", "base.pte"])
+def test_it_is_not_made_of_a_damaged_foundation(
+    toy_bundle: Bundle,
+    tmp_path: Path,
+    expected: dict[str | None, NDArray[np.float32]],
+    damaged: str,
+) -> None:
+    """Whoever opens a bundle without checks does not hash it; what is written for later processes is."""
+    copy = Path(shutil.copytree(toy_bundle.path, tmp_path / "copy"))
+    whole = (copy / damaged).read_bytes()
+    (copy / damaged).write_bytes(whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:])
+    with (
+        Engine(Bundle.open(copy, check=False), packed_cache=tmp_path / "packed") as engine,
+        pytest.raises(BundleError, match=rf"{damaged}: its SHA-256 is not the one in bundle\.json") as caught,
+    ):
+        engine.load()
+    assert caught.value.hint is not None and "build the bundle again" in caught.value.hint
+    assert list((tmp_path / "packed").iterdir()) == []
+    (copy / damaged).write_bytes(whole)
+    np.testing.assert_array_equal(logits(Bundle.open(copy), tmp_path / "packed"), expected[None])
+
+
+def test_what_a_foundation_became_since_changes_no_packed_weight(
+    toy_bundle: Bundle, kept: Path, tmp_path: Path, expected: dict[str | None, NDArray[np.float32]]
+) -> None:
+    """The file holds what was packed of the whole foundation, whatever lies in its place now."""
+    copy = Path(shutil.copytree(toy_bundle.path, tmp_path / "copy"))
+    infos = toy_bundle.foundation_info.constants
+    flip(
+        copy / "foundation.ptd",
+        next(info.key for info in infos if info.name == "layers.1.mlp.up_proj.weight#codes"),
+    )
+    written = kept.read_bytes()
+    damaged = Bundle.open(copy, check=False)
+    assert not np.array_equal(logits(damaged, None), expected[None])
+    np.testing.assert_array_equal(logits(damaged, kept.parent), expected[None])
+    assert [file.read_bytes() for file in kept.parent.iterdir()] == [written]
+
+
 def test_processes_use_it_at_once_and_leave_it_as_it_is(toy_bundle: Bundle, kept: Path) -> None:
     """ExecuTorch alone would lock it for the first of them, and the others would pack."""
     whole = kept.read_bytes()
@@ -118,11 +168,15 @@ def test_another_processor_gets_a_file_of_its_own(
 
 
 def test_a_session_of_a_closed_engine_maps_them_again(toy_bundle: Bundle, kept: Path) -> None:
+    written = kept.stat()
     with Engine(toy_bundle, packed_cache=kept.parent) as engine:
         session = engine.session()
         before = session.step(TEXT)
+    assert str(kept) not in Path("/proc/self/maps").read_text()
     session.reset()
     np.testing.assert_array_equal(session.step(TEXT), before)
+    assert str(kept) in Path("/proc/self/maps").read_text()
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     engine.close()
 
 

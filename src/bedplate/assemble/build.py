@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from bedplate.assemble.report import Reporter, load_torch
 from bedplate.assemble.templates import Templates
-from bedplate.bundle import manifest
+from bedplate.bundle import files, manifest
 from bedplate.bundle.ptd import write_ptd
 from bedplate.bundle.store import Bundle, BundleFacts, check_free, create_bundle
 from bedplate.compile.cache import UnitCache
@@ -88,10 +88,10 @@ def build_bundle(
         packed = _foundation(checkpoint, structure, schemes, measured.statistics, template, reporter)
         constants = write_ptd(folder / manifest.FOUNDATION, joined(packed, template.holes))
         keys = {constant.name: constant.key for constant in constants}
-        (folder / manifest.BASE_PROGRAM).write_bytes(link(template, keys))
-        (folder / manifest.TOKENIZER).write_bytes(tokenizer.tokenizer_json)
+        files.write(folder / manifest.BASE_PROGRAM, link(template, keys))
+        files.write(folder / manifest.TOKENIZER, tokenizer.tokenizer_json)
         if tokenizer.chat_template is not None:
-            (folder / manifest.CHAT_TEMPLATE).write_text(tokenizer.chat_template, "utf-8")
+            files.write(folder / manifest.CHAT_TEMPLATE, tokenizer.chat_template.encode())
         return BundleFacts(
             model={
                 **checkpoint.spec.to_dict(),

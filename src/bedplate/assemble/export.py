@@ -50,7 +50,7 @@ def _constants(file: Path, infos: Iterable[manifest.ConstantInfo]) -> dict[str, 
             name=info.name,
             dtype=info.dtype,
             shape=info.shape,
-            is_tensor=data.entries[info.key].layout is not None,
+            layout=info.layout,
             data=data.data(info.key),
         )
         for info in infos

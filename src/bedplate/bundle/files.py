@@ -28,45 +28,66 @@ def sha256_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
+def naming(target: Path, draft: Path | None = None) -> Iterator[None]:
+    """Has every OSError of the block name the file that the user knows: `target`, if the error names none (a write
+    to a full disk does not); what is to be there instead, if it names the hidden `draft` or a file in it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(target)
+        elif draft is not None and Path(os.fsdecode(error.filename)).is_relative_to(draft):
+            error.filename = str(target / Path(os.fsdecode(error.filename)).relative_to(draft))
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the name `path` when the block ends without an error, and not before.
 
     One writer at a time: what a killed one left, the next one overwrites.
     """
     draft = path.with_name(f".{path.name}.tmp")
-    try:
-        with draft.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
+    with naming(path, draft):
+        try:
+            with draft.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file of a draft, which `sync_tree` makes durable. An OSError names it."""
+    with naming(path):
+        path.write_bytes(data)
 
 
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable (a rename is one only when its folder has reached the disk)."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _sync(folder)
 
 
 def sync_tree(folder: Path) -> None:
     """Make every file and folder below `folder`, and itself, durable."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        elif path.is_dir():
-            sync_folder(path)
-    sync_folder(folder)
+        if path.is_file() or path.is_dir():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

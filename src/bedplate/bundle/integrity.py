@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from bedplate.bundle import files
@@ -20,11 +21,12 @@ def measure(folder: Path) -> dict[str, FileInfo]:
     }
 
 
-def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
-    """Every file is there and has its size and, with `hashes`, its SHA-256. BundleError: names all that do
-    not.
+def check_files(folder: Path, expected: Mapping[str, FileInfo], *, hashes: bool) -> None:
+    """Every expected file (by relative path) is there and has its size and, with `hashes`, its SHA-256.
+
+    BundleError: names all that do not.
     """
-    problems = {name: _problem(folder / name, info, hashes) for name, info in _all_files(manifest).items()}
+    problems = {name: _problem(folder / name, info, hashes) for name, info in expected.items()}
     damaged = {name: problem for name, problem in problems.items() if problem is not None}
     if len(damaged) == 1:
         ((name, problem),) = damaged.items()
@@ -35,7 +37,8 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
         raise BundleError(f"{len(damaged)} files are damaged: {listed}", where=folder, hint=hint)
 
 
-def _all_files(manifest: Manifest) -> dict[str, FileInfo]:
+def all_files(manifest: Manifest) -> dict[str, FileInfo]:
+    """What the manifest says of each file of the bundle and of its adapters, by relative path."""
     every = dict(manifest.files)
     for name, record in manifest.adapters.items():
         every |= {f"{ADAPTERS}/{name}/{file}": info for file, info in record.files.items()}

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from bedplate.bundle import strict_json
 from bedplate.errors import BundleError
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "bundle.json"
 FOUNDATION = "foundation.ptd"
 FOUNDATION_INFO = "foundation.json"
@@ -43,12 +43,17 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantInfo:
-    """What a constant is, for people: see `bedplate.constants.Constant`. Several names may share one key."""
+    """What a constant is: see `bedplate.constants.Constant`. Several names may share one key.
+
+    With the bytes, it says all that the key is made of.  scales: the key of the scales that this key covers.
+    """
 
     name: str
     key: str
     dtype: str
     shape: tuple[int, ...]
+    layout: str
+    scales: str | None
     nbytes: int
 
 

@@ -88,7 +88,7 @@ def write_ptd(
     """
     draft = _Draft()
     # The index precedes the segments in the file but is known only after them: they wait in an unnamed file.
-    with tempfile.TemporaryFile(dir=path.parent) as spool:
+    with files.naming(path), tempfile.TemporaryFile(dir=path.parent) as spool:
         for constant in constants:
             if constant.key not in leave_out:
                 draft.add(constant, spool)
@@ -111,19 +111,19 @@ class _Draft:
     def add(self, constant: Constant, spool: IO[bytes]) -> None:
         number = self._number(constant.data, spool)
         layout = Layout(dtype=constant.dtype, shape=constant.shape) if constant.is_tensor else None
-        known, known_layout = self._entries.get(constant.key, (number, layout))
-        assert number == known, f"{constant.name}: the key {constant.key} names other bytes already"
-        assert layout is None or known_layout in (None, layout), (
-            f"{constant.name}: {layout}, was {known_layout}"
+        known = self._entries.setdefault(constant.key, (number, layout))
+        assert known == (number, layout), (
+            f"{constant.name}: the key {constant.key} names something else already"
         )
         assert layout is None or layout.nbytes == constant.nbytes, f"{constant.name}: {constant.nbytes} bytes"
-        self._entries[constant.key] = (number, layout or known_layout)
         self.infos.add(
             ConstantInfo(
                 name=constant.name,
                 key=constant.key,
                 dtype=constant.dtype,
                 shape=constant.shape,
+                layout=constant.layout,
+                scales=None if constant.scales is None else constant.scales.key,
                 nbytes=constant.nbytes,
             )
         )

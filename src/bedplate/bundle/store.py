@@ -149,7 +149,7 @@ class Bundle:
             self.check_name(name)
         adapters = self.path / manifest.ADAPTERS
         adapters.mkdir(exist_ok=True)
-        with files.workspace(adapters, "add") as draft:
+        with files.workspace(adapters, "add") as draft, files.naming(adapters, draft):
             try:
                 records = {name: self._write(name, write, draft / name) for name, write in writers.items()}
                 files.sync_tree(draft)
@@ -163,7 +163,7 @@ class Bundle:
         folder.mkdir()
         info = write(folder)
         self._check_fit(name, info, folder)
-        (folder / manifest.ADAPTER_INFO).write_bytes(manifest.dump(info))
+        files.write(folder / manifest.ADAPTER_INFO, manifest.dump(info))
         return AdapterRecord(foundation=info.foundation, files=integrity.measure(folder))
 
     def _publish_drafts(self, draft: Path, records: Mapping[str, AdapterRecord]) -> None:
@@ -242,11 +242,10 @@ def create_bundle(out: Path, write: Callable[[Path], BundleFacts], *, replace: b
     """
     out = out.resolve()
     check_free(out, replace=replace)
-    with files.workspace(out.parent, out.name) as draft:
+    with files.workspace(out.parent, out.name) as draft, files.naming(out, draft):
         facts = write(draft)
-        (draft / manifest.FOUNDATION_INFO).write_bytes(
-            manifest.dump(FoundationInfo(constants=facts.constants))
-        )
+        info = FoundationInfo(constants=facts.constants)
+        files.write(draft / manifest.FOUNDATION_INFO, manifest.dump(info))
         _write_manifest(draft, _describe(draft, facts))
         (draft / manifest.ADAPTERS).mkdir()
         files.sync_tree(draft)
@@ -307,7 +306,7 @@ def _manifest_bytes(path: Path) -> bytes:
 
 def _read(path: Path, data: bytes, check: bool) -> tuple[Manifest, dict[str, AdapterEntry]]:
     document = manifest.load(Manifest, data, str(path / manifest.MANIFEST))
-    integrity.check_files(path, document, hashes=check)
+    integrity.check_files(path, integrity.all_files(document), hashes=check)
     adapters = {}
     for name, record in sorted(document.adapters.items()):
         foundation = document.files[manifest.FOUNDATION].sha256

@@ -200,7 +200,7 @@ def cache_list(
         print_json([{"kind": e.kind, "fingerprint": e.fingerprint, "bytes": e.nbytes} for e in entries])
         return
     print_table(
-        str(cache.folder),
+        str(cache.folder or "no home folder, so no units are kept"),
         ["kind", "fingerprint", ">bytes"],
         [[e.kind, e.fingerprint, f"{e.nbytes:,}"] for e in entries],
     )

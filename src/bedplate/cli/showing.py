@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bedplate.bundle import usage
+from bedplate.bundle import proof, usage
 from bedplate.bundle.store import Bundle
 from bedplate.cli.making import BundlePath
 from bedplate.cli.output import print_json, print_table, progress_bars, size, stdout
@@ -73,8 +73,8 @@ def verify(
     as_json: Json = False,
     threads: Annotated[int | None, typer.Option(help="Threads; the physical cores if absent.")] = None,
 ) -> None:
-    """Prove that a bundle is whole and shared. Hashes every file, resolves every key, and runs each adapter against
-    the base.
+    """Prove that a bundle is whole and shared. Hashes every file, computes every key again from its bytes, resolves
+    every key, and runs each adapter against the base.
 
     Exit code 2 if something is damaged or missing, 1 if an adapter changes nothing.
     """
@@ -82,6 +82,7 @@ def verify(
     from bedplate.runtime.engine import Engine
 
     opened = Bundle.open(bundle)  # hashes every file
+    proof.check_keys(opened)
     sharing = usage.sharing(opened)
     with Engine(opened, threads=threads) as engine:
         engine.load()
@@ -146,7 +147,7 @@ def _show_verdict(
             changed = [f"{effect.mean_kl:.4f}", f"{effect.top1_changed:.0%}"]
         rows.append([use.name, str(use.keys), size(use.from_foundation), size(use.own), *changed])
     columns = ["program", ">keys", ">from foundation", ">own", ">mean KL to base", ">top-1 changed"]
-    print_table(f"{opened.path}: every file as it was written, every key resolved", columns, rows)
+    print_table(f"{opened.path}: every file as it was written, every key proven and resolved", columns, rows)
     stdout.print(
         f"foundation {size(sharing.foundation)}, of which {size(sharing.shared)} serve two programs or more"
     )

@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bedplate.constants import Constant, content_key
-from bedplate.quantize.packing import SCALES
+from bedplate.constants import Constant
+from bedplate.quantize.packing import CODES, SCALES
 
 Way = Literal["+", "&"]
 ROWS: Way = "+"
@@ -46,7 +46,8 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 
 def join(name: str, parts: Sequence[Constant]) -> Constant:
-    """One constant of those named by `parts_of(name)`, in this order. Its key covers theirs, and so their scales.
+    """One constant of those named by `parts_of(name)`, in this order; a constant like any other: its key names its
+    own bytes and scales, whatever it was joined of.
 
     Rows: [a, n] and [b, n] → [a + b, n]. Diagonal: [a, m] and [b, n] → [a + b, m + n], of 8 bits or float32; scales
     of rows and biases are one below the other in both.
@@ -59,16 +60,10 @@ def join(name: str, parts: Sequence[Constant]) -> Constant:
     data = _diagonal(rows) if on_diagonal else np.concatenate(rows)
     first = parts[0]
     shape = (sum(part.shape[0] for part in parts), *((columns,) if on_diagonal else first.shape[1:]))
-    keys = [np.frombuffer(part.key.encode(), np.uint8) for part in parts]
-    layout = "joined on the diagonal" if on_diagonal else "joined by rows"
-    return Constant(
-        key=content_key(first.dtype, shape, layout, *keys),
-        name=name,
-        dtype=first.dtype,
-        shape=shape,
-        is_tensor=False,
-        data=data.reshape(-1),
-    )
+    assert all(part.layout == first.layout for part in parts), f"{name}: parts of different layouts"
+    scales = [part.scales for part in parts if part.scales is not None]
+    joined_scales = join(name.removesuffix(CODES) + SCALES, scales) if scales else None
+    return Constant.of(name, first.dtype, shape, first.layout, data.reshape(-1), joined_scales)
 
 
 def _diagonal(blocks: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:

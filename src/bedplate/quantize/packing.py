@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bedplate.constants import Constant, content_key
+from bedplate.constants import TENSOR, Constant
 
 # A constant is named by the module path and parameter it comes from, and by its part where there are several.
 CODES, SCALES = "#codes", "#scales"
@@ -28,9 +28,8 @@ def pack_nibbles(codes: NDArray[np.int8], *, low_first: bool) -> NDArray[np.uint
 
 def pack_float(name: str, value: NDArray[np.float32], *, is_tensor: bool) -> list[Constant]:
     """A float32 tensor: a linear or bias that a delegate reads, or (`is_tensor`) one that the program holds."""
-    data = _bytes(value)
-    key = content_key("float32", value.shape, "tensor" if is_tensor else "dense", data)
-    return [Constant(key=key, name=name, dtype="float32", shape=value.shape, is_tensor=is_tensor, data=data)]
+    layout = TENSOR if is_tensor else "dense"
+    return [Constant.of(name, "float32", value.shape, layout, _bytes(value))]
 
 
 def pack_linear(
@@ -55,24 +54,8 @@ def pack_linear(
     groups = "row" if per_row else f"group {group_size}"
     layout = f"linear, {groups} {scale_dtype} scales, symmetric{', weight only' if weight_only else ''}"
     dtype = "int4" if bits == 4 else "int8"
-    return [
-        Constant(
-            key=content_key(dtype, (rows, columns), layout, data, scale_data),
-            name=name + CODES,
-            dtype=dtype,
-            shape=(rows, columns),
-            is_tensor=False,
-            data=data,
-        ),
-        Constant(
-            key=content_key(scale_dtype, scales.shape, "scales", scale_data),
-            name=name + SCALES,
-            dtype=scale_dtype,
-            shape=scales.shape,
-            is_tensor=False,
-            data=scale_data,
-        ),
-    ]
+    held = Constant.of(name + SCALES, scale_dtype, scales.shape, "scales", scale_data)
+    return [Constant.of(name + CODES, dtype, (rows, columns), layout, data, held), held]
 
 
 def pack_embedding(
@@ -84,14 +67,7 @@ def pack_embedding(
     dtype = "uint8" if bits == 4 else "int8"
     parts = ((CODES, dtype, table), (SCALES, "float32", scales))
     return [
-        Constant(
-            key=content_key(part_dtype, value.shape, "tensor", _bytes(value)),
-            name=name + part,
-            dtype=part_dtype,
-            shape=value.shape,
-            is_tensor=True,
-            data=_bytes(value),
-        )
+        Constant.of(name + part, part_dtype, value.shape, TENSOR, _bytes(value))
         for part, part_dtype, value in parts
     ]
 

@@ -130,7 +130,13 @@ class Engine:
         )
 
     def _pack(self, file: Path) -> None:
-        self._load_with(self.bundle.base_program, [self.bundle.foundation], file)
+        program = self._load_with(self.bundle.base_program, [self.bundle.foundation], file)
+        if program.uses is None:
+            raise RunError(
+                "a program of another bundle is loaded whose files hold other bytes under the same keys",
+                where=self.bundle.foundation,
+                hint="bedplate verify BUNDLE tells which of the bundles is wrong; or use a process for each",
+            )
 
     def unload(self, name: str | None = None) -> None:
         """Forget a program, if loaded. Its memory is free when the generations that use it have ended."""

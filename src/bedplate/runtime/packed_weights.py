@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bedplate import _native
-from bedplate.bundle import files
+from bedplate.bundle import files, integrity
 from bedplate.bundle.manifest import BASE_PROGRAM, FOUNDATION
 from bedplate.bundle.store import Bundle
 from bedplate.errors import RunError
@@ -67,6 +67,7 @@ class PackedWeights:
 
     def __init__(self, folder: Path, bundle: Bundle) -> None:
         self._folder = folder.absolute()
+        self._bundle = bundle
         self._key = _key(bundle)
         self._room = 2 * bundle.manifest.files[FOUNDATION].size
         name_length = len(f"/{self._key}-{hashlib.sha256().hexdigest()}{_SUFFIX}")
@@ -75,11 +76,15 @@ class PackedWeights:
             raise RunError("the path is too long for packed weights", where=self._folder, hint=hint)
         with _folder_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            found = sorted(self._folder.glob(f"{self._key}-*{_SUFFIX}"))
-            self._file = PackedFile(found[0]) if found else None
+            self._file = self._find()
 
     def path(self, write: Callable[[Path], None]) -> Path:
-        """Of the file. If there is none, or a damaged one, `write` is called to make it."""
+        """Of the file. If there is none, or a damaged one, `write` is called to make it.
+
+        BundleError: it would have to be made of a damaged foundation.
+        """
+        with _folder_errors(self._folder):
+            self._file = self._file or self._find()
         if self._file is not None and not self._file.is_whole():
             self._file.path.unlink(missing_ok=True)
             self.close()
@@ -98,6 +103,10 @@ class PackedWeights:
             self._file.close()
         self._file = None
 
+    def _find(self) -> PackedFile | None:
+        found = sorted(self._folder.glob(f"{self._key}-*{_SUFFIX}"))
+        return PackedFile(found[0]) if found else None
+
     def _write(self, write: Callable[[Path], None]) -> Path:
         free = shutil.disk_usage(self._folder).free
         if free < self._room:  # ExecuTorch writes through a mapping: a full disk would end the process
@@ -106,6 +115,9 @@ class PackedWeights:
                 where=self._folder,
                 hint="make room, or do without packed weights on disk",
             )
+        # The file's name says what it was packed from; whoever maps it later takes the manifest's word for that.
+        packed_from = {name: self._bundle.manifest.files[name] for name in (FOUNDATION, BASE_PROGRAM)}
+        integrity.check_files(self._bundle.path, packed_from, hashes=True)
         with files.workspace(self._folder, self._key) as workspace:
             draft = workspace / "weights"
             write(draft)

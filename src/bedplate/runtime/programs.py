@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from bedplate import _native
-from bedplate.bundle.ptd import read_ptd
 from bedplate.bundle.usage import program_keys
 from bedplate.errors import RunError
+from bedplate.runtime.shared_weights import DataFile, Use, keep, share
 
 _HINT = "bedplate verify BUNDLE checks every file, and that programs and data files fit each other"
 _HINTS = {
@@ -48,10 +47,12 @@ class LoadedProgram:
     kv_bytes: size of a session's keys and values.
     growth: bytes by which the process's resident memory grew while `forward` was loaded; what is mapped from a file of
     packed weights comes when it is used.
+    uses: data files whose packed weights it shares with other programs; None: it shares none.
     """
 
     path: Path
     native: _native.Program
+    uses: tuple[Use, ...] | None  # after `native`, so that they end after it
     serial: int
     limits: Limits
     kv_bytes: int
@@ -69,19 +70,26 @@ def load_program(
 ) -> LoadedProgram:
     """Load `forward` of a .pte with its data files.
 
-    weight_cache: weights that several programs name are packed once. packed_cache: a file of such.
+    weight_cache: weights that several programs name are packed once. packed_cache: a file of such. Neither serves a
+    program whose files hold other bytes under a key than those of a program that is loaded.
 
     BundleError: a data file is damaged.  RunError: a file is missing, the program is damaged, or it names what
     no data file holds.
     """
-    _check_keys(path, data)
+    files = _data_files(path, data)
+    uses = share(files) if weight_cache else None
     before = resident_bytes()
-    with native_errors(path):
-        native = _native.Program(
-            str(path), [str(file) for file in data], activations, weight_cache, str(packed_cache or "")
-        )
-        native.load("forward")
-        kv_bytes, constants = native.kv_bytes("forward"), native.constants()
+    packed = str(packed_cache) if packed_cache is not None and uses is not None else ""
+    try:
+        with native_errors(path):
+            native = _native.Program(
+                str(path), [str(file) for file in data], activations, uses is not None, packed
+            )
+            native.load("forward")
+            kv_bytes, constants = native.kv_bytes("forward"), native.constants()
+    except BaseException:
+        keep(uses or ())
+        raise
     growth = max(0, resident_bytes() - before)
     try:
         limits = Limits(
@@ -92,16 +100,23 @@ def load_program(
     except (KeyError, IndexError) as error:
         raise RunError("it does not say how long its input may be", where=path, hint=_HINT) from error
     return LoadedProgram(
-        path=path, native=native, serial=serial, limits=limits, kv_bytes=kv_bytes, growth=growth
+        path=path,
+        native=native,
+        uses=uses,
+        serial=serial,
+        limits=limits,
+        kv_bytes=kv_bytes,
+        growth=growth,
     )
 
 
-def _check_keys(path: Path, data: list[Path]) -> None:
+def _data_files(path: Path, data: list[Path]) -> list[DataFile]:
     """Every constant that the program names must be there before XNNPACK begins to pack: when it gives up half
     way, its weight cache never frees what the half-loaded program shares with others.
     """
     try:
-        held = set[str]().union(*map(_data_keys, data))
+        files = [DataFile.at(file) for file in data]
+        held = frozenset[str]().union(*(file.keys for file in files))
         missing = program_keys(path) - held
     except OSError as error:
         what = f"it cannot be read: {error.strerror}"
@@ -110,16 +125,7 @@ def _check_keys(path: Path, data: list[Path]) -> None:
         what = f"no data file holds {len(missing)} of its constants, {min(missing)} among them"
         hint = f"{_HINT}; it was given {', '.join(map(str, data))}"
         raise RunError(what, where=path, hint=hint)
-
-
-def _data_keys(file: Path) -> frozenset[str]:
-    status = file.stat()
-    return _keys_of_version(file, status.st_ino, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)  # the foundation's, at every load of an adapter
-def _keys_of_version(file: Path, inode: int, modified: int) -> frozenset[str]:
-    return frozenset(read_ptd(file).entries)
+    return files
 
 
 def resident_bytes() -> int:
