@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from bedplate import _native
 from bedplate.assemble.report import Reporter
 from bedplate.assemble.templates import Templates
 from bedplate.bundle import manifest
 from bedplate.bundle.ptd import write_ptd
-from bedplate.bundle.store import Bundle
+from bedplate.bundle.store import AdapterFacts, Bundle
 from bedplate.compile.cache import UnitCache
 from bedplate.compile.units import Structure, versions
 from bedplate.constants import Constant
+from bedplate.errors import AdapterError
 from bedplate.link.linker import Template, link
 from bedplate.model.adapter import Adapter, read_adapter
 from bedplate.model.spec import spec_from_dict
@@ -25,6 +27,8 @@ from bedplate.quantize.joined import joined
 from bedplate.quantize.options import AdapterScheme
 from bedplate.quantize.recipe import default_adapter_scheme, recipe_from_dict
 from bedplate.quantize.rows import pack_branch
+from bedplate.runtime.effect import without_effect
+from bedplate.runtime.engine import Engine
 
 # Zeros are computed with like any number: a rank is at most doubled for want of units, or raised to this.
 SMALL_RANK = 16
@@ -36,6 +40,7 @@ def add_adapters(
     *,
     quantize: AdapterScheme | None,
     exact_rank: bool,
+    allow_noop: bool,
     cache: UnitCache,
     reporter: Reporter,
 ) -> None:
@@ -43,6 +48,7 @@ def add_adapters(
 
     quantize: None stands for the default beside the bundle's recipe.
     exact_rank: compile units for a rank that has none, where a larger rank that has some would do with zeros.
+    allow_noop: add an adapter too that changes nothing; otherwise base and adapters are run on a short text.
     Raises AdapterError, UnsupportedError, NameTakenError, NotFoundError, LoweringError; whatever is raised, the
     bundle is as it was.
     """
@@ -54,7 +60,26 @@ def add_adapters(
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
     scheme = quantize or default_adapter_scheme(recipe_from_dict(bundle.manifest.recipe))
     packer = _Packer(bundle, scheme, templates, exact_rank)
-    bundle.add_adapters({name: partial(packer.write, name, adapter) for name, adapter in adapters.items()})
+    bundle.add_adapters(
+        {name: partial(packer.write, name, adapter) for name, adapter in adapters.items()},
+        check=_check_nothing if allow_noop else partial(_check_effect, sources),
+    )
+
+
+def _check_nothing(drafts: Bundle) -> None:
+    pass
+
+
+def _check_effect(sources: Mapping[str, Path], drafts: Bundle) -> None:
+    # As many threads as there are: those of the process are not for `add` to choose.
+    with Engine(drafts, threads=_native.threads()) as engine:
+        idle = without_effect(engine)
+    if idle:
+        raise AdapterError(
+            f"it changes nothing: with it, the model computes the same logits as without ({', '.join(idle)})",
+            where=sources[idle[0]],
+            hint="was it saved before it was trained? To add it as it is: --allow-noop (Python: allow_noop=True)",
+        )
 
 
 class _Packer:
@@ -67,7 +92,7 @@ class _Packer:
         self._templates, self._exact_rank = templates, exact_rank
         self._foundation = {constant.name: constant.key for constant in bundle.foundation_info.constants}
 
-    def write(self, name: str, adapter: Adapter, folder: Path) -> manifest.AdapterInfo:
+    def write(self, name: str, adapter: Adapter, folder: Path) -> AdapterFacts:
         """Write `weights.ptd` and `program.pte` into `folder`."""
         structure = adapter_structure(self._bundle, adapter.ranks, self._quantize)
         if not self._exact_rank:
@@ -79,7 +104,7 @@ class _Packer:
         in_foundation = frozenset(self._foundation.values())
         constants = write_ptd(folder / manifest.ADAPTER_WEIGHTS, packed, leave_out=in_foundation)
         (folder / manifest.ADAPTER_PROGRAM).write_bytes(link(template, keys))
-        return manifest.AdapterInfo(
+        info = manifest.AdapterInfo(
             name=name,
             foundation=self._bundle.foundation_sha256,
             rank=adapter.rank,
@@ -91,6 +116,7 @@ class _Packer:
             structure=structure.fingerprint(versions(), any_depth=False),
             constants=constants,
         )
+        return AdapterFacts(info=info, special_tokens=None)
 
 
 def adapter_structure(bundle: Bundle, ranks: Mapping[str, int], quantize: AdapterScheme) -> Structure:
