@@ -314,7 +314,9 @@ def test_weights_of_another_rank_than_the_config(folder: Path, spec: ModelSpec) 
 
 
 def test_an_adapter_of_a_deeper_model(folder: Path, spec: ModelSpec) -> None:
-    edit_weights(folder, lambda t: t.update({n.replace("layers.0", "layers.3"): t[n] for n in list(t)}))
+    edit_weights(
+        folder, lambda t: t.update({n.replace("layers.0", "layers.3"): t[n].clone() for n in list(t)})
+    )
     refused(folder, spec, AdapterError, r"layers\.3\.\S+, which the model does not have")
 
 
