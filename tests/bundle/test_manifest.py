@@ -35,7 +35,9 @@ BUNDLE = Manifest(
     files=dict.fromkeys(("foundation.ptd", "foundation.json", "base.pte", "tokenizer.json"), FILE),
     adapters={
         "one": AdapterRecord(
-            foundation="3" * 64, files=dict.fromkeys(("program.pte", "weights.ptd", "adapter.json"), FILE)
+            foundation="3" * 64,
+            files=dict.fromkeys(("program.pte", "weights.ptd", "adapter.json"), FILE),
+            special_tokens={"bos_token": "<s>"},
         )
     },
 )
@@ -81,8 +83,8 @@ def test_the_order_of_fields_does_not_show() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: type(d).__name__)
 def test_another_version_is_refused_with_a_hint(document: Any) -> None:
-    data = edited(document, lambda fields: fields.update(version=2, shiny="new"))
-    with pytest.raises(BundleError, match="format version 2; this bedplate reads version 1") as caught:
+    data = edited(document, lambda fields: fields.update(version=3, shiny="new"))
+    with pytest.raises(BundleError, match="format version 3; this bedplate reads version 2") as caught:
         manifest.load(type(document), data, "x.json")
     assert "build the bundle again" in str(caught.value.hint)
 

@@ -19,9 +19,11 @@ from bedplate.bundle.store import AdapterFacts, Bundle
 from bedplate.compile.cache import UnitCache
 from bedplate.compile.units import Structure, versions
 from bedplate.constants import Constant
-from bedplate.errors import AdapterError
+from bedplate.errors import AdapterError, RunError
 from bedplate.link.linker import Template, link
 from bedplate.model.adapter import Adapter, read_adapter
+from bedplate.model.adapter.text import SETTINGS, TEMPLATE, AdapterText, read_text
+from bedplate.model.adapter.tokenizer import BaseTokenizer
 from bedplate.model.spec import spec_from_dict
 from bedplate.quantize.joined import joined
 from bedplate.quantize.options import AdapterScheme
@@ -57,13 +59,28 @@ def add_adapters(
     spec = spec_from_dict(bundle.manifest.model)
     adapters = {name: read_adapter(source, spec) for name, source in sources.items()}
     tokenizer = bundle.manifest.tokenizer
+    base = BaseTokenizer(bundle.tokenizer_file, tokenizer.special_tokens)
+    texts = {name: _read_text(source, base) for name, source in sources.items()}
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
     scheme = quantize or default_adapter_scheme(recipe_from_dict(bundle.manifest.recipe))
     packer = _Packer(bundle, scheme, templates, exact_rank)
     bundle.add_adapters(
-        {name: partial(packer.write, name, adapter) for name, adapter in adapters.items()},
+        {name: partial(packer.write, name, adapters[name], texts[name]) for name in sources},
         check=_check_nothing if allow_noop else partial(_check_effect, sources),
     )
+
+
+def _read_text(source: Path, base: BaseTokenizer) -> AdapterText:
+    text = read_text(source, base)
+    if text.chat_template is not None:
+        from bedplate.runtime.chat_template import ChatTemplate  # which imports jinja2
+
+        try:
+            ChatTemplate(text.chat_template)
+        except RunError as error:
+            hint = f"mend it, or remove it: the adapter then has the base model's; it is in {TEMPLATE} or {SETTINGS}"
+            raise AdapterError(error.what, where=source, hint=hint) from error
+    return text
 
 
 def _check_nothing(drafts: Bundle) -> None:
@@ -92,8 +109,8 @@ class _Packer:
         self._templates, self._exact_rank = templates, exact_rank
         self._foundation = {constant.name: constant.key for constant in bundle.foundation_info.constants}
 
-    def write(self, name: str, adapter: Adapter, folder: Path) -> AdapterFacts:
-        """Write `weights.ptd` and `program.pte` into `folder`."""
+    def write(self, name: str, adapter: Adapter, text: AdapterText, folder: Path) -> AdapterFacts:
+        """Write `weights.ptd`, `program.pte` and, if there is one, `chat_template.jinja` into `folder`."""
         structure = adapter_structure(self._bundle, adapter.ranks, self._quantize)
         if not self._exact_rank:
             structure = _at_unit_rank(structure, self._templates)
@@ -104,6 +121,8 @@ class _Packer:
         in_foundation = frozenset(self._foundation.values())
         constants = write_ptd(folder / manifest.ADAPTER_WEIGHTS, packed, leave_out=in_foundation)
         (folder / manifest.ADAPTER_PROGRAM).write_bytes(link(template, keys))
+        if text.chat_template is not None:
+            (folder / manifest.CHAT_TEMPLATE).write_text(text.chat_template, "utf-8", newline="\n")
         info = manifest.AdapterInfo(
             name=name,
             foundation=self._bundle.foundation_sha256,
@@ -116,7 +135,7 @@ class _Packer:
             structure=structure.fingerprint(versions(), any_depth=False),
             constants=constants,
         )
-        return AdapterFacts(info=info, special_tokens=None)
+        return AdapterFacts(info=info, special_tokens=text.special_tokens)
 
 
 def adapter_structure(bundle: Bundle, ranks: Mapping[str, int], quantize: AdapterScheme) -> Structure:

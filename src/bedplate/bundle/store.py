@@ -25,7 +25,14 @@ from bedplate.bundle.manifest import (
     TokenizerInfo,
 )
 from bedplate.bundle.ptd import read_ptd
-from bedplate.errors import AdapterError, BundleError, LoweringError, NameTakenError, NotFoundError
+from bedplate.errors import (
+    AdapterError,
+    BedplateError,
+    BundleError,
+    LoweringError,
+    NameTakenError,
+    NotFoundError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +200,15 @@ class Bundle:
                 check(self._drafts(draft, writers))
                 files.sync_tree(draft)
                 self._publish_drafts(draft, records)
-            except (FileNotFoundError, NotFoundError) as error:
-                if draft.exists():
+            except (FileNotFoundError, BedplateError) as error:
+                if draft.exists() and self._has_its_foundation():
                     raise
-                raise self._replaced() from error  # `build --force` took the folder, and our draft with it
+                raise self._replaced() from error  # by `build --force`, which may take our draft with it
+
+    def _has_its_foundation(self) -> bool:
+        """Whether the bundle on disk has the foundation that this one was opened with."""
+        document = manifest.load(Manifest, _manifest_bytes(self.path), str(self.path / manifest.MANIFEST))
+        return document.files[manifest.FOUNDATION].sha256 == self.foundation_sha256
 
     def _write(self, name: str, write: Callable[[Path], AdapterFacts], folder: Path) -> AdapterRecord:
         folder.mkdir()
