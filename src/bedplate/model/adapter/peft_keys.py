@@ -47,11 +47,16 @@ class Half:
     half: str
 
 
-def parse_key(name: str) -> Half | str | None:
-    """What a tensor is: half of a linear's LoRA, or in words what bedplate does not take.
+@dataclass(frozen=True, kw_only=True)
+class NotTaken:
+    """Something that bedplate does not take. weight: of several, the lightest says most about the adapter."""
 
-    None: inference does not need it.
-    """
+    meaning: str
+    weight: int
+
+
+def parse_key(name: str) -> Half | NotTaken | None:
+    """What a tensor is, by its name. None: inference does not need it."""
     bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     bare = _OUTER.sub("", bare)
     if _TRAINING_ONLY.search(bare):
@@ -59,7 +64,7 @@ def parse_key(name: str) -> Half | str | None:
     found = _HALF.match(bare)
     if found and "base_layer" not in found[2]:
         return Half(layer=int(found[1]), linear=found[2], half=found[3])
-    for pattern, meaning in _MEANINGS:
+    for weight, (pattern, meaning) in enumerate(_MEANINGS):
         if pattern.search(bare):
-            return meaning
-    return "something that bedplate does not know"
+            return NotTaken(meaning=meaning, weight=weight)
+    return NotTaken(meaning="something that bedplate does not know", weight=len(_MEANINGS))

@@ -7,13 +7,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from bedplate.errors import AdapterError
 from bedplate.model.adapter.peft_config import CONFIG, PeftConfig, layers_form, pattern_form
 from bedplate.model.adapter.types import AGAIN
 
-_Value = TypeVar("_Value")
 # The first number behind two names or more, as in `model.layers.0.`.
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
@@ -22,10 +20,12 @@ _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 class Target:
     """What the config says of one adapted linear.
 
+    rank_from: the field that gives the rank.
     blocks_of: the half, `A` or `B`, that holds only the diagonal blocks (BD-LoRA); None for neither.
     """
 
     rank: int
+    rank_from: str
     scale: float
     blocks_of: str | None
 
@@ -50,10 +50,15 @@ class Targets:
             return None
         # PEFT matches patterns with the path of what is adapted, here of the parameter.
         key = f"{path}.weight" if as_parameter else path
-        rank = _first_match(self._config.rank_of, key, self._config.rank)
-        alpha = _first_match(self._config.alpha_of, key, self._config.alpha)
-        divisor = math.sqrt(rank) if self._config.by_square_root else rank
-        return Target(rank=rank, scale=alpha / divisor, blocks_of=self._blocks_of(key))
+        own_rank, own_alpha = (_first(of, key) for of in (self._config.rank_of, self._config.alpha_of))
+        rank = self._config.rank if own_rank is None else int(own_rank)
+        alpha = self._config.alpha if own_alpha is None else own_alpha
+        return Target(
+            rank=rank,
+            rank_from="r" if own_rank is None else "rank_pattern",
+            scale=alpha / (math.sqrt(rank) if self._config.by_square_root else rank),
+            blocks_of=self._blocks_of(key),
+        )
 
     def _names(self, path: str) -> bool:
         targets = self._config.targets
@@ -96,5 +101,6 @@ def _ends_with(path: str, names: Iterable[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def _first_match(patterns: Mapping[str, _Value], path: str, default: _Value) -> _Value:
-    return next((value for key, value in patterns.items() if re.match(pattern_form(key), path)), default)
+def _first(patterns: Mapping[str, float], path: str) -> float | None:
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns.items() if re.match(pattern_form(pattern), path)), None)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bedplate.errors import AdapterError, UnsupportedError
 from bedplate.model.adapter.peft_config import MERGE
-from bedplate.model.adapter.peft_keys import Half, parse_key
+from bedplate.model.adapter.peft_keys import Half, NotTaken, parse_key
 from bedplate.model.adapter.peft_targets import Target
 from bedplate.model.adapter.types import AGAIN, LoraPair, Place
 
@@ -21,11 +21,12 @@ Halves = dict[str, NDArray[np.float32]]
 def pair_up(tensors: Tensors, where: Path) -> dict[Place, Halves]:
     """`A` and `B` of each linear. Raises UnsupportedError for tensors of anything else, AdapterError for one alone."""
     parsed = {name: parse_key(name) for name in sorted(tensors)}
-    for name, meaning in parsed.items():
-        if isinstance(meaning, str):
-            raise UnsupportedError(
-                f"tensor {name} is {meaning}, which is not supported", where=where, hint=MERGE
-            )
+    not_taken = [(found, name) for name, found in parsed.items() if isinstance(found, NotTaken)]
+    if not_taken:
+        found, name = min(not_taken, key=lambda pair: pair[0].weight)
+        raise UnsupportedError(
+            f"tensor {name} is {found.meaning}, which is not supported", where=where, hint=MERGE
+        )
     halves: dict[Place, Halves] = {}
     for name, half in parsed.items():
         if isinstance(half, Half):
@@ -59,7 +60,7 @@ def make_pair(place: Place, halves: Halves, target: Target, blocks: int, where: 
     for half, value, rank in (("A", a, rows_of_a), ("B", b, columns_of_b)):
         if rank != target.rank:
             raise AdapterError(
-                f"lora_{half} of {name} has shape {value.shape}, but the config gives it rank {target.rank}",
+                f"lora_{half} of {name} has shape {value.shape}, but {target.rank_from} gives it rank {target.rank}",
                 where=where,
                 hint="config and weights are not of the same adapter",
             )
