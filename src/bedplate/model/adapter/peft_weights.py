@@ -1,102 +1,85 @@
-"""`adapter_model.safetensors` of PEFT → A and B of each linear."""
+"""The tensors of a PEFT file and what its config says of them → A and B of each linear."""
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bedplate.errors import AdapterError
-from bedplate.model.adapter.peft_config import CONFIG, rank_and_alpha, read_config
-from bedplate.model.adapter.tensors import parse_safetensors, read_file
-from bedplate.model.adapter.types import AGAIN, LoraPair, RawAdapter
-from bedplate.model.spec import ModelSpec
+from bedplate.errors import AdapterError, UnsupportedError
+from bedplate.model.adapter.peft_config import MERGE
+from bedplate.model.adapter.peft_keys import Half, NotTaken, parse_key
+from bedplate.model.adapter.peft_targets import Target
+from bedplate.model.adapter.types import AGAIN, LoraPair, Place
 
-WEIGHTS = "adapter_model.safetensors"
-_LORA_KEY = re.compile(r"^(?:base_model\.model\.)?(?:model\.)?layers\.(\d+)\.(.+)\.lora_([AB])\.weight$")
-
-
-def read_peft(path: Path, spec: ModelSpec) -> RawAdapter:
-    """Read a folder as PEFT saves it. Raises AdapterError or UnsupportedError."""
-    config_data = read_file(path / CONFIG)
-    config = read_config(config_data, path / CONFIG)
-    rank, alpha = rank_and_alpha(config, path / CONFIG)
-    hint = "an adapter saved as .bin can be saved again with PEFT's save_pretrained"
-    data = read_file(path / WEIGHTS, hint=hint)
-    pairs = _pairs(parse_safetensors(data, path / WEIGHTS), rank, alpha / rank, path / WEIGHTS)
-    if not pairs:
-        raise AdapterError("it adapts nothing: there are no tensors in it", where=path / WEIGHTS, hint=AGAIN)
-    _check_targets(config.get("target_modules"), {linear for _, linear in pairs}, path / CONFIG)
-    digest = hashlib.sha256(hashlib.sha256(config_data).digest() + hashlib.sha256(data).digest())
-    return RawAdapter(
-        path=path,
-        format="peft",
-        weights=path / WEIGHTS,
-        pairs=pairs,
-        alpha=alpha,
-        fingerprint=digest.hexdigest(),
-    )
+Tensors = Mapping[str, NDArray[np.float32]]
+Halves = dict[str, NDArray[np.float32]]
 
 
-def _pairs(
-    tensors: Mapping[str, NDArray[np.float32]], rank: int, scale: float, where: Path
-) -> dict[tuple[int, str], LoraPair]:
-    halves = _sort_tensors(tensors, where)
-    pairs = {}
-    for layer, linear, half in halves:
-        other = "B" if half == "A" else "A"
-        if (layer, linear, other) not in halves:
-            raise AdapterError(f"lora_{other} of layers.{layer}.{linear} is missing", where=where, hint=AGAIN)
-        a, b = halves[layer, linear, "A"], halves[layer, linear, "B"]
-        if a.shape[0] != rank:
+def pair_up(tensors: Tensors, where: Path) -> dict[Place, Halves]:
+    """`A` and `B` of each linear. Raises UnsupportedError for tensors of anything else, AdapterError for one alone."""
+    parsed = {name: parse_key(name) for name in sorted(tensors)}
+    not_taken = [(found, name) for name, found in parsed.items() if isinstance(found, NotTaken)]
+    if not_taken:
+        found, name = min(not_taken, key=lambda pair: pair[0].weight)
+        raise UnsupportedError(
+            f"tensor {name} is {found.meaning}, which is not supported", where=where, hint=MERGE
+        )
+    halves: dict[Place, Halves] = {}
+    for name, half in parsed.items():
+        if isinstance(half, Half):
+            of_linear = halves.setdefault((half.layer, half.linear), {})
+            if half.half in of_linear:
+                raise AdapterError(f"tensor {name} is there twice, under two names", where=where, hint=AGAIN)
+            of_linear[half.half] = tensors[name]
+    if not halves:
+        raise AdapterError("it adapts nothing: there are no tensors in it", where=where, hint=AGAIN)
+    for (layer, linear), of_linear in halves.items():
+        for half_name in "AB":
+            if half_name not in of_linear:
+                raise AdapterError(
+                    f"lora_{half_name} of layers.{layer}.{linear} is missing", where=where, hint=AGAIN
+                )
+    return halves
+
+
+def make_pair(place: Place, halves: Halves, target: Target, blocks: int, where: Path) -> LoraPair:
+    """Check the shapes against the rank that the config gives, and lay out diagonal blocks. Raises AdapterError."""
+    a, b = halves["A"], halves["B"]
+    name = f"layers.{place[0]}.{place[1]}"
+    for half, value in (("A", a), ("B", b)):
+        if value.ndim != 2:
             raise AdapterError(
-                f"lora_A of layers.{layer}.{linear} has shape {a.shape}, but the config says r = {rank}",
+                f"lora_{half} of {name} has shape {value.shape}, and a matrix has two dimensions",
                 where=where,
                 hint=AGAIN,
             )
-        pairs[layer, linear] = LoraPair(a=a, b=b, scale=scale)
-    return pairs
-
-
-def _sort_tensors(
-    tensors: Mapping[str, NDArray[np.float32]], where: Path
-) -> dict[tuple[int, str, str], NDArray[np.float32]]:
-    found = {name: _LORA_KEY.match(name) for name in tensors}
-    if unknown := sorted(name for name, match in found.items() if match is None):
-        raise AdapterError(
-            f"{len(unknown)} of {len(tensors)} tensors match nothing in the model, the first {unknown[0]}",
-            where=where,
-            hint="every tensor must be lora_A or lora_B of a linear of the model; none is dropped in silence",
-        )
-    tensor_of: dict[tuple[int, str, str], NDArray[np.float32]] = {}
-    for name, match in sorted(found.items()):
-        assert match is not None
-        place = int(match[1]), match[2], match[3]
-        if place in tensor_of:
-            raise AdapterError(f"tensor {name} is there twice", where=where, hint=AGAIN)
-        tensor_of[place] = tensors[name]
-    return tensor_of
-
-
-def _check_targets(targets: Any, linears: Collection[str], where: Path) -> None:
-    # A string is a pattern or `all-linear`, a list is of names or suffixes; the tensors decide what is adapted,
-    # and a listed name that they do not have was meant to do something.
-    if not isinstance(targets, list):
-        return
-    names = [target.removeprefix("model.") for target in targets if isinstance(target, str)]
-    for name in names:
-        if not any(_is_suffix(linear, name) for linear in linears):
+    rows_of_a, columns_of_b = a.shape[0], b.shape[1] * (blocks if target.blocks_of == "B" else 1)
+    for half, value, rank in (("A", a, rows_of_a), ("B", b, columns_of_b)):
+        if rank != target.rank:
             raise AdapterError(
-                f"target_modules names {name}, but the weights hold nothing for it",
+                f"lora_{half} of {name} has shape {value.shape}, but {target.rank_from} gives it rank {target.rank}",
                 where=where,
-                hint="config and weights are not of the same adapter, or the module is not of this model",
+                hint="config and weights are not of the same adapter",
             )
+    if target.blocks_of == "A":
+        a = _block_diagonal(a, blocks, f"lora_A of {name}", where)
+    elif target.blocks_of == "B":
+        b = _block_diagonal(b, blocks, f"lora_B of {name}", where)
+    return LoraPair(a=a, b=b, scale=target.scale)
 
 
-def _is_suffix(linear: str, name: str) -> bool:
-    return linear == name or linear.endswith("." + name) or name.endswith("." + linear)
+def _block_diagonal(stacked: NDArray[np.float32], blocks: int, name: str, where: Path) -> NDArray[np.float32]:
+    """[rows, columns] of blocks one below the other → [rows, columns · blocks] with each in its place."""
+    rows, columns = stacked.shape
+    if rows % blocks:
+        raise AdapterError(
+            f"{name} has {rows} rows, which {blocks} blocks (use_bdlora) do not divide",
+            where=where,
+            hint=AGAIN,
+        )
+    full = np.zeros((blocks, rows // blocks, blocks, columns), np.float32)
+    full[np.arange(blocks), :, np.arange(blocks)] = stacked.reshape(blocks, rows // blocks, columns)
+    return full.reshape(rows, columns * blocks)
