@@ -10,18 +10,13 @@ import torch
 from torch import Tensor
 
 from bedplate.errors import CheckpointError, UnsupportedError
+from bedplate.model.gguf_names import LAYER_LINEARS
 from bedplate.model.spec import spec_from_config
 
 _LAYER_NAMES = {
+    **LAYER_LINEARS,
     "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
 }
 _NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 _FIELDS = {

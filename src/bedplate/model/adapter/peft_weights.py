@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,14 @@ Tensors = Mapping[str, NDArray[np.float32]]
 Halves = dict[str, NDArray[np.float32]]
 
 
-def pair_up(tensors: Tensors, where: Path) -> dict[Place, Halves]:
-    """`A` and `B` of each linear. Raises UnsupportedError for tensors of anything else, AdapterError for one alone."""
-    parsed = {name: parse_key(name) for name in sorted(tensors)}
+def pair_up(
+    tensors: Tensors, where: Path, parse: Callable[[str], Half | NotTaken | None] = parse_key
+) -> dict[Place, Halves]:
+    """`A` and `B` of each linear. parse: what a tensor is, by its name.
+
+    Raises UnsupportedError for tensors of anything else, AdapterError for one alone.
+    """
+    parsed = {name: parse(name) for name in sorted(tensors)}
     not_taken = [(found, name) for name, found in parsed.items() if isinstance(found, NotTaken)]
     if not_taken:
         found, name = min(not_taken, key=lambda pair: pair[0].weight)

@@ -14,7 +14,7 @@ from bedplate.errors import AdapterError
 from bedplate.model.adapter.tensors import read_file
 from bedplate.model.adapter.types import AGAIN
 
-_OTHER_IDS = "the adapter was trained on other ids than the bundle's: build a bundle from the base model of the adapter"
+_OTHER_IDS = "the adapter was trained on other ids than the bundle's: build a bundle from its own base model"
 _SAME = (
     "if the adapter was trained with the base model's tokenizer, remove the tokenizer's files from its folder"
 )
