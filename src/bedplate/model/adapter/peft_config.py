@@ -116,7 +116,7 @@ def _check_known(fields: _Fields) -> None:
     kind = fields.get("peft_type", None)
     if kind != "LORA":
         raise UnsupportedError(
-            f"PEFT type {short(kind)} is not supported", where=fields.where, hint="supported: LORA"
+            f"peft_type = {short(kind)} is not supported", where=fields.where, hint="supported: LORA"
         )
     for field, value in fields.items():
         if field in USED or field in NO_EFFECT:

@@ -65,7 +65,8 @@ def make_pair(place: Place, halves: Halves, target: Target, blocks: int, where: 
     for half, value, rank in (("A", a, rows_of_a), ("B", b, columns_of_b)):
         if rank != target.rank:
             raise AdapterError(
-                f"lora_{half} of {name} has shape {value.shape}, but {target.rank_from} gives it rank {target.rank}",
+                f"lora_{half} of {name} has shape {value.shape}, "
+                f"but the config gives it rank {target.rank} ({target.rank_from})",
                 where=where,
                 hint="config and weights are not of the same adapter",
             )
