@@ -85,7 +85,7 @@ def test_one_that_does_not_fit_keeps_all_out(
     bundle: Bundle, toy_adapters: dict[str, Path], unit_cache: Path, tmp_path: Path
 ) -> None:
     before = sorted(bundle.path.rglob("*"))
-    with pytest.raises(NotFoundError, match="no such folder"):
+    with pytest.raises(NotFoundError, match="no such file or folder"):
         bundle.add_all({"a": toy_adapters["all"], "b": tmp_path / "none"}, unit_cache=unit_cache)
     with pytest.raises(AdapterError, match="cannot name"):
         bundle.add_all({"a": toy_adapters["all"], "b/c": toy_adapters["all"]}, unit_cache=unit_cache)

@@ -263,10 +263,5 @@ def test_a_missing_file_is_named(file: str, folder: Path, spec: ModelSpec) -> No
     refused(folder, spec, AdapterError, f"there is no {file}")
 
 
-def test_weights_in_a_bin_file_only(folder: Path, spec: ModelSpec) -> None:
-    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
-    assert "save_pretrained" in str(refused(folder, spec, AdapterError, f"there is no {WEIGHTS}").hint)
-
-
 def test_no_such_adapter(spec: ModelSpec, tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", spec, NotFoundError, "no such folder")
+    refused(tmp_path / "nowhere", spec, NotFoundError, "no such file or folder")

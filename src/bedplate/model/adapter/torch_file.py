@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from bedplate.errors import AdapterError, UnsupportedError
 from bedplate.model.adapter.tensors import check_finite
 
 _SAFE = "bedplate runs no code from a file: save the adapter as safetensors (PEFT: save_pretrained)"
+# In torch's errors: what a pickle asks for that is not needed for tensors.
+_CODE = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def parse_torch(data: bytes, where: Path) -> dict[str, NDArray[np.float32]]:
@@ -28,10 +31,10 @@ def parse_torch(data: bytes, where: Path) -> dict[str, NDArray[np.float32]]:
             warnings.simplefilter("ignore")
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle that is damaged or hostile ends in errors of any kind
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise AdapterError(
-            f"cannot be read as tensors alone: {reason:.200}", where=where, hint=_SAFE
-        ) from None
+        # What torch says besides is how to run the code in the file.
+        wanted = _CODE.search(str(error))
+        reason = f"it asks for {wanted[1]}" if wanted else "it is damaged"
+        raise AdapterError(f"cannot be read as tensors alone: {reason}", where=where, hint=_SAFE) from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise AdapterError("does not hold tensors by their names", where=where, hint=_SAFE)
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
