@@ -267,7 +267,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 @pytest.mark.parametrize(
     ("edit", "kind", "says"),
     [
-        (lambda folder: shutil.rmtree(folder), NotFoundError, "no such folder"),
+        (lambda folder: shutil.rmtree(folder), NotFoundError, "no such file or folder"),
         (lambda folder: (folder / CONFIG).unlink(), AdapterError, "there is no adapter_config"),
         (lambda folder: (folder / WEIGHTS).unlink(), AdapterError, "there is no adapter_model"),
         (lambda folder: (folder / CONFIG).write_text("?"), AdapterError, "no JSON"),

@@ -28,6 +28,7 @@ class Bundle(store.Bundle):
         name: str,
         quantize: AdapterScheme | None = None,
         exact_rank: bool = False,
+        allow_noop: bool = False,
         unit_cache: str | Path | None = None,
         reporter: Reporter = SILENT,
     ) -> store.AdapterEntry:
@@ -35,6 +36,7 @@ class Bundle(store.Bundle):
 
         quantize: `8w` stores A and B in 8 bits, `none` in float32; None: in 8 bits, unless the foundation is float32.
         exact_rank: compile for the adapter's own rank, even if units of a somewhat higher one are there.
+        allow_noop: add it even if it changes nothing; otherwise it is compared with the base on a short text.
         unit_cache: folder of compiled units; None is the user's cache folder.
         Raises a BedplateError that says what does not fit; the bundle is then as it was.
         """
@@ -42,6 +44,7 @@ class Bundle(store.Bundle):
             {name: adapter},
             quantize=quantize,
             exact_rank=exact_rank,
+            allow_noop=allow_noop,
             unit_cache=unit_cache,
             reporter=reporter,
         )
@@ -53,6 +56,7 @@ class Bundle(store.Bundle):
         *,
         quantize: AdapterScheme | None = None,
         exact_rank: bool = False,
+        allow_noop: bool = False,
         unit_cache: str | Path | None = None,
         reporter: Reporter = SILENT,
     ) -> list[store.AdapterEntry]:
@@ -65,6 +69,7 @@ class Bundle(store.Bundle):
             sources,
             quantize=quantize,
             exact_rank=exact_rank,
+            allow_noop=allow_noop,
             cache=open_cache(unit_cache, reporter),
             reporter=reporter,
         )

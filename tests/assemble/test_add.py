@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from eager import eager_decoder, eager_logits
 from recorder import Recorder
+from safetensors.torch import load_file, save_file
 from toy import BuildToy, save_adapter
 
-from bedplate import Bundle, Engine
+from bedplate import Bundle, Engine, _native
 from bedplate.bundle.usage import sharing
 from bedplate.errors import AdapterError, NameTakenError, NotFoundError
 
@@ -84,7 +85,7 @@ def test_one_that_does_not_fit_keeps_all_out(
     bundle: Bundle, toy_adapters: dict[str, Path], unit_cache: Path, tmp_path: Path
 ) -> None:
     before = sorted(bundle.path.rglob("*"))
-    with pytest.raises(NotFoundError, match="no such folder"):
+    with pytest.raises(NotFoundError, match="no such file or folder"):
         bundle.add_all({"a": toy_adapters["all"], "b": tmp_path / "none"}, unit_cache=unit_cache)
     with pytest.raises(AdapterError, match="cannot name"):
         bundle.add_all({"a": toy_adapters["all"], "b/c": toy_adapters["all"]}, unit_cache=unit_cache)
@@ -93,6 +94,50 @@ def test_one_that_does_not_fit_keeps_all_out(
     with pytest.raises(NameTakenError):
         bundle.add_all({"b": toy_adapters["all2"], "a": toy_adapters["all"]}, unit_cache=unit_cache)
     assert list(Bundle.open(bundle.path).adapters) == ["a"]
+
+
+@pytest.fixture(scope="module")
+def idle(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter as it is before training: B is all zeros."""
+    folder = save_adapter(tmp_path_factory.mktemp("idle") / "idle", toy_model, seed=1)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    zeros = {name: value * ("lora_B" not in name) for name, value in tensors.items()}
+    save_file(zeros, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("quantize", ["none", "8w"])
+def test_an_adapter_that_changes_nothing_is_refused(
+    quantize: str, bundle: Bundle, idle: Path, toy_adapters: dict[str, Path], unit_cache: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in bundle.path.rglob("*") if path.is_file()}
+    with pytest.raises(AdapterError, match=r"changes nothing.*\(b\)") as caught:
+        bundle.add_all({"a": toy_adapters["all"], "b": idle}, quantize=quantize, unit_cache=unit_cache)
+    assert caught.value.where == str(idle) and "--allow-noop" in str(caught.value.hint)
+    assert {path: path.stat().st_mtime_ns for path in bundle.path.rglob("*") if path.is_file()} == before
+    assert bundle.adapters == {}
+    bundle.add(idle, name="b", quantize=quantize, allow_noop=True, unit_cache=unit_cache)
+    np.testing.assert_array_equal(logits(bundle, "b"), logits(bundle, None))
+
+
+def test_an_adapter_that_changes_next_to_nothing_is_taken(
+    bundle: Bundle, toy_model: Path, unit_cache: Path, tmp_path: Path
+) -> None:
+    folder = save_adapter(tmp_path / "weak", toy_model, seed=1)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    last = "base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"
+    weak = {name: value * (1e-3 if name == last else "lora_B" not in name) for name, value in tensors.items()}
+    save_file(weak, folder / "adapter_model.safetensors")
+    bundle.add(folder, name="weak", unit_cache=unit_cache)
+    assert 0 < np.abs(logits(bundle, "weak") - logits(bundle, None)).max() < 0.1
+
+
+def test_adding_leaves_the_number_of_threads_as_it_was(
+    bundle: Bundle, toy_adapters: dict[str, Path], unit_cache: Path
+) -> None:
+    with Engine(bundle, threads=1):
+        bundle.add(toy_adapters["all"], name="a", unit_cache=unit_cache)
+        assert _native.threads() == 1
 
 
 def test_a_model_whose_layers_differ_is_lowered_as_a_whole(

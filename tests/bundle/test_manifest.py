@@ -35,7 +35,9 @@ BUNDLE = Manifest(
     files=dict.fromkeys(("foundation.ptd", "foundation.json", "base.pte", "tokenizer.json"), FILE),
     adapters={
         "one": AdapterRecord(
-            foundation="3" * 64, files=dict.fromkeys(("program.pte", "weights.ptd", "adapter.json"), FILE)
+            foundation="3" * 64,
+            files=dict.fromkeys(("program.pte", "weights.ptd", "adapter.json"), FILE),
+            special_tokens={"bos_token": "<s>"},
         )
     },
 )

@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy_bundle import FOUNDATION, MODEL, NORM, adapter_writer, constant, write_base
+from toy_bundle import FOUNDATION, MODEL, NORM, adapter_writer, constant, program, write_base
 
 from bedplate.bundle import files, manifest
-from bedplate.bundle.manifest import AdapterInfo, Manifest
+from bedplate.bundle.manifest import Manifest
 from bedplate.bundle.ptd import write_ptd
-from bedplate.bundle.store import Bundle, BundleFacts, create_bundle, remove_adapter
-from bedplate.errors import AdapterError, BundleError, NameTakenError, NotFoundError
+from bedplate.bundle.store import AdapterFacts, Bundle, BundleFacts, create_bundle, remove_adapter
+from bedplate.constants import Constant
+from bedplate.errors import AdapterError, BundleError, LoweringError, NameTakenError, NotFoundError
 
 FILES = [
     "bundle.json",
@@ -180,7 +181,7 @@ def test_a_name_already_taken(bundle: Bundle) -> None:
 
 
 def test_a_name_taken_while_the_adapter_was_written(bundle: Bundle) -> None:
-    def write(folder: Path) -> AdapterInfo:
+    def write(folder: Path) -> AdapterFacts:
         Bundle.open(bundle.path).add_adapters({"three": adapter_writer(bundle, "three", 30)})
         return adapter_writer(bundle, "three", 40)(folder)
 
@@ -196,10 +197,10 @@ def other_base(folder: Path) -> BundleFacts:
 
 
 def test_the_bundle_is_replaced_while_the_adapter_is_written(bundle: Bundle) -> None:
-    def write(folder: Path) -> AdapterInfo:
-        info = adapter_writer(bundle, "three", 30)(folder)
+    def write(folder: Path) -> AdapterFacts:
+        facts = adapter_writer(bundle, "three", 30)(folder)
         create_bundle(bundle.path, write_base, replace=True)
-        return info
+        return facts
 
     with pytest.raises(BundleError, match="replaced meanwhile"):
         bundle.add_adapters({"three": write})
@@ -227,6 +228,56 @@ def test_add_refuses_a_key_that_the_foundation_holds(bundle: Bundle) -> None:
     with pytest.raises(AdapterError, match=r"1 of its constants are in the foundation already, norm\.weight"):
         bundle.add_adapters({"three": adapter_writer(bundle, "three", 30, own)})
     assert tree(bundle.path) == before
+
+
+@pytest.mark.parametrize(
+    "named",
+    [(*FOUNDATION, constant("q_proj.lora_a", 30)), FOUNDATION, (constant("elsewhere", 9), NORM)],
+    ids=["one unused", "all unused", "one nowhere"],
+)
+def test_add_refuses_a_program_whose_constants_are_others(
+    bundle: Bundle, named: tuple[Constant, ...]
+) -> None:
+    def write(folder: Path) -> AdapterFacts:
+        facts = adapter_writer(bundle, "three", 30)(folder)
+        (folder / "program.pte").write_bytes(program(named))
+        return facts
+
+    before = tree(bundle.path)
+    with pytest.raises(LoweringError, match="do not fit each other"):
+        bundle.add_adapters({"three": write})
+    assert tree(bundle.path) == before
+
+
+def test_a_check_sees_new_adapters_before_anybody_else(bundle: Bundle) -> None:
+    def check(drafts: Bundle) -> None:
+        assert list(drafts.adapters) == ["three"] and drafts.foundation == bundle.foundation
+        assert drafts.adapters["three"].program.is_file()
+        assert list(Bundle.open(bundle.path).adapters) == ["one", "two"]
+        raise AdapterError("not this one")
+
+    before = tree(bundle.path)
+    with pytest.raises(AdapterError, match="not this one"):
+        bundle.add_adapters({"three": adapter_writer(bundle, "three", 30)}, check=check)
+    assert tree(bundle.path) == before
+
+
+def test_chat_settings_are_the_adapters_own_as_far_as_it_has_some(bundle: Bundle) -> None:
+    def write(folder: Path) -> AdapterFacts:
+        (folder / "chat_template.jinja").write_text("own")
+        return adapter_writer(bundle, "three", 30)(folder)
+
+    bundle.add_adapters({"three": write})
+    bundle.add_adapters({"four": adapter_writer(bundle, "four", 40, special_tokens={"bos_token": "<b>"})})
+    opened = Bundle.open(bundle.path)
+    base, one, three, four = map(opened.chat_settings, (None, "one", "three", "four"))
+    assert base == one and base.template_file == bundle.path / "chat_template.jinja"
+    assert three.template_file == opened.adapters["three"].folder / "chat_template.jinja"
+    assert (three.special_tokens, four.special_tokens) == ({"bos_token": "<s>"}, {"bos_token": "<b>"})
+    assert four.template_file == base.template_file
+    (opened.adapters["three"].folder / "chat_template.jinja").write_text("OWN")
+    with pytest.raises(BundleError, match="SHA-256"):
+        Bundle.open(bundle.path)
 
 
 def test_an_adapter_copied_from_another_bundle(bundle: Bundle, tmp_path: Path) -> None:
@@ -269,7 +320,7 @@ def test_remove_what_is_not_there(bundle: Bundle) -> None:
 
 
 def test_a_failing_writer_leaves_nothing(bundle: Bundle, tmp_path: Path) -> None:
-    def fail(folder: Path) -> AdapterInfo:
+    def fail(folder: Path) -> AdapterFacts:
         (folder / "program.pte").write_bytes(b"half")
         raise AdapterError("shapes do not fit")
 
@@ -391,10 +442,10 @@ def test_parallel_adds_lose_nothing(bundle: Bundle) -> None:
 
 
 def test_a_running_writer_is_not_taken_for_a_leftover(bundle: Bundle) -> None:
-    def write(folder: Path) -> AdapterInfo:
-        info = adapter_writer(bundle, "three", 30)(folder)
+    def write(folder: Path) -> AdapterFacts:
+        facts = adapter_writer(bundle, "three", 30)(folder)
         Bundle.open(bundle.path).add_adapters({"four": adapter_writer(bundle, "four", 40)})
-        return info
+        return facts
 
     bundle.add_adapters({"three": write})
     assert list(Bundle.open(bundle.path).adapters) == ["four", "one", "three", "two"]

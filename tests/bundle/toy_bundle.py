@@ -9,7 +9,7 @@ import numpy as np
 
 from bedplate.bundle.manifest import AdapterInfo
 from bedplate.bundle.ptd import write_ptd
-from bedplate.bundle.store import Bundle, BundleFacts
+from bedplate.bundle.store import AdapterFacts, Bundle, BundleFacts
 from bedplate.constants import Constant
 
 MODEL = {
@@ -56,13 +56,18 @@ def write_base(folder: Path) -> BundleFacts:
 
 
 def adapter_writer(
-    bundle: Bundle, name: str, value: int, own: tuple[Constant, ...] = (), foundation: str | None = None
-) -> Callable[[Path], AdapterInfo]:
-    def write(folder: Path) -> AdapterInfo:
+    bundle: Bundle,
+    name: str,
+    value: int,
+    own: tuple[Constant, ...] = (),
+    foundation: str | None = None,
+    special_tokens: dict[str, str] | None = None,
+) -> Callable[[Path], AdapterFacts]:
+    def write(folder: Path) -> AdapterFacts:
         constants = own or (constant("q_proj.lora_a", value), constant("q_proj.lora_b", value + 100))
         infos = write_ptd(folder / "weights.ptd", constants)
         (folder / "program.pte").write_bytes(program((*FOUNDATION, *constants)))
-        return AdapterInfo(
+        info = AdapterInfo(
             name=name,
             foundation=foundation or bundle.foundation_sha256,
             rank=4,
@@ -74,5 +79,6 @@ def adapter_writer(
             structure="b" * 64,
             constants=infos,
         )
+        return AdapterFacts(info=info, special_tokens=special_tokens)
 
     return write

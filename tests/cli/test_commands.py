@@ -161,7 +161,9 @@ def test_verify_names_an_adapter_without_effect(
     idle = Path(shutil.copytree(toy_adapters["all"], tmp_path / "idle"))
     file = idle / "adapter_model.safetensors"
     save_file({name: value * ("lora_B" not in name) for name, value in load_file(file).items()}, file)
-    assert command("add", copy, idle, "--name", "idle", "--unit-cache", unit_cache).code == 0
+    add = ("add", copy, idle, "--name", "idle", "--unit-cache", unit_cache)
+    failed(command(*add), f"{idle}: it changes nothing", "--allow-noop")
+    assert command(*add, "--allow-noop").code == 0
     result = command("verify", copy, "--json")
     assert result.code == 1
     assert result.json()["without_effect"] == ["idle"] and not result.json()["ok"]

@@ -10,21 +10,27 @@ from typing import Any
 
 import numpy as np
 
+from bedplate import _native
 from bedplate.assemble.report import Reporter
 from bedplate.assemble.templates import Templates
 from bedplate.bundle import manifest
 from bedplate.bundle.ptd import write_ptd
-from bedplate.bundle.store import Bundle
+from bedplate.bundle.store import AdapterFacts, Bundle
 from bedplate.compile.cache import UnitCache
 from bedplate.compile.units import Structure, versions
 from bedplate.constants import Constant
+from bedplate.errors import AdapterError, RunError
 from bedplate.link.linker import Template, link
 from bedplate.model.adapter import Adapter, read_adapter
+from bedplate.model.adapter.text import SETTINGS, TEMPLATE, AdapterText, read_text
+from bedplate.model.adapter.tokenizer import BaseTokenizer
 from bedplate.model.spec import spec_from_dict
 from bedplate.quantize.joined import joined
 from bedplate.quantize.options import AdapterScheme
 from bedplate.quantize.recipe import default_adapter_scheme, recipe_from_dict
 from bedplate.quantize.rows import pack_branch
+from bedplate.runtime.effect import without_effect
+from bedplate.runtime.engine import Engine
 
 # Zeros are computed with like any number: a rank is at most doubled for want of units, or raised to this.
 SMALL_RANK = 16
@@ -36,6 +42,7 @@ def add_adapters(
     *,
     quantize: AdapterScheme | None,
     exact_rank: bool,
+    allow_noop: bool,
     cache: UnitCache,
     reporter: Reporter,
 ) -> None:
@@ -43,6 +50,7 @@ def add_adapters(
 
     quantize: None stands for the default beside the bundle's recipe.
     exact_rank: compile units for a rank that has none, where a larger rank that has some would do with zeros.
+    allow_noop: add an adapter too that changes nothing; otherwise base and adapters are run on a short text.
     Raises AdapterError, UnsupportedError, NameTakenError, NotFoundError, LoweringError; whatever is raised, the
     bundle is as it was.
     """
@@ -51,10 +59,44 @@ def add_adapters(
     spec = spec_from_dict(bundle.manifest.model)
     adapters = {name: read_adapter(source, spec) for name, source in sources.items()}
     tokenizer = bundle.manifest.tokenizer
+    base = BaseTokenizer(bundle.tokenizer_file, tokenizer.special_tokens)
+    texts = {name: _read_text(source, base) for name, source in sources.items()}
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
     scheme = quantize or default_adapter_scheme(recipe_from_dict(bundle.manifest.recipe))
     packer = _Packer(bundle, scheme, templates, exact_rank)
-    bundle.add_adapters({name: partial(packer.write, name, adapter) for name, adapter in adapters.items()})
+    bundle.add_adapters(
+        {name: partial(packer.write, name, adapters[name], texts[name]) for name in sources},
+        check=_check_nothing if allow_noop else partial(_check_effect, sources),
+    )
+
+
+def _read_text(source: Path, base: BaseTokenizer) -> AdapterText:
+    text = read_text(source, base)
+    if text.chat_template is not None:
+        from bedplate.runtime.chat_template import ChatTemplate  # which imports jinja2
+
+        try:
+            ChatTemplate(text.chat_template)
+        except RunError as error:
+            hint = f"mend it, or remove it: the adapter then has the base model's; it is in {TEMPLATE} or {SETTINGS}"
+            raise AdapterError(error.what, where=source, hint=hint) from error
+    return text
+
+
+def _check_nothing(drafts: Bundle) -> None:
+    pass
+
+
+def _check_effect(sources: Mapping[str, Path], drafts: Bundle) -> None:
+    # As many threads as there are: those of the process are not for `add` to choose.
+    with Engine(drafts, threads=_native.threads()) as engine:
+        idle = without_effect(engine)
+    if idle:
+        raise AdapterError(
+            f"it changes nothing: with it, the model computes the same logits as without ({', '.join(idle)})",
+            where=sources[idle[0]],
+            hint="was it saved before it was trained? To add it as it is: --allow-noop (Python: allow_noop=True)",
+        )
 
 
 class _Packer:
@@ -67,8 +109,8 @@ class _Packer:
         self._templates, self._exact_rank = templates, exact_rank
         self._foundation = {constant.name: constant.key for constant in bundle.foundation_info.constants}
 
-    def write(self, name: str, adapter: Adapter, folder: Path) -> manifest.AdapterInfo:
-        """Write `weights.ptd` and `program.pte` into `folder`."""
+    def write(self, name: str, adapter: Adapter, text: AdapterText, folder: Path) -> AdapterFacts:
+        """Write `weights.ptd`, `program.pte` and, if there is one, `chat_template.jinja` into `folder`."""
         structure = adapter_structure(self._bundle, adapter.ranks, self._quantize)
         if not self._exact_rank:
             structure = _at_unit_rank(structure, self._templates)
@@ -79,7 +121,9 @@ class _Packer:
         in_foundation = frozenset(self._foundation.values())
         constants = write_ptd(folder / manifest.ADAPTER_WEIGHTS, packed, leave_out=in_foundation)
         (folder / manifest.ADAPTER_PROGRAM).write_bytes(link(template, keys))
-        return manifest.AdapterInfo(
+        if text.chat_template is not None:
+            (folder / manifest.CHAT_TEMPLATE).write_text(text.chat_template, "utf-8", newline="\n")
+        info = manifest.AdapterInfo(
             name=name,
             foundation=self._bundle.foundation_sha256,
             rank=adapter.rank,
@@ -91,6 +135,7 @@ class _Packer:
             structure=structure.fingerprint(versions(), any_depth=False),
             constants=constants,
         )
+        return AdapterFacts(info=info, special_tokens=text.special_tokens)
 
 
 def adapter_structure(bundle: Bundle, ranks: Mapping[str, int], quantize: AdapterScheme) -> Structure:

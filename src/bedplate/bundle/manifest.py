@@ -105,10 +105,14 @@ class TokenizerInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterRecord:
-    """An adapter as `bundle.json` knows it. files: by their names in the adapter's folder."""
+    """An adapter as `bundle.json` knows it. files: by their names in the adapter's folder.
+
+    special_tokens: as in TokenizerInfo; None: the adapter came without a tokenizer, and has the base's.
+    """
 
     foundation: str
     files: dict[str, FileInfo]
+    special_tokens: dict[str, str] | None
 
 
 @dataclass(frozen=True, kw_only=True)

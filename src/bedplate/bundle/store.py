@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +25,14 @@ from bedplate.bundle.manifest import (
     TokenizerInfo,
 )
 from bedplate.bundle.ptd import read_ptd
-from bedplate.errors import AdapterError, BundleError, NameTakenError, NotFoundError
+from bedplate.errors import (
+    AdapterError,
+    BedplateError,
+    BundleError,
+    LoweringError,
+    NameTakenError,
+    NotFoundError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,25 @@ class BundleFacts:
     eos_ids: tuple[int, ...]
     special_tokens: dict[str, str]
     constants: tuple[ConstantInfo, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFacts:
+    """What whoever writes an adapter's files tells of it. special_tokens: see AdapterRecord."""
+
+    info: AdapterInfo
+    special_tokens: dict[str, str] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings:
+    """What turns a conversation into text. template_file: None: there is no template.
+
+    special_tokens: `bos_token`, `eos_token` … as text, as the template sees them.
+    """
+
+    template_file: Path | None
+    special_tokens: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +149,17 @@ class Bundle:
         """None: the model came without one."""
         return self.path / manifest.CHAT_TEMPLATE if manifest.CHAT_TEMPLATE in self.manifest.files else None
 
+    def chat_settings(self, adapter: str | None) -> ChatSettings:
+        """Those of an adapter (None: of the base). What an adapter came without, it has from the base."""
+        template, special_tokens = self.chat_template_file, self.manifest.tokenizer.special_tokens
+        if adapter is not None:
+            record = self.manifest.adapters[adapter]
+            if manifest.CHAT_TEMPLATE in record.files:
+                template = self.adapters[adapter].folder / manifest.CHAT_TEMPLATE
+            if record.special_tokens is not None:
+                special_tokens = record.special_tokens
+        return ChatSettings(template_file=template, special_tokens=special_tokens)
+
     def constants(self) -> tuple[usage.ConstantUse, ...]:
         """Every constant by name: the foundation's, then each adapter's own."""
         return usage.constants(self)
@@ -138,12 +175,20 @@ class Bundle:
             hint = f"choose another name, or remove it first: bedplate remove {self.path} {name}"
             raise NameTakenError(f"there is an adapter {name!r} already", where=self.path, hint=hint)
 
-    def add_adapters(self, writers: Mapping[str, Callable[[Path], AdapterInfo]]) -> None:
-        """Add adapters, all or none: each writer puts `program.pte` and `weights.ptd` into the folder it is given.
+    def add_adapters(
+        self,
+        writers: Mapping[str, Callable[[Path], AdapterFacts]],
+        *,
+        check: Callable[[Bundle], None] = lambda drafts: None,
+    ) -> None:
+        """Add adapters, all or none. Each writer puts `program.pte`, `weights.ptd` and, if the adapter has one of its
+        own, `chat_template.jinja` into the folder that it is given.
 
-        The lock is taken only to publish, so adapters may be written in parallel. Whatever is raised, and
+        check: is given this bundle with the new adapters alone, before anybody can see them; what it raises keeps
+        them out. The lock is taken only to publish, so adapters may be written in parallel. Whatever is raised, and
         whenever the process is killed, the bundle is as it was.
         AdapterError: a bad name, or it does not fit the foundation.  NameTakenError: the name is in use.
+        LoweringError: its program names a constant that no file holds, or its file holds one that it does not name.
         """
         for name in writers:
             self.check_name(name)
@@ -152,19 +197,36 @@ class Bundle:
         with files.workspace(adapters, "add") as draft, files.naming(adapters, draft):
             try:
                 records = {name: self._write(name, write, draft / name) for name, write in writers.items()}
+                check(self._drafts(draft, writers))
                 files.sync_tree(draft)
                 self._publish_drafts(draft, records)
-            except (FileNotFoundError, NotFoundError) as error:
-                if draft.exists():
+            except (FileNotFoundError, BedplateError) as error:
+                if draft.exists() and self._has_its_foundation():
                     raise
-                raise self._replaced() from error  # `build --force` took the folder, and our draft with it
+                raise self._replaced() from error  # by `build --force`, which may take our draft with it
 
-    def _write(self, name: str, write: Callable[[Path], AdapterInfo], folder: Path) -> AdapterRecord:
+    def _has_its_foundation(self) -> bool:
+        """Whether the bundle on disk has the foundation that this one was opened with."""
+        document = manifest.load(Manifest, _manifest_bytes(self.path), str(self.path / manifest.MANIFEST))
+        return document.files[manifest.FOUNDATION].sha256 == self.foundation_sha256
+
+    def _write(self, name: str, write: Callable[[Path], AdapterFacts], folder: Path) -> AdapterRecord:
         folder.mkdir()
-        info = write(folder)
-        self._check_fit(name, info, folder)
-        files.write(folder / manifest.ADAPTER_INFO, manifest.dump(info))
-        return AdapterRecord(foundation=info.foundation, files=integrity.measure(folder))
+        facts = write(folder)
+        self._check_fit(name, facts.info, folder)
+        files.write(folder / manifest.ADAPTER_INFO, manifest.dump(facts.info))
+        return AdapterRecord(
+            foundation=facts.info.foundation,
+            files=integrity.measure(folder),
+            special_tokens=facts.special_tokens,
+        )
+
+    def _drafts(self, draft: Path, names: Iterable[str]) -> Bundle:
+        entries = {
+            name: AdapterEntry(name=name, folder=draft / name, foundation=self.foundation_sha256)
+            for name in names
+        }
+        return Bundle(self.path, self.manifest, entries)
 
     def _publish_drafts(self, draft: Path, records: Mapping[str, AdapterRecord]) -> None:
         adapters = self.path / manifest.ADAPTERS
@@ -202,12 +264,21 @@ class Bundle:
         assert own == {constant.key for constant in info.constants}, (
             "adapter.json must list what weights.ptd holds"
         )
-        if shared := own & read_ptd(self.foundation).entries.keys():
+        held = read_ptd(self.foundation).entries.keys()
+        if shared := own & held:
             names = sorted(constant.name for constant in info.constants if constant.key in shared)
             raise AdapterError(
                 f"{len(shared)} of its constants are in the foundation already, {names[0]} among them",
                 where=f"adapter {name}",
                 hint="leave out what the foundation holds: ExecuTorch refuses two files that share a key",
+            )
+        named = usage.program_keys(draft / manifest.ADAPTER_PROGRAM)
+        if wrong := sorted((named - own - held) | (own - named)):
+            raise LoweringError(
+                f"its program and its constants do not fit each other: {len(wrong)} keys are only in one of them, "
+                f"{wrong[0]} among them",
+                where=f"adapter {name}",
+                hint="compiled units are damaged: bedplate cache clear, then add it again",
             )
 
     def _replaced(self) -> BundleError:

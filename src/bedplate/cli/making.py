@@ -119,6 +119,9 @@ def add(
         bool,
         typer.Option("--exact-rank", help="Compile for this very rank, even if a higher one would do."),
     ] = False,
+    allow_noop: Annotated[
+        bool, typer.Option("--allow-noop", help="Add an adapter too that changes nothing.")
+    ] = False,
     unit_cache: CacheFolder = None,
 ) -> None:
     """Add PEFT adapters to a bundle, all or none. Their matrices are packed against the bundle's foundation."""
@@ -129,6 +132,7 @@ def add(
             _named(adapters, name or []),
             quantize=quantize,
             exact_rank=exact_rank,
+            allow_noop=allow_noop,
             unit_cache=unit_cache,
             reporter=bars,
         )

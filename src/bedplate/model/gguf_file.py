@@ -13,17 +13,12 @@ from torch import Tensor
 from bedplate.errors import CheckpointError, UnsupportedError
 from bedplate.model.config import spec_from_config
 from bedplate.model.fields import Fields, shown
+from bedplate.model.gguf_names import LAYER_LINEARS
 
 _LAYER_NAMES = {
+    **LAYER_LINEARS,
     "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
 }
 _NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 _FIELDS = {

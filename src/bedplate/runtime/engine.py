@@ -64,6 +64,7 @@ class Engine:
         # Before the tokenizer: they are hashed while that is read.
         self._packed_weights = None if packed_cache is None else PackedWeights(Path(packed_cache), bundle)
         self.tokenizer = Tokenizer.of_bundle(bundle)
+        self._tokenizers: dict[str, Tokenizer] = {}
         self._weight_cache = weight_cache
         self._activations = _native.Activations()
         self._programs: dict[str | None, LoadedProgram] = {}
@@ -99,6 +100,18 @@ class Engine:
             known = ", ".join(sorted(self.bundle.adapters)) or "none"
             hint = f"the bundle has: {known}"
             raise NotFoundError(f"no adapter {name!r}", where=self.bundle.path, hint=hint)
+
+    def tokenizer_of(self, adapter: str | None) -> Tokenizer:
+        """The tokenizer with the chat settings of an adapter (None: of the base).
+
+        NotFoundError: no such adapter.
+        """
+        self.check_adapter(adapter)
+        if adapter is None:
+            return self.tokenizer
+        if adapter not in self._tokenizers:
+            self._tokenizers[adapter] = self.tokenizer.for_adapter(self.bundle, adapter)
+        return self._tokenizers[adapter]
 
     def load(self, name: str | None = None) -> LoadedProgram:
         """Load the base (None) or an adapter, unless it is loaded.

@@ -198,7 +198,7 @@ class Session:
         if seed < 0:
             raise RunError(f"seed is {seed}", hint="at least 0")
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
-        tokenizer = self._engine.tokenizer
+        tokenizer = self._engine.tokenizer_of(self._adapter)
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
         with self._lock:
             program = self._program()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as Backend
 
-from bedplate.bundle.store import Bundle
+from bedplate.bundle.store import Bundle, ChatSettings
 from bedplate.errors import RunError
 
 if TYPE_CHECKING:
@@ -35,13 +36,21 @@ class Tokenizer:
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Tokenizer:
-        """RunError: the tokenizer cannot be read."""
-        template = bundle.chat_template_file
+        """With the chat settings of the base. RunError: the tokenizer cannot be read."""
+        settings = bundle.chat_settings(None)
         return cls(
             bundle.tokenizer_file,
-            chat_template=None if template is None else template.read_text(encoding="utf-8"),
-            special_tokens=bundle.manifest.tokenizer.special_tokens,
+            chat_template=_template_text(settings),
+            special_tokens=settings.special_tokens,
         )
+
+    def for_adapter(self, bundle: Bundle, adapter: str) -> Tokenizer:
+        """The same with an adapter's chat settings. What they share is in memory once."""
+        settings = bundle.chat_settings(adapter)
+        other = copy.copy(self)
+        other.__dict__.pop("_template", None)
+        other._chat_template, other._special_tokens = _template_text(settings), dict(settings.special_tokens)
+        return other
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text, with what the tokenizer puts before and after it (`bos`, for some models)."""
@@ -79,3 +88,7 @@ class Tokenizer:
             hint = "give the prompt as text"
             raise RunError("the bundle has no chat template, so it takes no messages", hint=hint)
         return ChatTemplate(self._chat_template)
+
+
+def _template_text(settings: ChatSettings) -> str | None:
+    return None if settings.template_file is None else settings.template_file.read_text(encoding="utf-8")

@@ -1,0 +1,128 @@
+"""A folder as PEFT saves it → RawAdapter. What is adapted must agree with the config, as in PEFT."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+from bedplate.errors import AdapterError
+from bedplate.model.adapter.fit import check_places
+from bedplate.model.adapter.peft_config import CONFIG, PeftConfig, read_config
+from bedplate.model.adapter.peft_keys import Half, NotTaken, parse_key
+from bedplate.model.adapter.peft_targets import Targets
+from bedplate.model.adapter.peft_weights import Halves, Tensors, make_pair, pair_up
+from bedplate.model.adapter.tensors import parse_safetensors, read_file
+from bedplate.model.adapter.torch_file import parse_torch
+from bedplate.model.adapter.types import LoraPair, Place, RawAdapter
+from bedplate.model.spec import ModelSpec, linear_shapes
+
+WEIGHTS, OLDER = "adapter_model.safetensors", "adapter_model.bin"
+# Names that LLaMA-Factory gives to adapters whose training began with PiSSA.
+_PISSA_FOLDERS = frozenset({"pissa_init", "pissa_backup"})
+
+
+def read_peft(path: Path, spec: ModelSpec) -> RawAdapter:
+    """Read a folder of PEFT's own form. Raises AdapterError or UnsupportedError."""
+    # As PEFT: the older form only where there is no other.
+    weights = path / (WEIGHTS if (path / WEIGHTS).is_file() or not (path / OLDER).is_file() else OLDER)
+    data = read_file(weights)
+    parse_file = parse_safetensors if weights.name == WEIGHTS else parse_torch
+    return read_tensors(path, spec, weights=weights, data=data, tensors=parse_file(data, weights))
+
+
+def read_tensors(
+    path: Path,
+    spec: ModelSpec,
+    *,
+    weights: Path,
+    data: bytes,
+    tensors: Tensors,
+    format: str = "peft",
+    parse: Callable[[str], Half | NotTaken | None] = parse_key,
+    module_names: Mapping[str, str] = MappingProxyType({}),
+) -> RawAdapter:
+    """Tensors of a file `weights` with the content `data`, and PEFT's config beside it.
+
+    parse: what a tensor is, by its name. module_names: what modules are called that the config calls otherwise.
+    Raises AdapterError or UnsupportedError.
+    """
+    config_data = read_file(path / CONFIG)
+    config = read_config(config_data, path / CONFIG)
+    if not isinstance(config.targets, str):
+        targets_named = tuple(module_names.get(name, name) for name in config.targets)
+        config = replace(config, targets=targets_named)
+    halves = pair_up(tensors, weights, parse)
+    check_places(halves, spec, weights)
+    targets = Targets(config, path)
+    digest = hashlib.sha256(hashlib.sha256(config_data).digest() + hashlib.sha256(data).digest())
+    return RawAdapter(
+        path=path,
+        format=format,
+        weights=weights,
+        pairs=_pairs(halves, targets, config, path, weights),
+        alpha=config.alpha,
+        fingerprint=digest.hexdigest(),
+        warnings=(*_missing(halves, targets, config, spec, path), *_pissa(path)),
+    )
+
+
+def _pairs(
+    halves: dict[Place, Halves], targets: Targets, config: PeftConfig, path: Path, weights: Path
+) -> dict[Place, LoraPair]:
+    blocks = config.block_diagonal.blocks if config.block_diagonal else 1
+    pairs = {}
+    for (layer, linear), of_linear in halves.items():
+        target = targets.find(_module_path(layer, linear))
+        if target is None:
+            raise AdapterError(
+                f"the weights hold lora_A and lora_B of layers.{layer}.{linear}, which the config does not adapt: "
+                "PEFT would drop them",
+                where=path / CONFIG,
+                hint="config and weights are not of the same adapter, or target_modules lacks a name",
+            )
+        pairs[layer, linear] = make_pair((layer, linear), of_linear, target, blocks, weights)
+    return pairs
+
+
+def _missing(
+    present: Collection[Place], targets: Targets, config: PeftConfig, spec: ModelSpec, path: Path
+) -> Iterator[str]:
+    """A warning about what the config adapts and the weights lack.
+
+    Raises AdapterError where PEFT would take random numbers.
+    """
+    modules = [
+        _module_path(layer, linear)
+        for layer in range(spec.n_layers)
+        for linear in linear_shapes(spec)
+        if (layer, linear) not in present
+    ]
+    missing = [name for name in (*modules, "lm_head", "model.embed_tokens") if targets.find(name)]
+    if not missing:
+        return
+    what = f"the config adapts {missing[0]}, but the weights hold nothing for it"
+    if len(missing) > 1:
+        what += f" (nor for {len(missing) - 1} more)"
+    if not config.starts_at_zero:
+        raise AdapterError(
+            f"{what}, and PEFT would take random numbers (init_lora_weights is false)",
+            where=path / CONFIG,
+            hint="config and weights are not of the same adapter",
+        )
+    yield f"{path}: {what}: it stays as in the base model"
+
+
+def _pissa(path: Path) -> Iterator[str]:
+    if path.resolve().name in _PISSA_FOLDERS:
+        yield (
+            f"{path}: by its name, training began with PiSSA, which changes the base model's weights. "
+            "Nothing in the files tells. If so, this adapter is wrong on the plain base: add pissa_converted instead"
+        )
+
+
+def _module_path(layer: int, linear: str) -> str:
+    """As transformers names it, and PEFT matches it."""
+    return f"model.layers.{layer}.{linear}"

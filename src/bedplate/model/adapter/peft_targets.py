@@ -1,0 +1,106 @@
+"""Which modules a PEFT config adapts, and with what rank and scale: matched as PEFT matches them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bedplate.errors import AdapterError
+from bedplate.model.adapter.peft_config import CONFIG, PeftConfig, layers_form, pattern_form
+from bedplate.model.adapter.types import AGAIN
+
+# The first number behind two names or more, as in `model.layers.0.`.
+_ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the config says of one adapted linear.
+
+    rank_from: the field that gives the rank.
+    blocks_of: the half, `A` or `B`, that holds only the diagonal blocks (BD-LoRA); None for neither.
+    """
+
+    rank: int
+    rank_from: str
+    scale: float
+    blocks_of: str | None
+
+
+class Targets:
+    """Asks a config about modules by their paths in transformers' model (`model.layers.0.mlp.up_proj`)."""
+
+    def __init__(self, config: PeftConfig, folder: Path) -> None:
+        self._config, self._where = config, folder / CONFIG
+
+    def find(self, path: str) -> Target | None:
+        """None: the config does not adapt it. Raises AdapterError where PEFT refuses the config."""
+        as_parameter = _ends_with(f"{path}.weight", self._config.parameters)
+        as_module = self._names(path)
+        if as_parameter and as_module:
+            raise AdapterError(
+                f"target_modules and target_parameters both name {path}",
+                where=self._where,
+                hint="name it in one of the two",
+            )
+        if not as_parameter and not as_module:
+            return None
+        # PEFT matches patterns with the path of what is adapted, here of the parameter.
+        key = f"{path}.weight" if as_parameter else path
+        own_rank, own_alpha = (_first(of, key) for of in (self._config.rank_of, self._config.alpha_of))
+        rank = self._config.rank if own_rank is None else int(own_rank)
+        alpha = self._config.alpha if own_alpha is None else own_alpha
+        return Target(
+            rank=rank,
+            rank_from="r" if own_rank is None else "rank_pattern",
+            scale=alpha / (math.sqrt(rank) if self._config.by_square_root else rank),
+            blocks_of=self._blocks_of(key),
+        )
+
+    def _names(self, path: str) -> bool:
+        targets = self._config.targets
+        if self._is_excluded(path):
+            return False
+        if isinstance(targets, str):
+            if targets.lower() == "all-linear":
+                return ".layers." in path
+            return re.fullmatch(targets, path) is not None
+        return _ends_with(path, targets) and self._in_layers(path)
+
+    def _is_excluded(self, path: str) -> bool:
+        excluded = self._config.excluded
+        if isinstance(excluded, str):
+            return excluded != "" and re.fullmatch(excluded, path) is not None
+        return _ends_with(path, excluded)
+
+    def _in_layers(self, path: str) -> bool:
+        if self._config.layers is None:
+            return True
+        forms = [layers_form(pattern) for pattern in self._config.layers_pattern] or [_ANY_LAYER]
+        found = next((match for form in forms if (match := re.match(form, path))), None)
+        return found is not None and int(found["idx"]) in self._config.layers
+
+    def _blocks_of(self, path: str) -> str | None:
+        blocks = self._config.block_diagonal
+        if blocks is None:
+            return None
+        in_a, in_b = (any(part in path for part in parts) for parts in (blocks.a, blocks.b))
+        if in_a and in_b:
+            what = f"use_bdlora names {path} for both A and B"
+        elif blocks.strict and not in_a and not in_b:
+            what = f"use_bdlora names {path} neither for A nor for B, and match_strict is true"
+        else:
+            return "A" if in_a else "B" if in_b else None
+        raise AdapterError(what, where=self._where, hint=AGAIN)
+
+
+def _ends_with(path: str, names: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _first(patterns: Mapping[str, float], path: str) -> float | None:
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns.items() if re.match(pattern_form(pattern), path)), None)

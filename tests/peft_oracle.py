@@ -1,0 +1,71 @@
+"""What PEFT computes from an adapter's folder, and what bedplate's reading of it amounts to."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from bedplate.model.adapter import Adapter, read_adapter
+from bedplate.model.checkpoint import open_checkpoint
+
+TOKENS = torch.tensor([[5, 17, 300, 42, 42, 7, 111, 9, 260, 31, 8, 64]])
+# Adapters of these tests move the logits by far more.
+TOLERANCE = 1e-3
+
+
+class Oracle:
+    """The float32 toy in a folder, with and without adapters."""
+
+    def __init__(self, model: Path) -> None:
+        self.spec = open_checkpoint(model).spec
+        self.model = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.base = self._logits(self.model)
+
+    def save(self, folder: Path, config: LoraConfig) -> Path:
+        """An adapter as PEFT saves it, with random numbers in what would start at zero."""
+        torch.manual_seed(len(str(folder)))
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(copy.deepcopy(self.model), config)
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(0.0, 0.1)
+            model.save_pretrained(folder)
+        return folder
+
+    def peft(self, folder: Path) -> Tensor:
+        """Logits float32 [T, vocab] of PEFT's own reading. Raises whatever PEFT raises."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(copy.deepcopy(self.model), folder).eval()
+            return self._logits(model)
+
+    def read(self, folder: Path) -> Adapter:
+        return read_adapter(folder, self.spec)
+
+    def merged(self, adapter: Adapter) -> Tensor:
+        """Logits float32 [T, vocab] of the base with B·A added to its weights."""
+        model = copy.deepcopy(self.model)
+        with torch.no_grad():
+            for path, a, b in adapter.matrices():
+                model.model.get_submodule(path).weight += torch.from_numpy(b) @ torch.from_numpy(a)
+        return self._logits(model)
+
+    def assert_equal(self, folder: Path, *, has_effect: bool = True) -> Adapter:
+        """bedplate reads from `folder` what PEFT computes."""
+        adapter = self.read(folder)
+        expected = self.peft(folder)
+        torch.testing.assert_close(self.merged(adapter), expected, rtol=0, atol=TOLERANCE)
+        assert (float((expected - self.base).abs().max()) > 10 * TOLERANCE) == has_effect
+        return adapter
+
+    @torch.no_grad()
+    def _logits(self, model: Any) -> Tensor:
+        return model(TOKENS).logits[0]  # type: ignore[no-any-return]
