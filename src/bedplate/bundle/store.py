@@ -41,6 +41,17 @@ class BundleFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatSettings:
+    """What turns a conversation into text. template_file: None: there is no template.
+
+    special_tokens: `bos_token`, `eos_token` … as text, as the template sees them.
+    """
+
+    template_file: Path | None
+    special_tokens: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterEntry:
     """An adapter of an open bundle, in `folder`. foundation: SHA-256 of the bundle's."""
 
@@ -122,6 +133,12 @@ class Bundle:
     def chat_template_file(self) -> Path | None:
         """None: the model came without one."""
         return self.path / manifest.CHAT_TEMPLATE if manifest.CHAT_TEMPLATE in self.manifest.files else None
+
+    def chat_settings(self, adapter: str | None) -> ChatSettings:
+        """Those of an adapter (None: of the base). What an adapter came without, it has from the base."""
+        return ChatSettings(
+            template_file=self.chat_template_file, special_tokens=self.manifest.tokenizer.special_tokens
+        )
 
     def constants(self) -> tuple[usage.ConstantUse, ...]:
         """Every constant by name: the foundation's, then each adapter's own."""

@@ -15,7 +15,8 @@ from bedplate.cli.output import print_error, print_json, show_prefill, stderr
 from bedplate.errors import BedplateError
 
 if TYPE_CHECKING:
-    from bedplate.runtime.session import Session, Statistics
+    from bedplate.runtime.request import Statistics
+    from bedplate.runtime.session import Session
 
 Adapter = Annotated[str | None, typer.Option(metavar="NAME", help="Adapter to use; the base if absent.")]
 Threads = Annotated[int | None, typer.Option(help="Threads; the physical cores if absent.")]
