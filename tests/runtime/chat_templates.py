@@ -75,7 +75,8 @@ TEMPLATES = {
         "{% if loop.index0 > ns.last and thought is defined %}({{ thought }}){% endif %}{{ content }}|{% endfor %}"
     ),
     "reasoning": (
-        "{% for m in messages %}{% if m.reasoning_content is string %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{% for m in messages %}{% if m.reasoning_content is string %}<think>{{ m.reasoning_content }}</think>"
+        "{% endif %}"
         "{% if m.thinking %}[{{ m.thinking }}]{% endif %}{{ m.content }}{% endfor %}"
     ),
     "a switch that nobody gave": (
@@ -102,7 +103,8 @@ TEMPLATES = {
     ),
     "recursive macro": (
         "{% macro show(x) %}{% if x is mapping %}{% for k, v in x | dictsort %}{{ k }}={{ show(v) }};{% endfor %}"
-        "{% elif x is sequence and x is not string %}{% for v in x %}{{ show(v) }},{% endfor %}{% else %}{{ x }}{% endif %}"
+        "{% elif x is sequence and x is not string %}{% for v in x %}{{ show(v) }},{% endfor %}"
+        "{% else %}{{ x }}{% endif %}"
         "{% endmacro %}{{ show(messages) }}"
     ),
     "loop controls": (
@@ -110,7 +112,8 @@ TEMPLATES = {
         "{% endif %}{{ m.content }}{% endfor %}"
     ),
     "loop variables": (
-        "{% for m in messages %}{{ loop.index }}/{{ loop.length }} {{ loop.first }} {{ loop.last }} {{ loop.revindex0 }} "
+        "{% for m in messages %}{{ loop.index }}/{{ loop.length }} {{ loop.first }} {{ loop.last }} "
+        "{{ loop.revindex0 }} "
         "{{ loop.cycle('a', 'b') }} {{ loop.previtem.role if loop.previtem is defined }} {{ loop.changed(m.role) }} "
         "{{ loop.nextitem is defined }}{% else %}none{% endfor %}"
     ),
@@ -130,15 +133,18 @@ TEMPLATES = {
         "{{ '%s-%d' % (m.role, 3) }}{{ '{}:{x}'.format(m.role, x=1) }}{{ m.content.find('l') }}{% endif %}{% endfor %}"
     ),
     "slices and filters": (
-        "{{ messages[-1].content }}{{ messages[1:][0].role if messages[1:] }}{{ messages | map(attribute='role') | list }}"
+        "{{ messages[-1].content }}{{ messages[1:][0].role if messages[1:] }}"
+        "{{ messages | map(attribute='role') | list }}"
         "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ (messages | first).role }}"
-        "{{ messages | rejectattr('role', 'in', ['system']) | map(attribute='content') | select('string') | join('|') }}"
+        "{{ messages | rejectattr('role', 'in', ['system']) | map(attribute='content')"
+        " | select('string') | join('|') }}"
         "{{ messages | groupby('role') | map('first') | list }}{{ [3, 1, 2] | sort | reverse | list }}"
         "{{ range(3) | list }}{{ {'a': 1} | length }}{{ 7 // 2 }}{{ 2 ** 5 }}{{ 1.5 | round | int }}"
     ),
     "dicts": (
         "{% set d = dict(a=1, b='x') %}{% for k, v in d.items() %}{{ k }}{{ v }}{% endfor %}{{ d.keys() | list }}"
-        "{{ dict.fromkeys(['p', 'q'], 0) }}{{ dict([('k', 'v')]) }}{{ {'a': {'b': 2}}.a.b }}{{ {'x': none}.get('x', 5) }}"
+        "{{ dict.fromkeys(['p', 'q'], 0) }}{{ dict([('k', 'v')]) }}{{ {'a': {'b': 2}}.a.b }}"
+        "{{ {'x': none}.get('x', 5) }}"
         "{{ dict(d, c=3) }}"
     ),
     "attributes of dict": "{{ dict.__class__ }}|{{ dict.mro }}|{{ dict.get is defined }}",
@@ -162,12 +168,19 @@ TEMPLATES = {
         "{% filter upper %}{{ messages[0].role }}{% endfilter %}{% with a = 1 %}{{ a }}{% endwith %}"
         "{% raw %}{{ raw }}{% endraw %}"
     ),
-    "special tokens": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}|{{ cls_token is defined }}{{ image_token }}",
+    "special tokens": (
+        "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}"
+        "|{{ cls_token is defined }}{{ image_token }}"
+    ),
     "tests": (
         "{{ messages is iterable }}{{ messages is mapping }}{{ 1 is number }}{{ true is boolean }}{{ none is none }}"
-        "{{ 'a' in 'abc' }}{{ 3 is odd }}{{ 'x' is upper }}{{ 1 is integer }}{{ x is undefined }}{{ 4 is divisibleby 2 }}"
+        "{{ 'a' in 'abc' }}{{ 3 is odd }}{{ 'x' is upper }}{{ 1 is integer }}{{ x is undefined }}"
+        "{{ 4 is divisibleby 2 }}"
     ),
-    "inline if": "{{ 'yes' if messages | length > 1 else 'no' }}{{ 'a' if false }}{{ (x.y is defined) if x is defined }}",
+    "inline if": (
+        "{{ 'yes' if messages | length > 1 else 'no' }}{{ 'a' if false }}"
+        "{{ (x.y is defined) if x is defined }}"
+    ),
     "an undefined name": "{{ nothing }}|{{ nothing | default('d') }}|{{ messages[0].nothing }}|{{ messages[99] }}",
     # What fails, as each language feature can.
     "an attribute of an undefined name": "{{ nothing.more }}",

@@ -37,7 +37,9 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         QUESTION,
         {**CALL, "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]},
     ],
-    "in parts": [{"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]}],
+    "in parts": [
+        {"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]}
+    ],
     "with reasoning": [QUESTION, {"role": "assistant", "content": "4", "reasoning": "2 + 2"}, QUESTION],
     "with thinking": [QUESTION, {"role": "assistant", "content": "4", "thinking": "so"}, QUESTION],
     "without content": [QUESTION, {"role": "assistant"}, {"role": "robot", "content": "beep", "extra": 1.5}],
@@ -85,7 +87,9 @@ def test_a_template_gives_what_it_gives_in_transformers(theirs: Any, name: str) 
                 assert caught.value.__cause__ is not None
                 continue
             content = messages[0]["content"]
-            if isinstance(content, list) and str(content) in expected:  # Python's way of writing it, in a prompt
+            if (
+                isinstance(content, list) and str(content) in expected
+            ):  # Python's way of writing it, in a prompt
                 with pytest.raises(RunError, match="takes text, not a list of parts"):
                     render(source, messages, **given)
                 continue

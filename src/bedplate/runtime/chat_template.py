@@ -50,7 +50,7 @@ class ChatTemplate:
 
 
 def _failed(error: Exception, messages: Sequence[Mapping[str, Any]]) -> RunError:
-    roles = ", ".join(str(message["role"]) for message in messages)
+    roles = ", ".join(str(message.get("role")) for message in messages)
     hint = f"it was given the roles: {roles}"
     if any(not isinstance(message.get("content"), str) for message in messages):
         hint += "; give the content of each message as text"

@@ -3,8 +3,8 @@
 Only the chat template can say which special tokens are the template's. So its input is marked: characters that no
 text holds (Unicode's noncharacters) go around whatever spells a special token in a string of a message, and where a
 string might spell one together with its neighbours. The template renders the conversation with and without marks, and
-the marks tell where the user's text went. If a special token of the whole text is the user's, the text is encoded by a
-second tokenizer: the same one, but its special tokens are spelled so that only the template's are found.
+the marks tell which special tokens are its own. If the whole text would be encoded with others, or without one of
+these, a second tokenizer encodes it: the same one, but with special tokens that are spelled as no text spells them.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class UserText:
         self._guarded: dict[str, _Guarded] = {}
 
     @functools.cached_property
-    def _parts(self) -> _Parts:
-        return _Parts.of(self._special.values())
+    def _marker(self) -> _Marker:
+        return _Marker(list(self._special.values()))
 
     def encode(self, messages: Sequence[Mapping[str, Any]], render: Render, template: str) -> list[int]:
         """Tokens of a conversation, as `render` writes it. Without special tokens in it, those of the plain tokenizer.
@@ -55,25 +55,30 @@ class UserText:
         text = render(messages)
         plain = self._backend.encode(text, add_special_tokens=False)
         free = _free_characters([template, text, *_strings(messages), *self._special.values()])
-        marks = _Marks(begin=free[0], end=free[1], edge=free[2])
-        marked = _map_strings(messages, functools.partial(self._parts.mark, marks=marks))
+        marks, guard = _Marks(begin=free[0], end=free[1], edge=free[2]), free[-1]
+        marked = self._marker.mark(messages, marks)
         if marked == messages:
             return list(plain.ids)
-        places = _places(self._render_marked(render, marked), text, marks)
-        spelled = self._spelled(plain, text)
-        genuine = [span for span in spelled if not _is_users(span, places, marks)]
-        if genuine == spelled:
+        genuine = self._genuine(_rendered_marked(render, marked, marks), text, marks)
+        if genuine == self._spelled(plain, text):
             return list(plain.ids)
-        guard = free[3]
         if guard not in self._guarded:
             self._guarded = {guard: _Guarded(self._backend, self._special, guard)}
         return self._guarded[guard].encode(text, genuine)
 
-    def _render_marked(self, render: Render, marked: Sequence[Mapping[str, Any]]) -> str:
-        try:
-            return render(marked)
-        except RunError as error:
-            raise _unclear() from error
+    def _genuine(self, marked: str, text: str, marks: _Marks) -> list[Span]:
+        """Where in the text the chat template spells special tokens. No token reaches over a mark."""
+        places = [0]  # characters before each one that are no marks
+        for character in marked:
+            places.append(places[-1] + (character not in marks))
+        if "".join(character for character in marked if character not in marks) != text:
+            raise _unclear()
+        spelled = self._spelled(self._backend.encode(marked, add_special_tokens=False), marked)
+        return [
+            (places[begin], places[end])
+            for begin, end in spelled
+            if not (marked[:begin].endswith(marks.begin) and marked.startswith(marks.end, end))
+        ]
 
     def _spelled(self, encoding: Any, text: str) -> list[Span]:
         """Where the text spells the special tokens that it was encoded to."""
@@ -84,6 +89,16 @@ class UserText:
             if content is not None and (at := text.find(content, begin, end)) >= 0:
                 spans.append((at, at + len(content)))
         return spans
+
+
+def _rendered_marked(render: Render, marked: Sequence[Mapping[str, Any]], marks: _Marks) -> str:
+    try:
+        text = render(marked)
+    except RunError as error:
+        raise _unclear() from error
+    for mark in marks:  # as JSON writes what is not ASCII, and Python what cannot be shown
+        text = re.sub(rf"\\+u{ord(mark):04x}", mark, text)
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,44 +112,66 @@ class _Marks:
     def __iter__(self) -> Iterator[str]:
         return iter((self.begin, self.end, self.edge))
 
+    def __contains__(self, character: str) -> bool:
+        return character in (self.begin, self.end, self.edge)
 
-@dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """Special tokens, and what they begin and end with. In lower case: a template may change that of a text."""
 
-    tokens: frozenset[str]
-    beginnings: frozenset[str]
-    ends: frozenset[str]
-    longest: int
+class _Marker:
+    """Puts marks into texts. tokens: the special ones."""
 
-    @classmethod
-    def of(cls, contents: Any) -> _Parts:
-        tokens = frozenset(_lower(content) for content in contents)
-        return cls(
-            tokens=tokens,
-            beginnings=frozenset(token[:n] for token in tokens for n in range(1, len(token))),
-            ends=frozenset(token[n:] for token in tokens for n in range(1, len(token))),
-            longest=max(map(len, tokens), default=0),
-        )
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self._tokens = {_lower(token) for token in tokens}  # a template may change the case of a text
+        self._edges = _Edges(tokens)
+        self._word_edges = _Edges([token for token in tokens if token.isidentifier()])
 
-    def mark(self, text: str, *, marks: _Marks) -> str:
-        """The text with marks in it."""
-        lower, inserted = _lower(text), list[tuple[int, int, str]]()
-        for token in self.tokens:
+    def mark(self, value: Any, marks: _Marks) -> Any:
+        """A copy of a message, or of a part of one, with marks in its texts."""
+        if isinstance(value, str):
+            # Templates compare words ("user") with words: one is marked where another word could complete it.
+            edges = self._word_edges if value.isidentifier() else self._edges
+            return self._mark(value, marks, edges)
+        if isinstance(value, Mapping):
+            return {self._mark_name(name, marks): self.mark(item, marks) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            copies = (self.mark(item, marks) for item in value)
+            return list(copies) if isinstance(value, list) else tuple(copies)
+        return value
+
+    def _mark_name(self, name: str, marks: _Marks) -> str:
+        """Templates ask for words by name; other names are text that they write."""
+        return self._mark(name, marks, None if name.isidentifier() else self._edges)
+
+    def _mark(self, text: str, marks: _Marks, edges: _Edges | None) -> str:
+        lower, found = _lower(text), set[tuple[int, int, str]]()  # where, in which order, and what
+        for token in self._tokens:
             at = lower.find(token)
             while at >= 0:
-                inserted += [(at, 1, marks.begin), (at + len(token), 0, marks.end)]
+                found |= {(at, 1, marks.begin), (at + len(token), 0, marks.end)}
                 at = lower.find(token, at + 1)
-        lengths = range(1, min(self.longest, len(text) + 1))
-        if any(lower[:n] in self.ends for n in lengths):
-            inserted.append((0, 2, marks.edge))
-        if any(lower[-n:] in self.beginnings for n in lengths):
-            inserted.append((len(text), 2, marks.edge))
+        if edges is not None and edges.at_begin(text):
+            found.add((0, -1, marks.edge))
+        if edges is not None and edges.at_end(text):
+            found.add((len(text), 2, marks.edge))
         pieces, done = [], 0
-        for at, _, mark in sorted(set(inserted)):
+        for at, _, mark in sorted(found):
             pieces += [text[done:at], mark]
             done = at
         return "".join(pieces) + text[done:]
+
+
+class _Edges:
+    """What tokens begin with, and what they end with: a text that ends, or begins, so might be half of one."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self._beginnings = {token[:n] for token in tokens for n in range(1, len(token))}
+        self._ends = {token[n:] for token in tokens for n in range(1, len(token))}
+        self._lengths = range(1, max(map(len, tokens), default=0))
+
+    def at_begin(self, text: str) -> bool:
+        return any(text[:n] in self._ends for n in self._lengths)
+
+    def at_end(self, text: str) -> bool:
+        return any(text[-n:] in self._beginnings for n in self._lengths)
 
 
 class _Guarded:
@@ -188,29 +225,6 @@ def _respelled(tokenizer: dict[str, Any], guarded: Mapping[str, str]) -> dict[st
     return {**tokenizer, "post_processor": None, "truncation": None, "padding": None}
 
 
-def _places(marked: str, text: str, marks: _Marks) -> dict[int, set[str]]:
-    """Positions in a text → the marks there. RunError: without its marks, what was rendered is another text."""
-    for mark in marks:  # as JSON and Python write what is not ASCII, or cannot be shown
-        marked = re.sub(rf"\\+u{ord(mark):04x}", mark, marked)
-    places, pieces, at = dict[int, set[str]](), [], 0
-    for piece in re.split(f"([{''.join(marks)}])", marked):
-        if piece in (*marks,):
-            places.setdefault(at, set()).add(piece)
-        else:
-            pieces.append(piece)
-            at += len(piece)
-    if "".join(pieces) != text:
-        raise _unclear()
-    return places
-
-
-def _is_users(span: Span, places: Mapping[int, set[str]], marks: _Marks) -> bool:
-    """Whether what spells a special token is the user's: in whole, or in part."""
-    begin, end = span
-    whole = marks.begin in places.get(begin, ()) and marks.end in places.get(end, ())
-    return whole or any(begin < at < end for at in places)
-
-
 def _free_characters(texts: Sequence[str]) -> list[str]:
     """Noncharacters that are in none of the texts, and are not spelled in any as an escape."""
     free = [
@@ -233,17 +247,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _strings(item)
-
-
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {change(name): _map_strings(item, change) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        copies = (_map_strings(item, change) for item in value)
-        return list(copies) if isinstance(value, list) else tuple(copies)
-    return value
 
 
 def _lower(text: str) -> str:
