@@ -10,7 +10,7 @@ import pytest
 
 from bedplate.bundle.store import Bundle
 from bedplate.errors import RunError
-from bedplate.runtime.tokenizer import Tokenizer
+from bedplate.runtime.tokenizer import Tokenizer, open_backend
 
 TURNS = [
     {"role": "system", "content": "Be brief. "},
@@ -46,7 +46,7 @@ TRAINED_ON = "{% for m in messages %}{% generation %}{{ m.content }}{% endgenera
 
 def tokenizer(bundle: Bundle, template: str | None) -> Tokenizer:
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    return Tokenizer(bundle.tokenizer_file, chat_template=template, special_tokens=special)
+    return Tokenizer(open_backend(bundle.tokenizer_file), chat_template=template, special_tokens=special)
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA, TRAINED_ON])
@@ -95,7 +95,7 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps({"version": "1.0"}))
     with pytest.raises(RunError, match=r"tokenizer\.json: not a tokenizer"):
-        Tokenizer(file, chat_template=None, special_tokens={})
+        open_backend(file)
 
 
 def test_text_goes_there_and_back(toy_bundle: Bundle) -> None:
