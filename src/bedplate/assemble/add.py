@@ -50,6 +50,8 @@ def add_adapters(
         bundle.check_name(name)
     spec = spec_from_dict(bundle.manifest.model)
     adapters = {name: read_adapter(source, spec) for name, source in sources.items()}
+    for warning in (warning for adapter in adapters.values() for warning in adapter.warnings):
+        reporter.notice(warning)
     tokenizer = bundle.manifest.tokenizer
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
     scheme = quantize or default_adapter_scheme(recipe_from_dict(bundle.manifest.recipe))
