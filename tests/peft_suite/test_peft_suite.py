@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from options import download_tests, lora_options
 from peft import LoraConfig
+from peft_options import download_tests, lora_options
 from peft_oracle import TOLERANCE, Oracle
 from toy import save_toy_model, toy_config
 

@@ -63,9 +63,12 @@ def lora_options(tests: Path) -> tuple[list[dict[str, Any]], int]:
     found: dict[str, dict[str, Any]] = {}
     unknown = 0
     for file in sorted(tests.glob("*.py")):
-        for keywords in _keywords(ast.parse(file.read_text("utf-8"))):
+        tree = ast.parse(file.read_text("utf-8"))
+        constants = _constants(tree)
+        for keywords in _keywords(tree):
             try:
-                options = _on_llama({name: _value(value) for name, value in keywords.items()})
+                options = {name: _value(value, constants) for name, value in keywords.items()}
+                options = _on_llama(options)
             except (ValueError, TypeError):
                 unknown += 1
             else:
@@ -85,15 +88,36 @@ def _keywords(tree: ast.AST) -> Iterator[dict[str, ast.expr]]:
                 yield {ast.unparse(key).strip("'"): value for key, value in pairs if key}
 
 
-def _value(node: ast.expr) -> Any:
-    """What an expression stands for: a literal, a task of PEFT's, or one of LoRA's inner configs.
+def _constants(tree: ast.AST) -> dict[str, Any]:
+    """Names that a file gives one value only, a literal."""
+    values: dict[str, list[Any]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                value = ast.literal_eval(node.value)
+            except ValueError:
+                value = ...  # known to a run only
+            values.setdefault(node.targets[0].id, []).append(value)
+        elif isinstance(node, ast.arg):  # of a function, such as a test's parameter
+            values.setdefault(node.arg, []).append(...)
+    return {
+        name: found[0]
+        for name, found in values.items()
+        if len(set(map(repr, found))) == 1 and ... not in found
+    }
+
+
+def _value(node: ast.expr, constants: dict[str, Any]) -> Any:
+    """What an expression stands for: a literal, a constant, a task of PEFT's, or one of LoRA's inner configs.
 
     ValueError: only a run of the test knows.
     """
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
         inner = getattr(peft.tuners.lora.config, node.func.id, None)
         if dataclasses.is_dataclass(inner):
-            return inner(**{str(keyword.arg): _value(keyword.value) for keyword in node.keywords})  # type: ignore[operator]
+            return inner(**{str(keyword.arg): _value(keyword.value, constants) for keyword in node.keywords})  # type: ignore[operator]
+    if isinstance(node, ast.Name) and node.id in constants:
+        return constants[node.id]
     if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "TaskType":
         return str(getattr(peft.TaskType, node.attr).value)
     return ast.literal_eval(node)
