@@ -68,7 +68,7 @@ def lora_options(tests: Path) -> tuple[list[dict[str, Any]], int]:
         for keywords in _keywords(tree):
             try:
                 options = {name: _value(value, constants) for name, value in keywords.items()}
-                options = _on_llama(options)
+                options = _on_llama({**options.pop("**", {}), **options})
             except (ValueError, TypeError):
                 unknown += 1
             else:
@@ -79,7 +79,7 @@ def lora_options(tests: Path) -> tuple[list[dict[str, Any]], int]:
 def _keywords(tree: ast.AST) -> Iterator[dict[str, ast.expr]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "LoraConfig":
-            yield {str(keyword.arg): keyword.value for keyword in node.keywords}
+            yield {keyword.arg or "**": keyword.value for keyword in node.keywords}
         elif isinstance(node, ast.Tuple) and any(
             isinstance(part, ast.Name) and part.id == "LoraConfig" for part in node.elts
         ):
@@ -149,4 +149,9 @@ def _on_llama(options: dict[str, Any]) -> dict[str, Any]:
             return dataclasses.replace(value, **{name: rename(field) for name, field in fields.items()})  # type: ignore[type-var]
         return value
 
-    return {name: rename(value) if name in NAMING else value for name, value in options.items()}
+    changed = {name: rename(value) if name in NAMING else value for name, value in options.items()}
+    for field in ("target_modules", "exclude_modules"):
+        pattern = changed.get(field)
+        if isinstance(pattern, str) and pattern != "all-linear":  # of a whole path, which in a toy is short
+            changed[field] = f".*{pattern.removeprefix('^')}"
+    return changed
