@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bedplate.bundle import integrity, manifest
-from bedplate.bundle.manifest import AdapterInfo, AdapterRecord, ConstantInfo, FoundationInfo, Manifest
+from bedplate.bundle.manifest import AdapterInfo, ConstantInfo, FoundationInfo, Manifest
 from bedplate.bundle.ptd import read_ptd
 
 
@@ -41,7 +41,9 @@ def settle(bundle: Path) -> None:
         described = folder / manifest.ADAPTER_INFO
         info = manifest.load(AdapterInfo, described.read_bytes(), str(described))
         described.write_bytes(manifest.dump(dataclasses.replace(info, foundation=foundation)))
-        records[name] = AdapterRecord(foundation=foundation, files=integrity.measure(folder))
+        records[name] = dataclasses.replace(
+            document.adapters[name], foundation=foundation, files=integrity.measure(folder)
+        )
     edited = dataclasses.replace(
         document, files={name: measured[name] for name in document.files}, adapters=records
     )

@@ -22,7 +22,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 texts = st.one_of(
-    st.sampled_from(["q_proj", "v_proj", "all-linear", "(", "none", "layers", "\ud800", "gaussian"]),
+    st.sampled_from(["q_proj", "v_proj", "all-linear", "(", "[[a]", "none", "layers", "\ud800", "gaussian"]),
     st.text(st.characters(), max_size=6),
 )
 numbers = st.one_of(

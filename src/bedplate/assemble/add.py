@@ -58,6 +58,8 @@ def add_adapters(
         bundle.check_name(name)
     spec = spec_from_dict(bundle.manifest.model)
     adapters = {name: read_adapter(source, spec) for name, source in sources.items()}
+    for warning in (warning for adapter in adapters.values() for warning in adapter.warnings):
+        reporter.notice(warning)
     tokenizer = bundle.manifest.tokenizer
     base = BaseTokenizer(bundle.tokenizer_file, tokenizer.special_tokens)
     texts = {name: _read_text(source, base) for name, source in sources.items()}

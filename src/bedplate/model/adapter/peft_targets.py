@@ -35,6 +35,8 @@ class Targets:
 
     def __init__(self, config: PeftConfig, folder: Path) -> None:
         self._config, self._where = config, folder / CONFIG
+        # Once: a config may hold a pattern for every linear of the model.
+        self._ranks, self._alphas = (_compile(of) for of in (config.rank_of, config.alpha_of))
 
     def find(self, path: str) -> Target | None:
         """None: the config does not adapt it. Raises AdapterError where PEFT refuses the config."""
@@ -50,7 +52,7 @@ class Targets:
             return None
         # PEFT matches patterns with the path of what is adapted, here of the parameter.
         key = f"{path}.weight" if as_parameter else path
-        own_rank, own_alpha = (_first(of, key) for of in (self._config.rank_of, self._config.alpha_of))
+        own_rank, own_alpha = _first(self._ranks, key), _first(self._alphas, key)
         rank = self._config.rank if own_rank is None else int(own_rank)
         alpha = self._config.alpha if own_alpha is None else own_alpha
         return Target(
@@ -101,6 +103,10 @@ def _ends_with(path: str, names: Iterable[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def _first(patterns: Mapping[str, float], path: str) -> float | None:
+def _compile(values: Mapping[str, float]) -> list[tuple[re.Pattern[str], float]]:
+    return [(re.compile(pattern_form(pattern)), value) for pattern, value in values.items()]
+
+
+def _first(values: list[tuple[re.Pattern[str], float]], path: str) -> float | None:
     """The value of the first pattern that matches."""
-    return next((value for pattern, value in patterns.items() if re.match(pattern_form(pattern), path)), None)
+    return next((value for pattern, value in values if pattern.match(path)), None)
