@@ -117,18 +117,34 @@ class TestGenerate:
         stats = session.last
         assert stats is not None
         assert stats.prompt_tokens == len(engine.tokenizer.encode("abc"))
-        assert stats.prefill_seconds > 0
-        if stats.finish_reason == "length":
-            assert stats.generated_tokens == 3 and stats.decode_seconds > 0
+        assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
+        assert (stats.finish_reason, stats.generated_tokens) == ("length", 3)
+        assert stats.reused_tokens == 0
+
+    def test_statistics_of_an_answer_that_ends(self, engine: Engine, session: Session) -> None:
+        """Until the end token is drawn: at a temperature at which every token is about as likely."""
+        session.generate("abc", max_tokens=100, temperature=1e9, seed=4)
+        stats = session.last
+        assert stats is not None and stats.finish_reason == "stop"
+        assert stats.generated_tokens == len(session.tokens) - stats.prompt_tokens < 100
+
+    def test_statistics_while_it_goes_on(self, session: Session) -> None:
+        pieces = session.generate("abc", max_tokens=3, stream=True)
+        assert session.last is not None and session.last.finish_reason is None
+        next(pieces)
+        assert (session.last.finish_reason, session.last.generated_tokens) == (None, 1)
+        list(pieces)
+        assert (session.last.finish_reason, session.last.generated_tokens) == ("length", 3)
 
     def test_the_end_of_the_context_ends_it(self, engine: Engine, session: Session) -> None:
         limit = engine.limits().max_context
         prompt = "a" * (limit - 1)
         assert len(engine.tokenizer.encode(prompt)) == limit - 1
-        session.generate(prompt, max_tokens=50, temperature=1.0)
+        session.generate(prompt, max_tokens=50)
         assert session.last is not None
-        assert session.last.finish_reason == "stop" or session.last.generated_tokens == 2
-        assert len(session.tokens) <= limit
+        # One token stands in the last position, one more is drawn from its logits.
+        assert (session.last.finish_reason, session.last.generated_tokens) == ("length", 2)
+        assert len(session.tokens) == limit
 
     def test_a_prompt_longer_than_the_context(self, engine: Engine, session: Session) -> None:
         limit = engine.limits().max_context
@@ -140,11 +156,15 @@ class TestGenerate:
     ) -> None:
         settings = {"max_tokens": 30, "temperature": hot, "seed": 3}
         whole = engine.session().generate("ab", **settings)
-        stop = whole[len(whole) // 2 :][:2]
-        assert stop, "the toy says nothing: choose another seed"
-        pieces = list(session.generate("ab", **settings, stop=["never said!", stop], stream=True))
-        assert "".join(pieces) == whole[: whole.find(stop)]
-        assert session.last is not None and session.last.finish_reason == "stop"
+        middle = len(whole) // 2
+        early, late = whole[middle - 3 : middle], whole[middle:][:2]
+        assert 0 < whole.find(early) < whole.find(late), "the toy says too little: choose another seed"
+        for stops in (["never said!", late], [late], [late, early], [early, late], [early + "!", early]):
+            pieces = list(session.generate("ab", **settings, stop=stops, stream=True))
+            stop = early if early in stops else late
+            assert "".join(pieces) == whole[: whole.find(stop)]
+            assert session.last is not None and session.last.finish_reason == "stop"
+            assert session.last.generated_tokens < 30
 
     def test_messages_go_through_the_template(self, engine: Engine, session: Session) -> None:
         messages = [{"role": "user", "content": "hi"}]
@@ -241,6 +261,7 @@ class TestCancel:
         session.cancel()
         assert list(pieces) == []
         assert session.last is not None and session.last.generated_tokens == 0
+        assert session.last.finish_reason == "cancelled"
 
     def test_in_the_middle_of_a_long_prompt(self, session: Session) -> None:
         """The prompt of this toy goes in one chunk, unless its program is made to take less at once."""
@@ -265,8 +286,13 @@ class TestCancel:
 
     def test_closing_the_iterator(self, session: Session, pieces: Generator[str]) -> None:
         next(pieces)
+        stats = session.last
+        assert stats is not None and stats.finish_reason is None
+        held, generated = session.tokens, stats.generated_tokens
         pieces.close()
-        assert session.last is not None and session.last.finish_reason == "cancelled"
+        assert stats.finish_reason == "cancelled"
+        assert list(pieces) == [] and (session.tokens, stats.generated_tokens) == (held, generated)
+        assert session.generate("ab", max_tokens=3) and session.last is not stats
 
     def test_a_newer_generation_ends_an_older_one(
         self, engine: Engine, session: Session, pieces: Iterator[str]

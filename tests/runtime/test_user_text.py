@@ -46,7 +46,9 @@ def conversations(toy: Toy) -> st.SearchStrategy[list[dict[str, str]]]:
 def test_no_text_of_a_message_becomes_a_special_token(kind: str) -> None:
     toy = KINDS[kind]()
 
-    @settings(max_examples=50 if kind == "smollm2" else 150, deadline=None)  # a large one is slow to make anew
+    @settings(
+        max_examples=50 if kind == "smollm2" else 150, deadline=None
+    )  # a large one is slow to make anew
     @given(messages=conversations(toy))
     def check(messages: list[dict[str, str]]) -> None:
         ids = toy.ours.encode_chat(messages)
