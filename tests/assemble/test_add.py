@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapter_formats import as_bin, as_gguf, as_mlx, as_torchtune
 from eager import eager_decoder, eager_logits
 from recorder import Recorder
 from safetensors.torch import load_file, save_file
-from toy import BuildToy, save_adapter
+from toy import BuildToy, save_adapter, toy_config
 
 from bedplate import Bundle, Engine, _native
 from bedplate.bundle.usage import sharing
@@ -138,6 +139,33 @@ def test_adding_leaves_the_number_of_threads_as_it_was(
     with Engine(bundle, threads=1):
         bundle.add(toy_adapters["all"], name="a", unit_cache=unit_cache)
         assert _native.threads() == 1
+
+
+def test_one_adapter_in_the_form_of_each_tool_is_one_adapter(
+    bundle: Bundle, toy_bundle: Bundle, toy_adapters: dict[str, Path], unit_cache: Path, tmp_path: Path
+) -> None:
+    peft, config = toy_adapters["all"], toy_config()
+    forms = {
+        "bin": as_bin(peft, tmp_path / "bin"),
+        "torchtune": as_torchtune(peft, tmp_path / "torchtune", config),
+        "mlx": as_mlx(peft, tmp_path / "mlx"),
+        "gguf": as_gguf(peft, tmp_path / "a.gguf", config),
+    }
+    bundle.add_all(forms, quantize="none", unit_cache=unit_cache)
+    for name in forms:
+        assert bundle.adapters[name].weights.read_bytes() == toy_bundle.adapters["all"].weights.read_bytes()
+        assert bundle.adapters[name].info.alpha == 8.0
+
+
+def test_what_a_reader_warns_of_is_told(
+    bundle: Bundle, toy_adapters: dict[str, Path], unit_cache: Path, tmp_path: Path
+) -> None:
+    file = as_gguf(
+        toy_adapters["all"], tmp_path / "a.gguf", toy_config(), fields={"adapter.lora.prompt_prefix": "Task:"}
+    )
+    recorder = Recorder()
+    bundle.add(file, name="a", unit_cache=unit_cache, reporter=recorder)
+    assert [notice for notice in recorder.notices if "Task:" in notice]
 
 
 def test_a_model_whose_layers_differ_is_lowered_as_a_whole(

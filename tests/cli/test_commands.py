@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_formats import as_gguf
 from safetensors.numpy import load_file, save_file
+from toy import toy_config
 
 import bedplate
 from bedplate.cli.main import main
@@ -91,6 +93,10 @@ def test_build_add_list_remove(
     assert listed["bytes"] == sum(sizes)
     assert (listed["name"], listed["rank"], listed["alpha"]) == ("all", 4, 8.0)
     assert (listed["dtype"], len(listed["targets"])) == ("8w", 7)
+
+    file = as_gguf(toy_adapters["all2"], tmp_path / "other.v2.gguf", toy_config())
+    assert "added other.v2: rank 4" in command("add", out, file, "--unit-cache", unit_cache).err
+    assert command("remove", out, "other.v2").code == 0
 
     removed = command("remove", out, "all")
     assert (removed.code, removed.out, removed.err) == (0, "", "removed all\n")
