@@ -25,7 +25,9 @@ class Oracle:
 
     def __init__(self, model: Path) -> None:
         self.spec = open_checkpoint(model).spec
-        self.model = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.model = LlamaForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         self.base = self._logits(self.model)
 
     def save(self, folder: Path, config: LoraConfig) -> Path:
@@ -52,11 +54,16 @@ class Oracle:
 
     def merged(self, adapter: Adapter) -> Tensor:
         """Logits float32 [T, vocab] of the base with B·A added to its weights."""
-        model = copy.deepcopy(self.model)
+        changed = []
         with torch.no_grad():
             for path, a, b in adapter.matrices():
-                model.model.get_submodule(path).weight += torch.from_numpy(b) @ torch.from_numpy(a)
-        return self._logits(model)
+                weight = self.model.model.get_submodule(path).weight
+                changed.append((weight, weight.clone()))
+                weight += torch.from_numpy(b) @ torch.from_numpy(a)
+            logits = self._logits(self.model)
+            for weight, before in changed:
+                weight.copy_(before)
+        return logits
 
     def assert_equal(self, folder: Path, *, has_effect: bool = True) -> Adapter:
         """bedplate reads from `folder` what PEFT computes."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from adapter_formats import as_bin, as_gguf, as_mlx, as_torchtune
 from eager import eager_decoder, eager_logits
 from recorder import Recorder
 from safetensors.torch import load_file, save_file
-from toy import BuildToy, save_adapter, toy_config
+from toy import BuildToy, reference, save_adapter, toy_config
 
 from bedplate import Bundle, Engine, _native
 from bedplate.bundle.usage import sharing
@@ -97,6 +99,57 @@ def test_one_that_does_not_fit_keeps_all_out(
     assert list(Bundle.open(bundle.path).adapters) == ["a"]
 
 
+@pytest.mark.parametrize("exact_rank", [False, True])
+def test_ranks_and_layers_of_their_own_run_as_in_peft(
+    exact_rank: bool,
+    build_toy: BuildToy,
+    float_bundle: Bundle,
+    toy_model: Path,
+    unit_cache: Path,
+    tmp_path: Path,
+) -> None:
+    """Zeros stand for the layer that is not adapted, and fill up the lower ranks."""
+    adapter = save_adapter(
+        tmp_path / "mixed",
+        toy_model,
+        seed=4,
+        rank=8,
+        targets=["q_proj", "v_proj"],
+        use_rslora=True,
+        rank_pattern={"v_proj": 3, "layers.2.self_attn.q_proj": 5},
+        alpha_pattern={"layers.0.self_attn.v_proj": 2.5},
+        layers_to_transform=[0, 2],
+    )
+    assert "qv" in float_bundle.adapters, "whose units of rank 8 are there"
+    bundle = build_toy(quantize="none")
+    entry = bundle.add(adapter, name="mixed", exact_rank=exact_rank, unit_cache=unit_cache)
+    assert (entry.info.rank, entry.info.unit_rank) == (8, 8)
+    with torch.no_grad():
+        expected = reference(toy_model, adapter)(torch.tensor([TOKENS])).logits[0].numpy()
+    np.testing.assert_allclose(logits(bundle, "mixed"), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(logits(bundle, None) - expected).max() > 0.1
+
+
+def test_an_adapter_of_some_layers_in_8_bits(
+    bundle: Bundle, toy_bundle: Bundle, toy_model: Path, unit_cache: Path, tmp_path: Path
+) -> None:
+    assert "all8" in toy_bundle.adapters, "whose units are there"
+    adapter = save_adapter(tmp_path / "some", toy_model, seed=4, layers_to_transform=[1])
+    bundle.add(adapter, name="some", unit_cache=unit_cache)
+    expected = eager_logits(eager_decoder(toy_model, bundle, adapter, "8w"), TOKENS).numpy()
+    assert np.median(np.abs(logits(bundle, "some") - expected)) < 0.02 * expected.std()
+    assert not np.array_equal(logits(bundle, "some"), logits(bundle, None))
+
+
+def test_what_a_user_must_know_of_an_adapter_is_told(
+    bundle: Bundle, toy_bundle: Bundle, toy_adapters: dict[str, Path], unit_cache: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(toy_adapters["all"], tmp_path / "pissa_backup")
+    recorder = Recorder()
+    bundle.add(folder, name="new", unit_cache=unit_cache, reporter=recorder)
+    assert any("training began with PiSSA" in notice for notice in recorder.notices)
+
+
 @pytest.fixture(scope="module")
 def idle(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter as it is before training: B is all zeros."""
@@ -155,17 +208,6 @@ def test_one_adapter_in_the_form_of_each_tool_is_one_adapter(
     for name in forms:
         assert bundle.adapters[name].weights.read_bytes() == toy_bundle.adapters["all"].weights.read_bytes()
         assert bundle.adapters[name].info.alpha == 8.0
-
-
-def test_what_a_reader_warns_of_is_told(
-    bundle: Bundle, toy_adapters: dict[str, Path], unit_cache: Path, tmp_path: Path
-) -> None:
-    file = as_gguf(
-        toy_adapters["all"], tmp_path / "a.gguf", toy_config(), fields={"adapter.lora.prompt_prefix": "Task:"}
-    )
-    recorder = Recorder()
-    bundle.add(file, name="a", unit_cache=unit_cache, reporter=recorder)
-    assert [notice for notice in recorder.notices if "Task:" in notice]
 
 
 def test_a_model_whose_layers_differ_is_lowered_as_a_whole(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bedplate.errors import AdapterError
-from bedplate.model.adapter.types import Adapter, Place, RawAdapter
+from bedplate.model.adapter.types import AGAIN, Adapter, Place, RawAdapter
 from bedplate.model.spec import ModelSpec, linear_shapes
 
 
@@ -37,6 +37,8 @@ def fit(raw: RawAdapter, spec: ModelSpec) -> Adapter:
                     where=raw.weights,
                     hint="the adapter was trained on another model",
                 )
+    if not raw.pairs:
+        raise AdapterError("it adapts nothing: there are no tensors in it", where=raw.weights, hint=AGAIN)
     adapted = [linear for linear in shapes if any(linear == name for _, name in raw.pairs)]
     adapter = Adapter(
         path=raw.path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,7 +254,9 @@ class _Fields:
 
     def check_pattern(self, field: str, pattern: str) -> None:
         try:
-            re.compile(pattern)
+            with warnings.catch_warnings():  # of what another Python may read otherwise
+                warnings.simplefilter("ignore")
+                re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             self.fail(f"{field} holds {short(pattern)}, which is no regular expression: {error}")
 

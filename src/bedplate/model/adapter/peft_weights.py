@@ -39,8 +39,6 @@ def pair_up(
             if half.half in of_linear:
                 raise AdapterError(f"tensor {name} is there twice, under two names", where=where, hint=AGAIN)
             of_linear[half.half] = tensors[name]
-    if not halves:
-        raise AdapterError("it adapts nothing: there are no tensors in it", where=where, hint=AGAIN)
     for (layer, linear), of_linear in halves.items():
         for half_name in "AB":
             if half_name not in of_linear:

@@ -1,0 +1,71 @@
+"""PEFT's own LoRA options, on a toy Llama: bedplate computes what PEFT does with them, or names what it refuses.
+
+The options are read from the tests in PEFT's source distribution: whatever its authors thought worth a test.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from options import download_tests, lora_options
+from peft import LoraConfig
+from peft_oracle import TOLERANCE, Oracle
+from toy import save_toy_model, toy_config
+
+from bedplate.errors import BedplateError
+
+PARTS = 6
+# What a refusal may name, beside the fields that are set; PEFT sets modules_to_save by itself for some tasks.
+ALSO_NAMED = ("lm_head", "embed_tokens", "modules_to_save")
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    folder = tmp_path_factory.mktemp("small") / "model"
+    save_toy_model(folder, toy_config(num_hidden_layers=2, tie_word_embeddings=False))
+    return Oracle(folder)
+
+
+@pytest.fixture(scope="module")
+def all_options(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    options, unknown = lora_options(download_tests(request.config.cache.mkdir("peft-tests")))
+    print(f"{len(options)} sets of options in PEFT's tests; {unknown} more are made while they run")
+    assert len(options) > 200
+    return options
+
+
+def outcome(options: dict[str, Any], oracle: Oracle, folder: Path) -> str:
+    """What became of it; fails where bedplate is wrong, or refuses without a name."""
+    try:
+        oracle.save(folder, LoraConfig(**options))
+    except Exception:  # not for a Llama, or one of PEFT's tests of its errors
+        return "PEFT makes none"
+    try:
+        adapter = oracle.read(folder)
+    except BedplateError as error:
+        # `r` is in many words, and nothing is refused for what it says.
+        named = [name for name in (*ALSO_NAMED, *(options.keys() - {"r"})) if name in str(error)]
+        assert named, (options, str(error))
+        return f"refused: {named[0]}"
+    expected = oracle.peft(folder)
+    difference = float((oracle.merged(adapter) - expected).abs().max())
+    assert difference < TOLERANCE, options
+    assert float((expected - oracle.base).abs().max()) > 10 * TOLERANCE or not options.get("lora_alpha", 1), (
+        options
+    )
+    return "equal"
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_options_of_peft(
+    part: int, all_options: list[dict[str, Any]], oracle: Oracle, tmp_path: Path
+) -> None:
+    results = Counter(
+        outcome(options, oracle, tmp_path / str(number))
+        for number, options in enumerate(all_options[part::PARTS])
+    )
+    print(dict(results))
+    assert results["equal"] >= 10
