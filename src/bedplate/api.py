@@ -32,7 +32,9 @@ class Bundle(store.Bundle):
         unit_cache: str | Path | None = None,
         reporter: Reporter = SILENT,
     ) -> store.AdapterEntry:
-        """Pack a PEFT adapter folder against this bundle's foundation and add it as `name`.
+        """Pack a LoRA adapter against this bundle's foundation and add it as `name`.
+
+        adapter: a folder of PEFT, torchtune or MLX-LM, or a `.gguf` file of llama.cpp.
 
         quantize: `8w` stores A and B in 8 bits, `none` in float32; None: in 8 bits, unless the foundation is float32.
         exact_rank: compile for the adapter's own rank, even if units of a somewhat higher one are there.
@@ -60,7 +62,7 @@ class Bundle(store.Bundle):
         unit_cache: str | Path | None = None,
         reporter: Reporter = SILENT,
     ) -> list[store.AdapterEntry]:
-        """Add several PEFT adapters by their names, all or none. Otherwise as `add`."""
+        """Add several adapters by their names, all or none. Otherwise as `add`."""
         from bedplate.assemble.add import add_adapters
 
         sources = {name: Path(adapter) for name, adapter in adapters.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recorder import Recorder
 from toy import CHAT_TEMPLATE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -76,7 +77,9 @@ def test_the_template_and_the_special_tokens_of_an_adapter_are_used_for_it_alone
         toy_model, chat_template=OWN, eos_token="<|im_start|>", pad_token="<|im_end|>"
     ).save_pretrained(folder)
     before = prompt(bundle, None)
-    add(bundle, folder, unit_cache)
+    recorder = Recorder()
+    bundle.add(folder, name="own", quantize="none", unit_cache=unit_cache, reporter=recorder)
+    assert [notice for notice in recorder.notices if "ends a text with <|im_start|>" in notice]
     as_transformers(bundle, folder)
     assert prompt(bundle, None) == prompt(bundle, "all") == before
     record = bundle.manifest.adapters["own"]

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapter_formats import as_bin, as_gguf, as_mlx, as_torchtune
 from eager import eager_decoder, eager_logits
 from recorder import Recorder
 from safetensors.torch import load_file, save_file
-from toy import BuildToy, reference, save_adapter
+from toy import BuildToy, reference, save_adapter, toy_config
 
 from bedplate import Bundle, Engine, _native
 from bedplate.bundle.usage import sharing
@@ -98,50 +99,6 @@ def test_one_that_does_not_fit_keeps_all_out(
     assert list(Bundle.open(bundle.path).adapters) == ["a"]
 
 
-@pytest.fixture(scope="module")
-def idle(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter as it is before training: B is all zeros."""
-    folder = save_adapter(tmp_path_factory.mktemp("idle") / "idle", toy_model, seed=1)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    zeros = {name: value * ("lora_B" not in name) for name, value in tensors.items()}
-    save_file(zeros, folder / "adapter_model.safetensors")
-    return folder
-
-
-@pytest.mark.parametrize("quantize", ["none", "8w"])
-def test_an_adapter_that_changes_nothing_is_refused(
-    quantize: str, bundle: Bundle, idle: Path, toy_adapters: dict[str, Path], unit_cache: Path
-) -> None:
-    before = {path: path.stat().st_mtime_ns for path in bundle.path.rglob("*") if path.is_file()}
-    with pytest.raises(AdapterError, match=r"changes nothing.*\(b\)") as caught:
-        bundle.add_all({"a": toy_adapters["all"], "b": idle}, quantize=quantize, unit_cache=unit_cache)
-    assert caught.value.where == str(idle) and "--allow-noop" in str(caught.value.hint)
-    assert {path: path.stat().st_mtime_ns for path in bundle.path.rglob("*") if path.is_file()} == before
-    assert bundle.adapters == {}
-    bundle.add(idle, name="b", quantize=quantize, allow_noop=True, unit_cache=unit_cache)
-    np.testing.assert_array_equal(logits(bundle, "b"), logits(bundle, None))
-
-
-def test_an_adapter_that_changes_next_to_nothing_is_taken(
-    bundle: Bundle, toy_model: Path, unit_cache: Path, tmp_path: Path
-) -> None:
-    folder = save_adapter(tmp_path / "weak", toy_model, seed=1)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    last = "base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"
-    weak = {name: value * (1e-3 if name == last else "lora_B" not in name) for name, value in tensors.items()}
-    save_file(weak, folder / "adapter_model.safetensors")
-    bundle.add(folder, name="weak", unit_cache=unit_cache)
-    assert 0 < np.abs(logits(bundle, "weak") - logits(bundle, None)).max() < 0.1
-
-
-def test_adding_leaves_the_number_of_threads_as_it_was(
-    bundle: Bundle, toy_adapters: dict[str, Path], unit_cache: Path
-) -> None:
-    with Engine(bundle, threads=1):
-        bundle.add(toy_adapters["all"], name="a", unit_cache=unit_cache)
-        assert _native.threads() == 1
-
-
 @pytest.mark.parametrize("exact_rank", [False, True])
 def test_ranks_and_layers_of_their_own_run_as_in_peft(
     exact_rank: bool,
@@ -191,6 +148,66 @@ def test_what_a_user_must_know_of_an_adapter_is_told(
     recorder = Recorder()
     bundle.add(folder, name="new", unit_cache=unit_cache, reporter=recorder)
     assert any("training began with PiSSA" in notice for notice in recorder.notices)
+
+
+@pytest.fixture(scope="module")
+def idle(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter as it is before training: B is all zeros."""
+    folder = save_adapter(tmp_path_factory.mktemp("idle") / "idle", toy_model, seed=1)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    zeros = {name: value * ("lora_B" not in name) for name, value in tensors.items()}
+    save_file(zeros, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("quantize", ["none", "8w"])
+def test_an_adapter_that_changes_nothing_is_refused(
+    quantize: str, bundle: Bundle, idle: Path, toy_adapters: dict[str, Path], unit_cache: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in bundle.path.rglob("*") if path.is_file()}
+    with pytest.raises(AdapterError, match=r"changes nothing.*\(b\)") as caught:
+        bundle.add_all({"a": toy_adapters["all"], "b": idle}, quantize=quantize, unit_cache=unit_cache)
+    assert caught.value.where == str(idle) and "--allow-noop" in str(caught.value.hint)
+    assert {path: path.stat().st_mtime_ns for path in bundle.path.rglob("*") if path.is_file()} == before
+    assert bundle.adapters == {}
+    bundle.add(idle, name="b", quantize=quantize, allow_noop=True, unit_cache=unit_cache)
+    np.testing.assert_array_equal(logits(bundle, "b"), logits(bundle, None))
+
+
+def test_an_adapter_that_changes_next_to_nothing_is_taken(
+    bundle: Bundle, toy_model: Path, unit_cache: Path, tmp_path: Path
+) -> None:
+    folder = save_adapter(tmp_path / "weak", toy_model, seed=1)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    last = "base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"
+    weak = {name: value * (1e-3 if name == last else "lora_B" not in name) for name, value in tensors.items()}
+    save_file(weak, folder / "adapter_model.safetensors")
+    bundle.add(folder, name="weak", unit_cache=unit_cache)
+    assert 0 < np.abs(logits(bundle, "weak") - logits(bundle, None)).max() < 0.1
+
+
+def test_adding_leaves_the_number_of_threads_as_it_was(
+    bundle: Bundle, toy_adapters: dict[str, Path], unit_cache: Path
+) -> None:
+    with Engine(bundle, threads=1):
+        bundle.add(toy_adapters["all"], name="a", unit_cache=unit_cache)
+        assert _native.threads() == 1
+
+
+def test_one_adapter_in_the_form_of_each_tool_is_one_adapter(
+    bundle: Bundle, toy_bundle: Bundle, toy_adapters: dict[str, Path], unit_cache: Path, tmp_path: Path
+) -> None:
+    peft, config = toy_adapters["all"], toy_config()
+    forms = {
+        "bin": as_bin(peft, tmp_path / "bin"),
+        "torchtune": as_torchtune(peft, tmp_path / "torchtune", config),
+        "mlx": as_mlx(peft, tmp_path / "mlx"),
+        "gguf": as_gguf(peft, tmp_path / "a.gguf", config),
+    }
+    bundle.add_all(forms, quantize="none", unit_cache=unit_cache)
+    for name in forms:
+        assert bundle.adapters[name].weights.read_bytes() == toy_bundle.adapters["all"].weights.read_bytes()
+        assert bundle.adapters[name].info.alpha == 8.0
 
 
 def test_a_model_whose_layers_differ_is_lowered_as_a_whole(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import subprocess
@@ -9,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from adapter_formats import as_gguf
 from command_line import Command, failed
 from forged import flip, settle
 from safetensors.numpy import load_file, save_file
+from toy import toy_config
 
 import bedplate
 
@@ -49,6 +52,10 @@ def test_build_add_list_remove(
     assert listed["bytes"] == sum(sizes)
     assert (listed["name"], listed["rank"], listed["alpha"]) == ("all", 4, 8.0)
     assert (listed["dtype"], len(listed["targets"])) == ("8w", 7)
+
+    file = as_gguf(toy_adapters["all2"], tmp_path / "other.v2.gguf", toy_config())
+    assert "added other.v2: rank 4" in command("add", out, file, "--unit-cache", unit_cache).err
+    assert command("remove", out, "other.v2").code == 0
 
     removed = command("remove", out, "all")
     assert (removed.code, removed.out, removed.err) == (0, "", "removed all\n")
@@ -327,12 +334,12 @@ def test_a_build_says_nothing_but_its_stages(toy_model: Path, unit_cache: Path, 
 
 @pytest.mark.usefixtures("toy_bundle")  # has compiled what this needs
 def test_the_context_is_what_the_model_has_where_that_is_less(
-    toy_model: Path, unit_cache: Path, tmp_path: Path
+    command: Command, toy_model: Path, unit_cache: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(toy_model, tmp_path / "model"))
     fields = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**fields, "max_position_embeddings": 128}))
-    assert command("build", model, "-o", tmp_path / "b", "--unit-cache", unit_cache).exit_code == 0
+    assert command("build", model, "-o", tmp_path / "b", "--unit-cache", unit_cache).code == 0
     built = bedplate.Bundle.open(tmp_path / "b")
     assert built.manifest.model["max_context"] == 128
     with bedplate.Engine(built) as engine:

@@ -543,6 +543,20 @@ def test_a_package_that_is_not_there_is_named(
     assert install in str(error.hint)
 
 
+def test_without_tensors_there_is_no_adapter(
+    oracle: Oracle, peft: Path, config: LlamaConfig, tmp_path: Path
+) -> None:
+    empty = Path(shutil.copytree(peft, tmp_path / "empty"))
+    save_file({}, empty / WEIGHTS)
+    for made in (
+        as_bin(empty, tmp_path / "bin"),
+        as_torchtune(empty, tmp_path / "torchtune", config),
+        as_mlx(empty, tmp_path / "mlx"),
+        as_gguf(empty, tmp_path / "a.gguf", config),
+    ):
+        refused(oracle, made, AdapterError, "adapts nothing")
+
+
 def test_other_bytes_have_another_fingerprint(
     oracle: Oracle, peft: Path, config: LlamaConfig, tmp_path: Path
 ) -> None:

@@ -1,8 +1,8 @@
-"""PEFT adapters → adapters of a bundle. With the units of their structure at hand, no torch is imported."""
+"""LoRA adapters → adapters of a bundle. With the units of their structure at hand, no torch is imported."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ def add_adapters(
     cache: UnitCache,
     reporter: Reporter,
 ) -> None:
-    """Pack PEFT adapters against the bundle's foundation and add them under the names in `sources`: all or none.
+    """Pack LoRA adapters against the bundle's foundation and add them under the names in `sources`: all or none.
 
     quantize: None stands for the default beside the bundle's recipe.
     exact_rank: compile units for a rank that has none, where a larger rank that has some would do with zeros.
@@ -58,11 +58,12 @@ def add_adapters(
         bundle.check_name(name)
     spec = spec_from_dict(bundle.manifest.model)
     adapters = {name: read_adapter(source, spec) for name, source in sources.items()}
-    for warning in (warning for adapter in adapters.values() for warning in adapter.warnings):
-        reporter.notice(warning)
     tokenizer = bundle.manifest.tokenizer
     base = BaseTokenizer(bundle.tokenizer_file, tokenizer.special_tokens)
     texts = {name: _read_text(source, base) for name, source in sources.items()}
+    for name, source in sources.items():
+        for warning in (*adapters[name].warnings, *_other_end(source, texts[name], base, tokenizer.eos_ids)):
+            reporter.notice(warning)
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
     scheme = quantize or default_adapter_scheme(recipe_from_dict(bundle.manifest.recipe))
     packer = _Packer(bundle, scheme, templates, exact_rank)
@@ -83,6 +84,15 @@ def _read_text(source: Path, base: BaseTokenizer) -> AdapterText:
             hint = f"mend it, or remove it: the adapter then has the base model's; it is in {TEMPLATE} or {SETTINGS}"
             raise AdapterError(error.what, where=source, hint=hint) from error
     return text
+
+
+def _other_end(
+    source: Path, text: AdapterText, base: BaseTokenizer, eos_ids: Collection[int]
+) -> Iterator[str]:
+    """A warning where text ends otherwise than answers do: as in transformers, the base model says when they end."""
+    end = (text.special_tokens or {}).get("eos_token")
+    if end is not None and base.token_id(end) not in eos_ids:
+        yield f"{source}: its tokenizer ends a text with {end}; answers go on, as that does not end the base model's"
 
 
 def _check_nothing(drafts: Bundle) -> None:

@@ -8,93 +8,32 @@ What a killed writer leaves is either hidden, and removed by the next writer, or
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from bedplate.bundle import files, integrity, manifest, usage
-from bedplate.bundle.manifest import (
-    AdapterInfo,
-    AdapterRecord,
-    ConstantInfo,
-    FoundationInfo,
-    Manifest,
-    TokenizerInfo,
-)
-from bedplate.bundle.ptd import read_ptd
+from bedplate.bundle.entries import AdapterEntry, AdapterFacts, BundleFacts, ChatSettings, check_foundation
+from bedplate.bundle.manifest import AdapterRecord, FoundationInfo, Manifest, TokenizerInfo
 from bedplate.errors import (
     AdapterError,
     BedplateError,
     BundleError,
-    LoweringError,
     NameTakenError,
     NotFoundError,
 )
 
-
-@dataclass(frozen=True, kw_only=True)
-class BundleFacts:
-    """What whoever writes a bundle's files tells of them; sizes and hashes are measured. See Manifest."""
-
-    model: dict[str, Any]
-    recipe: dict[str, Any]
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
-    special_tokens: dict[str, str]
-    constants: tuple[ConstantInfo, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterFacts:
-    """What whoever writes an adapter's files tells of it. special_tokens: see AdapterRecord."""
-
-    info: AdapterInfo
-    special_tokens: dict[str, str] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatSettings:
-    """What turns a conversation into text. template_file: None: there is no template.
-
-    special_tokens: `bos_token`, `eos_token` … as text, as the template sees them.
-    """
-
-    template_file: Path | None
-    special_tokens: Mapping[str, str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterEntry:
-    """An adapter of an open bundle, in `folder`. foundation: SHA-256 of the bundle's."""
-
-    name: str
-    folder: Path
-    foundation: str
-
-    @property
-    def program(self) -> Path:
-        return self.folder / manifest.ADAPTER_PROGRAM
-
-    @property
-    def weights(self) -> Path:
-        return self.folder / manifest.ADAPTER_WEIGHTS
-
-    @functools.cached_property
-    def info(self) -> AdapterInfo:
-        """What `adapter.json` says; it names every constant, so whoever only runs the adapter does not read it.
-
-        BundleError: it is damaged, describes another adapter, or one packed against another foundation.
-        """
-        where = self.folder / manifest.ADAPTER_INFO
-        info = manifest.load(AdapterInfo, where.read_bytes(), str(where))
-        if info.name != self.name:
-            hint = f"add {self.name!r} again"
-            raise BundleError(f"it describes the adapter {info.name!r}", where=where, hint=hint)
-        _check_foundation(self, info.foundation, where)
-        return info
+__all__ = [
+    "AdapterEntry",
+    "AdapterFacts",
+    "Bundle",
+    "BundleFacts",
+    "ChatSettings",
+    "check_free",
+    "create_bundle",
+    "remove_adapter",
+]
 
 
 class Bundle:
@@ -213,7 +152,14 @@ class Bundle:
     def _write(self, name: str, write: Callable[[Path], AdapterFacts], folder: Path) -> AdapterRecord:
         folder.mkdir()
         facts = write(folder)
-        self._check_fit(name, facts.info, folder)
+        assert facts.info.name == name, f"{facts.info.name} is written as {name}"
+        if facts.info.foundation != self.foundation_sha256:
+            raise AdapterError(
+                f"packed against the foundation {facts.info.foundation[:12]}…, not {self.foundation_sha256[:12]}…",
+                where=f"adapter {name}",
+                hint="pack it against this bundle",
+            )
+        usage.check_adapter(facts.info, folder, self.foundation)
         files.write(folder / manifest.ADAPTER_INFO, manifest.dump(facts.info))
         return AdapterRecord(
             foundation=facts.info.foundation,
@@ -251,35 +197,6 @@ class Bundle:
         """See the function `remove_adapter`, which needs no open bundle."""
         remove_adapter(self.path, name)
         self._refresh()
-
-    def _check_fit(self, name: str, info: AdapterInfo, draft: Path) -> None:
-        assert info.name == name, f"{info.name} is written as {name}"
-        if info.foundation != self.foundation_sha256:
-            raise AdapterError(
-                f"packed against the foundation {info.foundation[:12]}…, not {self.foundation_sha256[:12]}…",
-                where=f"adapter {name}",
-                hint="pack it against this bundle",
-            )
-        own = read_ptd(draft / manifest.ADAPTER_WEIGHTS).entries.keys()
-        assert own == {constant.key for constant in info.constants}, (
-            "adapter.json must list what weights.ptd holds"
-        )
-        held = read_ptd(self.foundation).entries.keys()
-        if shared := own & held:
-            names = sorted(constant.name for constant in info.constants if constant.key in shared)
-            raise AdapterError(
-                f"{len(shared)} of its constants are in the foundation already, {names[0]} among them",
-                where=f"adapter {name}",
-                hint="leave out what the foundation holds: ExecuTorch refuses two files that share a key",
-            )
-        named = usage.program_keys(draft / manifest.ADAPTER_PROGRAM)
-        if wrong := sorted((named - own - held) | (own - named)):
-            raise LoweringError(
-                f"its program and its constants do not fit each other: {len(wrong)} keys are only in one of them, "
-                f"{wrong[0]} among them",
-                where=f"adapter {name}",
-                hint="compiled units are damaged: bedplate cache clear, then add it again",
-            )
 
     def _replaced(self) -> BundleError:
         return BundleError("the bundle was replaced meanwhile", where=self.path, hint="add the adapter again")
@@ -384,20 +301,10 @@ def _read(path: Path, data: bytes, check: bool) -> tuple[Manifest, dict[str, Ada
         adapters[name] = AdapterEntry(
             name=name, folder=path / manifest.ADAPTERS / name, foundation=foundation
         )
-        _check_foundation(adapters[name], record.foundation, adapters[name].folder / manifest.ADAPTER_INFO)
+        check_foundation(adapters[name], record.foundation, adapters[name].folder / manifest.ADAPTER_INFO)
         if check:
             _ = adapters[name].info
     return document, adapters
-
-
-def _check_foundation(entry: AdapterEntry, packed_against: str, where: Path) -> None:
-    if packed_against != entry.foundation:
-        bundle = entry.folder.parent.parent
-        raise BundleError(
-            f"packed against another foundation: {packed_against[:12]}…, not {entry.foundation[:12]}…",
-            where=where,
-            hint=f"remove it (bedplate remove {bundle} {entry.name}) and add the adapter again, to this bundle",
-        )
 
 
 def _version() -> str:

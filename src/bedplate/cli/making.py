@@ -102,11 +102,18 @@ def build(
 
 def add(
     bundle: BundlePath,
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT LoRA folders.")],
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="ADAPTER...",
+            help="LoRA adapters: folders of PEFT, torchtune or MLX-LM, or .gguf files of llama.cpp.",
+        ),
+    ],
     name: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Name in the bundle, one for each ADAPTER; its folder's if absent."
+            metavar="NAME",
+            help="Name in the bundle, one for each ADAPTER; that of its folder or file if absent.",
         ),
     ] = None,
     quantize: Annotated[
@@ -120,11 +127,11 @@ def add(
         typer.Option("--exact-rank", help="Compile for this very rank, even if a higher one would do."),
     ] = False,
     allow_noop: Annotated[
-        bool, typer.Option("--allow-noop", help="Add an adapter too that changes nothing.")
+        bool, typer.Option("--allow-noop", help="Add adapters even if they change nothing.")
     ] = False,
     unit_cache: CacheFolder = None,
 ) -> None:
-    """Add PEFT adapters to a bundle, all or none. Their matrices are packed against the bundle's foundation."""
+    """Add LoRA adapters to a bundle, all or none. Their matrices are packed against the bundle's foundation."""
     start = time.perf_counter()
     opened = api.Bundle.open(bundle)
     with progress_bars() as bars:
@@ -149,10 +156,15 @@ def _named(adapters: list[Path], names: list[str]) -> dict[str, Path]:
         raise AdapterError(
             f"{len(adapters)} adapters, but {len(names)} names", hint="give --name once for each, or never"
         )
-    named = dict(zip(names or [adapter.resolve().name for adapter in adapters], adapters, strict=True))
+    named = dict(zip(names or [_own_name(adapter) for adapter in adapters], adapters, strict=True))
     if len(named) < len(adapters):
         raise NameTakenError("two of the adapters have one name", hint="give --name once for each")
     return named
+
+
+def _own_name(adapter: Path) -> str:
+    path = adapter.resolve()
+    return path.stem if path.suffix == ".gguf" else path.name
 
 
 def remove(

@@ -64,7 +64,7 @@ def read_gguf(path: Path, spec: ModelSpec) -> RawAdapter:
         format="gguf",
         weights=path,
         pairs=pairs,
-        alpha=alpha or float(max(len(pair.a) for pair in pairs.values())),
+        alpha=alpha or float(max((len(pair.a) for pair in pairs.values()), default=0)),
         fingerprint=digest,
         warnings=warnings,
     )

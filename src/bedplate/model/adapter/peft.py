@@ -26,17 +26,20 @@ _PISSA_FOLDERS = frozenset({"pissa_init", "pissa_backup"})
 
 def read_peft(path: Path, spec: ModelSpec) -> RawAdapter:
     """Read a folder of PEFT's own form. Raises AdapterError or UnsupportedError."""
+    config_data = read_file(path / CONFIG)
     # As PEFT: the older form only where there is no other.
     weights = path / (WEIGHTS if (path / WEIGHTS).is_file() or not (path / OLDER).is_file() else OLDER)
     data = read_file(weights)
     parse_file = parse_safetensors if weights.name == WEIGHTS else parse_torch
-    return read_tensors(path, spec, weights=weights, data=data, tensors=parse_file(data, weights))
+    tensors = parse_file(data, weights)
+    return read_tensors(path, spec, config_data=config_data, weights=weights, data=data, tensors=tensors)
 
 
 def read_tensors(
     path: Path,
     spec: ModelSpec,
     *,
+    config_data: bytes,
     weights: Path,
     data: bytes,
     tensors: Tensors,
@@ -44,12 +47,11 @@ def read_tensors(
     parse: Callable[[str], Half | NotTaken | None] = parse_key,
     module_names: Mapping[str, str] = MappingProxyType({}),
 ) -> RawAdapter:
-    """Tensors of a file `weights` with the content `data`, and PEFT's config beside it.
+    """Tensors of a file `weights` with the content `data`, and PEFT's config with the content `config_data`.
 
     parse: what a tensor is, by its name. module_names: what modules are called that the config calls otherwise.
     Raises AdapterError or UnsupportedError.
     """
-    config_data = read_file(path / CONFIG)
     config = read_config(config_data, path / CONFIG)
     if not isinstance(config.targets, str):
         targets_named = tuple(module_names.get(name, name) for name in config.targets)

@@ -37,6 +37,11 @@ class BaseTokenizer:
     def _parts(self) -> dict[str, Any]:
         return _canonical(self._file.read_text("utf-8"))
 
+    def token_id(self, text: str) -> int | None:
+        """None: it is not one token."""
+        found: int | None = self._parts["vocab"].get(text)
+        return found
+
     def check_same(self, file: Path) -> None:
         """AdapterError: another `tokenizer.json` differs in more than what no id depends on, or is damaged."""
         data = read_file(file)

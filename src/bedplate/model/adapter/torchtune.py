@@ -71,6 +71,7 @@ def read_torchtune(path: Path, spec: ModelSpec) -> RawAdapter:
     return read_tensors(
         path,
         spec,
+        config_data=read_file(path / CONFIG),
         weights=weights,
         data=data,
         tensors=tensors,

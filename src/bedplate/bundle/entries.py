@@ -1,0 +1,86 @@
+"""What an open bundle consists of, and what whoever writes one tells of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bedplate.bundle import manifest
+from bedplate.bundle.manifest import AdapterInfo, ConstantInfo
+from bedplate.errors import BundleError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleFacts:
+    """What whoever writes a bundle's files tells of them; sizes and hashes are measured. See Manifest."""
+
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    special_tokens: dict[str, str]
+    constants: tuple[ConstantInfo, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFacts:
+    """What whoever writes an adapter's files tells of it. special_tokens: see AdapterRecord."""
+
+    info: AdapterInfo
+    special_tokens: dict[str, str] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings:
+    """What turns a conversation into text. template_file: None: there is no template.
+
+    special_tokens: `bos_token`, `eos_token` … as text, as the template sees them.
+    """
+
+    template_file: Path | None
+    special_tokens: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterEntry:
+    """An adapter of an open bundle, in `folder`. foundation: SHA-256 of the bundle's."""
+
+    name: str
+    folder: Path
+    foundation: str
+
+    @property
+    def program(self) -> Path:
+        return self.folder / manifest.ADAPTER_PROGRAM
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / manifest.ADAPTER_WEIGHTS
+
+    @functools.cached_property
+    def info(self) -> AdapterInfo:
+        """What `adapter.json` says; it names every constant, so whoever only runs the adapter does not read it.
+
+        BundleError: it is damaged, describes another adapter, or one packed against another foundation.
+        """
+        where = self.folder / manifest.ADAPTER_INFO
+        info = manifest.load(AdapterInfo, where.read_bytes(), str(where))
+        if info.name != self.name:
+            hint = f"add {self.name!r} again"
+            raise BundleError(f"it describes the adapter {info.name!r}", where=where, hint=hint)
+        check_foundation(self, info.foundation, where)
+        return info
+
+
+def check_foundation(entry: AdapterEntry, packed_against: str, where: Path) -> None:
+    """BundleError: that is another foundation than the bundle's."""
+    if packed_against != entry.foundation:
+        bundle = entry.folder.parent.parent
+        raise BundleError(
+            f"packed against another foundation: {packed_against[:12]}…, not {entry.foundation[:12]}…",
+            where=where,
+            hint=f"remove it (bedplate remove {bundle} {entry.name}) and add the adapter again, to this bundle",
+        )
