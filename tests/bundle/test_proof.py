@@ -122,7 +122,7 @@ def test_codes_with_other_scales_are_refused(tmp_path: Path) -> None:
 def test_scales_that_the_foundation_holds_are_found_there(tmp_path: Path) -> None:
     codes, scales = linear("layers.0.mlp.up_proj.weight", 8, None)
     bundle = bundle_of(tmp_path / "a.bundle", [scales])
-    bundle.add_adapters({"one": adapter_writer(bundle, "one", 0, own=(codes,))})
+    bundle.add_adapters({"one": adapter_writer(bundle, "one", 0, own=(codes,), shared=(scales,))})
     check_keys(bundle)
     flip(bundle.adapters["one"].weights, codes.key)
     with pytest.raises(BundleError, match="is not what its key says"):

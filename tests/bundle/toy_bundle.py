@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,11 +62,12 @@ def adapter_writer(
     own: tuple[Constant, ...] = (),
     foundation: str | None = None,
     special_tokens: dict[str, str] | None = None,
+    shared: Sequence[Constant] = FOUNDATION,
 ) -> Callable[[Path], AdapterFacts]:
     def write(folder: Path) -> AdapterFacts:
         constants = own or (constant("q_proj.lora_a", value), constant("q_proj.lora_b", value + 100))
         infos = write_ptd(folder / "weights.ptd", constants)
-        (folder / "program.pte").write_bytes(program((*FOUNDATION, *constants)))
+        (folder / "program.pte").write_bytes(program((*shared, *constants)))
         info = AdapterInfo(
             name=name,
             foundation=foundation or bundle.foundation_sha256,
