@@ -357,12 +357,12 @@ def test_a_build_says_nothing_but_its_stages(toy_model: Path, unit_cache: Path, 
 
 @pytest.mark.usefixtures("toy_bundle")  # has compiled what this needs
 def test_the_context_is_what_the_model_has_where_that_is_less(
-    toy_model: Path, unit_cache: Path, tmp_path: Path
+    command: Command, toy_model: Path, unit_cache: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(toy_model, tmp_path / "model"))
     fields = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**fields, "max_position_embeddings": 128}))
-    assert command("build", model, "-o", tmp_path / "b", "--unit-cache", unit_cache).exit_code == 0
+    assert command("build", model, "-o", tmp_path / "b", "--unit-cache", unit_cache).code == 0
     built = bedplate.Bundle.open(tmp_path / "b")
     assert built.manifest.model["max_context"] == 128
     with bedplate.Engine(built) as engine:
