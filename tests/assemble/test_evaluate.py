@@ -75,6 +75,16 @@ def test_bad_texts(
     assert says in str(caught.value) and caught.value.hint
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(
+    float_bundle: bedplate.Bundle, toy_model: Path, tmp_path: Path
+) -> None:
+    plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
+    plain.write_text("the quick brown fox")
+    marked.write_text("the quick brown fox", encoding="utf-8-sig")
+    found = [bedplate.evaluate(float_bundle, toy_model, file, adapters=[]) for file in (plain, marked)]
+    assert found[0] == found[1]
+
+
 def test_no_such_adapter(toy_bundle: bedplate.Bundle, toy_model: Path, text: Path) -> None:
     with pytest.raises(NotFoundError, match="no adapter 'nobody'"):
         bedplate.evaluate(toy_bundle, toy_model, text, adapters=["nobody"])

@@ -2,68 +2,25 @@
 
 from __future__ import annotations
 
-import io
-import json
 import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from adapter_formats import as_gguf
+from command_line import Command, failed
 from safetensors.numpy import load_file, save_file
 from toy import toy_config
 
 import bedplate
-from bedplate.cli.main import main
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Command = Callable[..., Result]
-
-
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run the command line in this process, where torch is imported already."""
-
-    def run(*args: object, stdin: str = "") -> Result:
-        monkeypatch.setattr(sys, "argv", ["bedplate", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            main()
-        captured = capfd.readouterr()
-        return Result(code=int(exit.value.code or 0), out=captured.out, err=captured.err)
-
-    return run
 
 
 @pytest.fixture
 def copy(toy_bundle: bedplate.Bundle, tmp_path: Path) -> Path:
     """A bundle to change, with three adapters."""
     return Path(shutil.copytree(toy_bundle.path, tmp_path / "copy.bundle"))
-
-
-def failed(result: Result, *words: str) -> None:
-    """It ended as a user's mistake: in words, with a hint, exit code 2, and nothing on stdout."""
-    assert result.code == 2, result.err
-    assert result.out == ""
-    assert result.err.startswith("error: ") and "\nhint: " in result.err
-    for word in words:
-        assert word in result.err
 
 
 # --- Making ---------------------------------------------------------------------------------------------------

@@ -65,6 +65,13 @@ def test_few_tokens_are_told(toy_model: Path, tmp_path: Path) -> None:
     assert len(notices) == 1 and f"has {len(tokens)} tokens" in notices[0] and str(FEW_TOKENS) in notices[0]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(toy_model: Path, tmp_path: Path) -> None:
+    plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
+    plain.write_text("the quick brown fox")
+    marked.write_text("the quick brown fox", encoding="utf-8-sig")
+    assert tokens_of(toy_model, plain) == tokens_of(toy_model, marked)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

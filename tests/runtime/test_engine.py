@@ -4,6 +4,7 @@ import gc
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,6 +181,29 @@ def test_the_weight_cache_changes_no_result(toy_bundle: Bundle) -> None:
         np.testing.assert_array_equal(*results)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        *(({"threads": value}, "threads is ") for value in (0, -1, 1.5, "2", True, 2**31, 2**70)),
+        ({"weight_cache": 1}, "weight_cache is 1"),
+        ({"packed_cache": 5}, "packed_cache is 5"),
+        *(({"bundle": value}, "bundle is ") for value in ("a/path", None)),
+    ],
+)
+def test_arguments_of_the_wrong_type(toy_bundle: Bundle, arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(RunError, match=rf"{says}.*\nhint: "):
+        Engine(**{"bundle": toy_bundle, **arguments})
+
+
+@pytest.mark.parametrize("name", [5, ["all"], b"all", True])
+def test_a_name_that_is_none(toy_bundle: Bundle, name: Any) -> None:
+    with Engine(toy_bundle) as engine:
+        for ask in (engine.session, engine.load, engine.unload, engine.limits, engine.tokenizer_of):
+            with pytest.raises(RunError, match=r"the adapter's name is .*\nhint: text, or None for the base"):
+                ask(name)
+        engine.unload("removed since")
+
+
 def test_threads(toy_bundle: Bundle) -> None:
     with Engine(toy_bundle) as engine:
         assert _native.threads() == physical_cores()
@@ -187,6 +211,4 @@ def test_threads(toy_bundle: Bundle) -> None:
     with Engine(toy_bundle, threads=1) as engine:
         assert _native.threads() == 1
         np.testing.assert_array_equal(engine.session().step(TEXT), expected)
-    with pytest.raises(RunError, match="threads is 0"):
-        Engine(toy_bundle, threads=0)
     _native.set_threads(physical_cores())

@@ -121,9 +121,17 @@ def test_a_session_of_a_closed_engine_maps_them_again(toy_bundle: Bundle, kept: 
     with Engine(toy_bundle, packed_cache=kept.parent) as engine:
         session = engine.session()
         before = session.step(TEXT)
+        assert is_mapped(kept)
     session.reset()
+    assert not is_mapped(kept)
     np.testing.assert_array_equal(session.step(TEXT), before)
+    assert is_mapped(kept)
     engine.close()
+    assert not is_mapped(kept)
+
+
+def is_mapped(file: Path) -> bool:
+    return str(file) in Path("/proc/self/maps").read_text()
 
 
 def test_a_file_that_is_removed_while_in_use_is_written_again(toy_bundle: Bundle, kept: Path) -> None:

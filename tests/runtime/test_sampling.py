@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -77,6 +79,11 @@ def test_draws_follow_the_probabilities() -> None:
     np.testing.assert_allclose(counts / 4000, [0.6, 0.3, 0.1], atol=0.03)
 
 
+def test_next_to_temperature_0_the_likeliest_is_drawn() -> None:
+    logits, sampling = np.array([0, 50, 49.9], np.float32), Sampling(temperature=5e-324, top_p=1, top_k=0)
+    assert probabilities(logits, sampling).tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_logits_that_are_no_numbers_are_refused(temperature: float) -> None:
     choose = chooser(Sampling(temperature=temperature, top_p=1, top_k=0), 0)
@@ -86,8 +93,12 @@ def test_logits_that_are_no_numbers_are_refused(temperature: float) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -1), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.1), ("top_k", -1)],
+    [
+        *(("temperature", value) for value in (-1, float("nan"), float("inf"), 10**400, "1", True, None, 1j)),
+        *(("top_p", value) for value in (0, 1.1, float("nan"), "1", True, None)),
+        *(("top_k", value) for value in (-1, 2.5, 2.0, "1", True, None)),
+    ],
 )
-def test_values_out_of_range_are_refused(field: str, value: float) -> None:
+def test_values_out_of_range_are_refused(field: str, value: Any) -> None:
     with pytest.raises(RunError, match=rf"{field} is .*\nhint: "):
         Sampling(**{"temperature": 1.0, "top_p": 1.0, "top_k": 0, field: value})

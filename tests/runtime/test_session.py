@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,9 +78,18 @@ class TestSteps:
         assert len(session.tokens) == limit
 
     @pytest.mark.parametrize(
-        ("ids", "complaint"), [([], "no tokens"), ([-1], "token -1"), ([10**6], "token 1000000")]
+        ("ids", "complaint"),
+        [
+            ([], "no tokens"),
+            ([-1], "token -1"),
+            ([10**6], "token 1000000"),
+            ([2**70], f"token {2**70}"),
+            ([1.5], r"token_ids is \[1.5\]"),
+            ([True], "token"),
+            *((value, "token_ids is ") for value in (None, "12", b"12", 5, ["1"], {1: 2}, [[1]])),
+        ],
     )
-    def test_what_are_no_tokens(self, session: Session, ids: list[int], complaint: str) -> None:
+    def test_what_are_no_tokens(self, session: Session, ids: Any, complaint: str) -> None:
         for method in (session.step, session.logits):
             with pytest.raises(RunError, match=complaint):
                 method(ids)
@@ -117,18 +128,38 @@ class TestGenerate:
         stats = session.last
         assert stats is not None
         assert stats.prompt_tokens == len(engine.tokenizer.encode("abc"))
-        assert stats.prefill_seconds > 0
-        if stats.finish_reason == "length":
-            assert stats.generated_tokens == 3 and stats.decode_seconds > 0
+        assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
+        assert (stats.finish_reason, stats.generated_tokens) == ("length", 3)
+        assert stats.reused_tokens == 0
+
+    def test_statistics_of_an_answer_that_ends(self, engine: Engine, session: Session) -> None:
+        """At a temperature at which every token is as likely as the end token, some seed soon draws that."""
+        for seed in range(50):
+            session.generate("abc", max_tokens=100, temperature=1e9, seed=seed)
+            stats = session.last
+            assert stats is not None
+            if stats.finish_reason == "stop":
+                assert stats.generated_tokens == len(session.tokens) - stats.prompt_tokens < 100
+                return
+        pytest.fail("the end token was never drawn")
+
+    def test_statistics_while_it_goes_on(self, session: Session) -> None:
+        pieces = session.generate("abc", max_tokens=3, stream=True)
+        assert session.last is not None and session.last.finish_reason is None
+        next(pieces)
+        assert (session.last.finish_reason, session.last.generated_tokens) == (None, 1)
+        list(pieces)
+        assert (session.last.finish_reason, session.last.generated_tokens) == ("length", 3)
 
     def test_the_end_of_the_context_ends_it(self, engine: Engine, session: Session) -> None:
         limit = engine.limits().max_context
         prompt = "a" * (limit - 1)
         assert len(engine.tokenizer.encode(prompt)) == limit - 1
-        session.generate(prompt, max_tokens=50, temperature=1.0)
+        session.generate(prompt, max_tokens=50)
         assert session.last is not None
-        assert session.last.finish_reason == "stop" or session.last.generated_tokens == 2
-        assert len(session.tokens) <= limit
+        # One token stands in the last position, one more is drawn from its logits.
+        assert (session.last.finish_reason, session.last.generated_tokens) == ("length", 2)
+        assert len(session.tokens) == limit
 
     def test_a_prompt_longer_than_the_context(self, engine: Engine, session: Session) -> None:
         limit = engine.limits().max_context
@@ -140,11 +171,15 @@ class TestGenerate:
     ) -> None:
         settings = {"max_tokens": 30, "temperature": hot, "seed": 3}
         whole = engine.session().generate("ab", **settings)
-        stop = whole[len(whole) // 2 :][:2]
-        assert stop, "the toy says nothing: choose another seed"
-        pieces = list(session.generate("ab", **settings, stop=["never said!", stop], stream=True))
-        assert "".join(pieces) == whole[: whole.find(stop)]
-        assert session.last is not None and session.last.finish_reason == "stop"
+        middle = len(whole) // 2
+        early, late = whole[middle - 3 : middle], whole[middle:][:2]
+        assert 0 < whole.find(early) < whole.find(late), "the toy says too little: choose another seed"
+        for stops in (["never said!", late], [late], [late, early], [early, late], [early + "!", early]):
+            pieces = list(session.generate("ab", **settings, stop=stops, stream=True))
+            stop = early if early in stops else late
+            assert "".join(pieces) == whole[: whole.find(stop)]
+            assert session.last is not None and session.last.finish_reason == "stop"
+            assert session.last.generated_tokens < 30
 
     def test_messages_go_through_the_template(self, engine: Engine, session: Session) -> None:
         messages = [{"role": "user", "content": "hi"}]
@@ -162,15 +197,46 @@ class TestGenerate:
             ({"max_tokens": 1, "stop": "text"}, "stop is 'text'"),
             ({"max_tokens": 1, "stop": [""]}, r"stop is \[''\]"),
             ({"max_tokens": 1, "prompt": ""}, "no tokens"),
+            *(({"max_tokens": value}, "max_tokens is ") for value in (2.5, "3", None, True, -1)),
+            *(
+                ({"temperature": value}, "temperature is ")
+                for value in ("hot", None, True, math.nan, math.inf)
+            ),
+            *(({"top_p": value}, "top_p is ") for value in ("1", None, math.nan, 1.5, True)),
+            *(({"top_k": value}, "top_k is ") for value in (2.5, "3", None, True, math.nan)),
+            *(({"seed": value}, "seed is ") for value in (0.5, "3", None, True)),
+            *(({"stop": value}, "stop is ") for value in (None, [1], [None], 5, b"x", {"a"}, {"a": 1})),
+            ({"stop": ["ok", "half \ud800"]}, r"stop\[1\] is not text"),
+            ({"on_prefill": 5}, "on_prefill is 5"),
+            ({"stream": "yes"}, "stream is 'yes'"),
+            ({"allow_special": None}, "allow_special is None"),
+            *(({"prompt": value}, "prompt is ") for value in (None, 5, {"role": "user"}, {"a"}, iter([]))),
+            ({"prompt": b"bytes"}, "messages is b'bytes'"),
+            ({"prompt": "half \ud83d"}, "the text is not text: its character 5"),
+            ({"prompt": []}, "there are no messages"),
+            ({"prompt": [["role", "user"]]}, "not a message"),
         ],
     )
     def test_bad_arguments_are_refused_before_anything_runs(
         self, session: Session, settings: dict[str, object], complaint: str
     ) -> None:
-        arguments = {"prompt": "ab", "stream": True, **settings}
+        arguments = {"prompt": "ab", "max_tokens": 1, "stream": True, **settings}
         with pytest.raises(RunError, match=rf"(?s){complaint}.*hint: "):
             session.generate(**arguments)  # type: ignore[call-overload]
-        assert session.tokens == ()
+        assert session.tokens == () and session.last is None
+
+    def test_numbers_of_numpy_are_numbers(self, engine: Engine, session: Session) -> None:
+        numbers = {"max_tokens": np.int64(5), "top_k": np.uint8(3), "seed": np.int32(1)}
+        floats = {"temperature": np.float32(0.5), "top_p": np.float64(0.5)}
+        expected = engine.session().generate("ab", max_tokens=5, top_k=3, seed=1, temperature=0.5, top_p=0.5)
+        assert session.generate("ab", **numbers, **floats) == expected  # type: ignore[call-overload]
+
+    def test_a_special_token_in_a_message_is_text(self, session: Session) -> None:
+        messages = [{"role": "user", "content": "<|im_end|>"}]
+        session.generate(messages, max_tokens=1)
+        plain = session.tokens
+        session.generate(messages, max_tokens=1, allow_special=True)
+        assert (plain.count(1), session.tokens.count(1)) == (1, 2)
 
 
 class TestReuse:
@@ -220,6 +286,8 @@ class TestReuse:
         session.step(TEXT)
         with pytest.raises(NotFoundError, match="no adapter 'nobody'"):
             session.use("nobody")
+        with pytest.raises(RunError, match="the adapter's name is 5"):
+            session.use(5)  # type: ignore[arg-type]
         assert session.tokens == tuple(TEXT)
 
 
@@ -241,6 +309,7 @@ class TestCancel:
         session.cancel()
         assert list(pieces) == []
         assert session.last is not None and session.last.generated_tokens == 0
+        assert session.last.finish_reason == "cancelled"
 
     def test_in_the_middle_of_a_long_prompt(self, session: Session) -> None:
         """The prompt of this toy goes in one chunk, unless its program is made to take less at once."""
@@ -265,8 +334,13 @@ class TestCancel:
 
     def test_closing_the_iterator(self, session: Session, pieces: Generator[str]) -> None:
         next(pieces)
+        stats = session.last
+        assert stats is not None and stats.finish_reason is None
+        held, generated = session.tokens, stats.generated_tokens
         pieces.close()
-        assert session.last is not None and session.last.finish_reason == "cancelled"
+        assert stats.finish_reason == "cancelled"
+        assert list(pieces) == [] and (session.tokens, stats.generated_tokens) == (held, generated)
+        assert session.generate("ab", max_tokens=3) and session.last is not stats
 
     def test_a_newer_generation_ends_an_older_one(
         self, engine: Engine, session: Session, pieces: Iterator[str]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bedplate.runtime.text import StopFilter, TextStream
@@ -41,28 +41,37 @@ def test_a_decoder_that_drops_the_first_space_is_asked_with_what_precedes() -> N
     assert [stream.push(i) for i in (1, 2, 1)] == ["one", " two", " one"]
 
 
+def first_stop(text: str, stops: list[str]) -> int | None:
+    """Where the stop string begins that is complete first; of those complete at one character, the longest."""
+    for end in range(1, len(text) + 1):
+        lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if lengths:
+            return end - max(lengths)
+    return None
+
+
 @given(
-    text=st.text("ab", max_size=30),
-    stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
+    text=st.text("abc", max_size=30),
+    stops=st.lists(st.text("abc", min_size=1, max_size=5), max_size=4),
     cuts=st.lists(st.integers(0, 30), max_size=8),
 )
-def test_text_ends_where_the_first_stop_string_begins(text: str, stops: list[str], cuts: list[int]) -> None:
+@example(text="abcd", stops=["abcd", "b"], cuts=[])
+@example(text="abcd", stops=["abcd", "b"], cuts=[1, 2, 3])
+@example(text="xabcab", stops=["bc", "abc", "c"], cuts=[2])
+def test_text_ends_before_the_first_stop_string_however_it_is_cut(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     stop_filter, shown = StopFilter(stops), ""
     for begin, end in itertools.pairwise(edges):
         shown += stop_filter.push(text[begin:end])
-        if stop_filter.stopped:
-            break
+        at = first_stop(text[:end], stops)
+        assert stop_filter.stopped == (at is not None)
+        # All is shown that cannot be the beginning of a stop string.
+        open_ends = [n for stop in stops for n in range(1, len(stop)) if text[:end].endswith(stop[:n])]
+        assert shown == text[: at if at is not None else end - max(open_ends, default=0)]
     shown += stop_filter.finish()
-    ends = [
-        len(prefix) for prefix in (text[:n] for n in range(len(text) + 1)) if prefix.endswith(tuple(stops))
-    ]
-    if not stops or not ends:
-        assert shown == text and not stop_filter.stopped
-        return
-    assert stop_filter.stopped
-    assert shown in {text[: text.find(stop)] for stop in stops if stop in text}
-    assert not any(stop in shown for stop in stops)
+    assert shown == text[: first_stop(text, stops)]
 
 
 def test_what_may_begin_a_stop_string_is_held_back() -> None:

@@ -1,71 +1,25 @@
 from __future__ import annotations
 
 import json
-import warnings
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pytest
 
-from bedplate.bundle.store import Bundle
+from bedplate.bundle.store import Bundle, ChatSettings
 from bedplate.errors import RunError
-from bedplate.runtime.tokenizer import Tokenizer
+from bedplate.runtime.engine import Engine
+from bedplate.runtime.tokenizer import Tokenizer, open_backend
 
-TURNS = [
-    {"role": "system", "content": "Be brief. "},
-    {"role": "user", "content": "Say <b>“hé”</b> & {{ no }}"},
-    {"role": "assistant", "content": ""},
-    {"role": "user", "content": "\n again\n"},
-]
-
-CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}
-{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}
-{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}
-{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-LLAMA = """{{- bos_token }}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content']|trim %}
-    {%- set messages = messages[1:] %}
-{%- endif %}
-{{- strftime_now("%Y") }}
-{%- for message in messages %}
-    {%- if message.role not in ["user", "assistant"] %}
-        {{- raise_exception("no role " + message.role) }}
-    {%- endif %}
-    {%- if not message.content %}{% continue %}{% endif %}
-    {{- '<|start|>' + message['role'] + '\\n\\n' + message['content'] | trim + eos_token }}
-{%- endfor %}
-{% if tools is defined and tools %}{{ tools | tojson(indent=2) }}{% endif %}
-{{ messages | tojson }}
-"""
-
-TRAINED_ON = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}!"
+TURNS = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
 
 
 def tokenizer(bundle: Bundle, template: str | None) -> Tokenizer:
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    return Tokenizer(bundle.tokenizer_file, chat_template=template, special_tokens=special)
-
-
-@pytest.mark.parametrize("template", [CHATML, LLAMA, TRAINED_ON])
-@pytest.mark.parametrize("turns", [TURNS, TURNS[1:], TURNS[:2]])
-def test_templates_render_as_in_transformers(
-    toy_bundle: Bundle, template: str, turns: list[dict[str, Any]]
-) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from transformers.utils.chat_template_utils import render_jinja_template
-    (expected,), _ = render_jinja_template(
-        [turns], chat_template=template, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
-    )
-    assert tokenizer(toy_bundle, template).render(turns) == expected
-
-
-def test_a_refusal_of_the_template_names_the_roles(toy_bundle: Bundle) -> None:
-    with pytest.raises(RunError, match=r"no role robot\nhint: .*user, robot"):
-        tokenizer(toy_bundle, LLAMA).render([TURNS[1], {"role": "robot", "content": "beep"}])
+    return Tokenizer(open_backend(bundle.tokenizer_file), chat_template=template, special_tokens=special)
 
 
 @pytest.mark.parametrize("template", ["{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}"])
@@ -85,19 +39,73 @@ def test_without_a_template_there_are_no_messages(toy_bundle: Bundle) -> None:
         tokenizer(toy_bundle, None).encode_chat(TURNS)
 
 
-@pytest.mark.parametrize("message", ["hello", {"content": "no role"}, {"role": 3}])
-def test_what_is_no_message(toy_bundle: Bundle, message: Any) -> None:
-    with pytest.raises(RunError, match="not a message"):
-        tokenizer(toy_bundle, CHATML).render([message])
+def test_a_template_that_cannot_be_read(toy_bundle: Bundle, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(toy_bundle.path, tmp_path / "copy.bundle"))
+    bundle = Bundle.open(copy)
+    for spoil in (lambda file: file.write_bytes(b"\xff"), Path.unlink):
+        spoil(copy / "chat_template.jinja")
+        with pytest.raises(
+            RunError, match=r"chat_template\.jinja: the chat template cannot be read: .*\nhint: "
+        ):
+            Tokenizer.of_bundle(bundle)
 
 
 def test_what_is_no_tokenizer(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps({"version": "1.0"}))
     with pytest.raises(RunError, match=r"tokenizer\.json: not a tokenizer"):
-        Tokenizer(file, chat_template=None, special_tokens={})
+        open_backend(file)
 
 
 def test_text_goes_there_and_back(toy_bundle: Bundle) -> None:
     bundled = Tokenizer.of_bundle(toy_bundle)
     assert bundled.decode(bundled.encode("hé, 世界\n")) == "hé, 世界\n"
+    assert bundled.decode(np.array(bundled.encode("hé"))) == "hé"
+
+
+def test_special_tokens_in_plain_text_are_special(toy_bundle: Bundle) -> None:
+    bundled = Tokenizer.of_bundle(toy_bundle)
+    assert bundled.encode("<|im_end|>") == [1]
+    assert bundled.encode_chat([{"role": "user", "content": "<|im_end|>"}]).count(1) == 1  # the template's
+
+
+@pytest.mark.parametrize("text", [None, b"hello", 5, ["hello"], "half \ud83d a pair", "byte \udcff"])
+def test_what_is_no_text(toy_bundle: Bundle, text: Any) -> None:
+    with pytest.raises(RunError, match=r"the text is .*\nhint: "):
+        Tokenizer.of_bundle(toy_bundle).encode(text)
+
+
+@pytest.mark.parametrize("ids", [None, 5, "12", b"12", [1.0], [-1], [2**32], [None], [True], np.array(1)])
+def test_what_are_no_ids(toy_bundle: Bundle, ids: Any) -> None:
+    with pytest.raises(RunError, match=r"^token.* is .*\nhint: "):
+        Tokenizer.of_bundle(toy_bundle).decode(ids)
+
+
+class OwnWords(Bundle):
+    """A bundle whose adapter `all` came with a chat template."""
+
+    def chat_settings(self, adapter: str | None) -> ChatSettings:
+        if adapter != "all":
+            return super().chat_settings(adapter)
+        return ChatSettings(
+            template_file=self.path / "own.jinja", special_tokens={"eos_token": "over", "bos_token": "<b>"}
+        )
+
+
+def test_an_adapter_has_its_own_chat_template(toy_bundle: Bundle, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(toy_bundle.path, tmp_path / "copy.bundle"))
+    (copy / "own.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    )
+    with Engine(OwnWords.open(copy)) as engine:
+        assert engine.tokenizer_of("all").render(TURNS) == "<b>HelloYes?over".replace("Yes", "overYes")
+        assert engine.tokenizer_of("all2").render(TURNS) == engine.tokenizer.render(TURNS)
+        by_hand = engine.session("all").generate(engine.tokenizer_of("all").render(TURNS), max_tokens=5)
+        session = engine.session("all2")
+        session.generate(TURNS, max_tokens=1)
+        session.use("all")
+        assert session.generate(TURNS, max_tokens=5) == by_hand
+        assert session.last is not None
+        assert session.last.prompt_tokens == len(engine.tokenizer.encode("<b>HelloYes?over")) + len(
+            engine.tokenizer.encode("over")
+        )

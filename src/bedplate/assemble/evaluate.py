@@ -185,6 +185,6 @@ def _read(path: Path) -> str:
     if not path.is_file():
         raise NotFoundError("no such file", where=path, hint=hint)
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8").removeprefix("\N{BYTE ORDER MARK}")
     except UnicodeDecodeError as error:
         raise RunError(f"is no text in UTF-8 (byte {error.start})", where=path, hint=hint) from None

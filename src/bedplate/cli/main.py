@@ -7,7 +7,7 @@ import sys
 import typer
 
 from bedplate.cli import making, running, showing
-from bedplate.cli.output import reported_errors
+from bedplate.cli.output import prepare_output, reported_errors
 
 app = typer.Typer(
     name="bedplate",
@@ -38,6 +38,7 @@ cache.command("clear")(making.cache_clear)
 
 def main() -> None:
     """Entry point of the `bedplate` command."""
+    prepare_output()
     with reported_errors():
         try:
             app()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import errno
+import io
 import json
 import os
 import sys
@@ -28,6 +30,16 @@ _HINTS = {
     errno.EACCES: "check who may read and write there",
     errno.EPERM: "check who may read and write there",
 }
+
+
+def prepare_output() -> None:
+    """Make stdout and stderr take any text: what one of them cannot show, it shows as an escape (`\\xe9`)."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this process
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w"), encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -102,8 +114,9 @@ def show_prefill(done: int, total: int) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Data for a script: one JSON document on stdout."""
-    sys.stdout.write(json.dumps(data, indent=2, default=_as_json, ensure_ascii=False) + "\n")
+    """Data for a script: one JSON document on stdout, all of it ASCII where stdout is not UTF-8."""
+    shows_all = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
+    sys.stdout.write(json.dumps(data, indent=2, default=_as_json, ensure_ascii=not shows_all) + "\n")
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -12,10 +12,12 @@ import typer
 from bedplate.bundle.store import Bundle
 from bedplate.cli.making import BundlePath
 from bedplate.cli.output import print_error, print_json, show_prefill, stderr
+from bedplate.cli.reading import check_texts, decode, standard_input
 from bedplate.errors import BedplateError
 
 if TYPE_CHECKING:
-    from bedplate.runtime.session import Session, Statistics
+    from bedplate.runtime.request import Statistics
+    from bedplate.runtime.session import Session
 
 Adapter = Annotated[str | None, typer.Option(metavar="NAME", help="Adapter to use; the base if absent.")]
 Threads = Annotated[int | None, typer.Option(help="Threads; the physical cores if absent.")]
@@ -32,6 +34,13 @@ TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens of 
 TopK = Annotated[int, typer.Option(help="Sample among this many likeliest tokens; 0: all.")]
 Seed = Annotated[int, typer.Option(help="Of the random choice, above temperature 0.")]
 System = Annotated[str | None, typer.Option(help="System message.")]
+AllowSpecial = Annotated[
+    bool,
+    typer.Option(
+        "--allow-special",
+        help="Let the text of a special token in a message be that token, as transformers does.",
+    ),
+]
 
 
 def run(
@@ -50,6 +59,7 @@ def run(
     raw: Annotated[
         bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")
     ] = False,
+    allow_special: AllowSpecial = False,
     threads: Threads = None,
     packed_cache: PackedCache = None,
     as_json: Annotated[bool, typer.Option("--json", help="Text and statistics as JSON.")] = False,
@@ -57,7 +67,8 @@ def run(
     """Answer one prompt. The text goes to stdout as it comes, statistics to stderr."""
     from bedplate.runtime.engine import Engine
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    check_texts({"--prompt": prompt, "--system": system, "--stop": stop})
+    text = decode(standard_input().read()) if prompt == "-" else prompt
     with Engine(Bundle.open(bundle), threads=threads, packed_cache=packed_cache) as engine:
         session = engine.session(adapter)
         pieces = session.generate(
@@ -69,6 +80,7 @@ def run(
             top_k=top_k,
             seed=seed,
             stop=tuple(stop or ()),
+            allow_special=allow_special,
             stream=True,
         )
         if as_json:
@@ -88,6 +100,7 @@ def chat(
     top_k: TopK = 0,
     seed: Seed = 0,
     system: System = None,
+    allow_special: AllowSpecial = False,
     threads: Threads = None,
     packed_cache: PackedCache = None,
 ) -> None:
@@ -96,7 +109,9 @@ def chat(
     """
     from bedplate.runtime.engine import Engine
 
+    check_texts({"--system": system})
     options = {
+        "allow_special": allow_special,
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_p": top_p,
@@ -106,11 +121,12 @@ def chat(
     with Engine(Bundle.open(bundle), threads=threads, packed_cache=packed_cache) as engine:
         session = engine.session(adapter)
         history = _messages(system, None)
-        while (line := _ask(session.adapter)) is not None:
-            command, _, argument = line.strip().partition(" ")
-            if command == "/quit":
-                return
+        while data := _ask(session.adapter):
             try:
+                line = decode(data).rstrip("\n")
+                command, _, argument = line.strip().partition(" ")
+                if command == "/quit":
+                    return
                 if command == "/reset":
                     history = _messages(system, None)
                 elif command == "/use":
@@ -139,10 +155,9 @@ def _messages(system: str | None, user: str | None) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in roles if text is not None]
 
 
-def _ask(adapter: str | None) -> str | None:
+def _ask(adapter: str | None) -> bytes:
     stderr.print(f"[bold]{adapter or 'base'}>[/] ", end="")
-    line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
+    return standard_input().readline()
 
 
 def _stream(pieces: Iterator[str]) -> str:

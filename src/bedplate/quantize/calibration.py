@@ -36,7 +36,7 @@ def calibration_tokens(
         )
     hint = "give prose, code or conversations of the kind that the model will read, some thousand words"
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8").removeprefix("\N{BYTE ORDER MARK}")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"is no text in UTF-8 (byte {error.start})", where=path, hint=hint) from None
     if "\0" in text:

@@ -13,10 +13,13 @@ from types import TracebackType
 from bedplate import _native
 from bedplate.bundle.store import Bundle
 from bedplate.errors import NotFoundError, RunError
+from bedplate.runtime import arguments
 from bedplate.runtime.packed_weights import PackedWeights
 from bedplate.runtime.programs import Limits, LoadedProgram, load_program, resident_bytes
 from bedplate.runtime.session import Session
 from bedplate.runtime.tokenizer import Tokenizer
+
+_MOST_THREADS = 4096  # no processor has more; of a number out of all reason the system would make what it can
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class Engine:
     writes them, every later one maps them in place of packing. Delete what is in it at any time.
 
     Steps of all sessions take turns; any thread may ask for one.
-    RunError: the tokenizer cannot be read, the process has not so many threads, or the folder cannot be used.
+    RunError: an argument is not what it should be, the tokenizer cannot be read, the process has not so many threads,
+    or the folder cannot be used.
     """
 
     _serials = itertools.count()
@@ -54,23 +58,25 @@ class Engine:
         weight_cache: bool = True,
         packed_cache: str | Path | None = None,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise RunError(f"threads is {threads}", hint="at least 1")
-        if packed_cache is not None and not weight_cache:
-            raise RunError(
-                "packed weights on disk without a weight cache", hint="they are what that cache holds"
-            )
+        arguments.instance("bundle", bundle, Bundle, "an open bundle: Bundle.open(path)")
+        count = _thread_count(threads)
+        arguments.flag("weight_cache", weight_cache)
+        if packed_cache is not None:
+            arguments.instance("packed_cache", packed_cache, (str, Path), "the path of a folder")
+            if not weight_cache:
+                hint = "they are what that cache holds"
+                raise RunError("packed weights on disk without a weight cache", hint=hint)
         self.bundle = bundle
         # Before the tokenizer: they are hashed while that is read.
         self._packed_weights = None if packed_cache is None else PackedWeights(Path(packed_cache), bundle)
         self.tokenizer = Tokenizer.of_bundle(bundle)
-        self._tokenizers: dict[str, Tokenizer] = {}
+        self._tokenizers: dict[str | None, Tokenizer] = {None: self.tokenizer}
         self._weight_cache = weight_cache
         self._activations = _native.Activations()
         self._programs: dict[str | None, LoadedProgram] = {}
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._lock = threading.Lock()
-        _set_threads(threads or physical_cores())
+        _set_threads(count)
 
     def __enter__(self) -> Engine:
         return self
@@ -95,23 +101,23 @@ class Engine:
         return session
 
     def check_adapter(self, name: str | None) -> None:
-        """NotFoundError: the bundle has no adapter of this name (None is the base)."""
+        """NotFoundError: the bundle has no adapter of this name (None is the base). RunError: it is no name."""
+        _check_name(name)
         if name is not None and name not in self.bundle.adapters:
             known = ", ".join(sorted(self.bundle.adapters)) or "none"
             hint = f"the bundle has: {known}"
             raise NotFoundError(f"no adapter {name!r}", where=self.bundle.path, hint=hint)
 
-    def tokenizer_of(self, adapter: str | None) -> Tokenizer:
-        """The tokenizer with the chat settings of an adapter (None: of the base).
+    def tokenizer_of(self, name: str | None) -> Tokenizer:
+        """The base's tokenizer (None), or an adapter's, which may have a chat template of its own.
 
-        NotFoundError: no such adapter.
+        NotFoundError: no such adapter.  RunError: its chat template cannot be read.
         """
-        self.check_adapter(adapter)
-        if adapter is None:
-            return self.tokenizer
-        if adapter not in self._tokenizers:
-            self._tokenizers[adapter] = self.tokenizer.for_adapter(self.bundle, adapter)
-        return self._tokenizers[adapter]
+        self.check_adapter(name)
+        with self._lock:
+            if name not in self._tokenizers:
+                self._tokenizers[name] = self.tokenizer.of_adapter(self.bundle, name)
+            return self._tokenizers[name]
 
     def load(self, name: str | None = None) -> LoadedProgram:
         """Load the base (None) or an adapter, unless it is loaded.
@@ -147,8 +153,11 @@ class Engine:
 
     def unload(self, name: str | None = None) -> None:
         """Forget a program, if loaded. Its memory is free when the generations that use it have ended."""
+        _check_name(name)  # the adapter itself may have been removed
         with self._lock:
             self._programs.pop(name, None)
+            if name is not None:
+                self._tokenizers.pop(name, None)
 
     def limits(self, name: str | None = None) -> Limits:
         """How much text a program takes. Loads it."""
@@ -164,6 +173,22 @@ class Engine:
             kv=sum(session.kv_bytes for session in self._sessions),
             programs=programs,
         )
+
+
+def _check_name(name: str | None) -> None:
+    if name is not None:
+        arguments.instance("the adapter's name", name, str, "text, or None for the base")
+
+
+def _thread_count(threads: int | None) -> int:
+    if threads is None:
+        return physical_cores()
+    count = arguments.integer("threads", threads, least=1)
+    if count > _MOST_THREADS:
+        raise RunError(
+            f"threads is {count}", hint=f"at most {_MOST_THREADS}, best one for each physical core"
+        )
+    return count
 
 
 def _set_threads(count: int) -> None:

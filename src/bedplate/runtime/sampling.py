@@ -5,12 +5,12 @@ numpy is imported where tokens are drawn: whoever takes the likeliest starts soo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bedplate.errors import RunError
+from bedplate.runtime import arguments
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,19 +21,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """temperature: 0 takes the likeliest token.  top_p: 1 keeps all.  top_k: 0 keeps all."""
+    """temperature: 0 takes the likeliest token.  top_p: 1 keeps all.  top_k: 0 keeps all, otherwise at least 1.
+
+    RunError: one is no number, or out of its range.
+    """
 
     temperature: float
     top_p: float
     top_k: int
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise RunError(f"temperature is {self.temperature}", hint="0 is greedy, around 0.7 is usual")
-        if not 0 < self.top_p <= 1:
-            raise RunError(f"top_p is {self.top_p}", hint="above 0 and at most 1; 1 keeps every token")
-        if self.top_k < 0:
-            raise RunError(f"top_k is {self.top_k}", hint="0 keeps every token, 40 the 40 likeliest")
+        hint = "0 is greedy, around 0.7 is usual"
+        if arguments.real("temperature", self.temperature, hint) < 0:
+            raise RunError(f"temperature is {self.temperature}", hint=hint)
+        hint = "above 0 and at most 1; 1 keeps every token"
+        if not 0 < arguments.real("top_p", self.top_p, hint) <= 1:
+            raise RunError(f"top_p is {self.top_p}", hint=hint)
+        arguments.integer("top_k", self.top_k, least=0)
 
 
 def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float64]:
@@ -45,7 +49,8 @@ def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np
     import numpy as np
 
     scaled = logits.astype(np.float64)
-    scaled = (scaled - scaled.max()) / sampling.temperature
+    with np.errstate(over="ignore"):  # near temperature 0, -inf stands for what is never drawn
+        scaled = (scaled - scaled.max()) / float(sampling.temperature)
     weights = np.exp(scaled)
     keep = sampling.top_k or weights.size
     if keep < weights.size or sampling.top_p < 1:

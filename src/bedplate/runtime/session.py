@@ -5,54 +5,22 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, overload
 
 from bedplate import _native
 from bedplate.errors import RunError
+from bedplate.runtime import arguments
+from bedplate.runtime.messages import Message
 from bedplate.runtime.programs import LoadedProgram, native_errors
-from bedplate.runtime.sampling import Sampling, chooser
+from bedplate.runtime.request import Request, Statistics, Wish
+from bedplate.runtime.sampling import chooser
 from bedplate.runtime.text import StopFilter, TextStream
-from bedplate.runtime.tokenizer import Message
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from bedplate.runtime.engine import Engine
-
-FinishReason = Literal["stop", "length", "cancelled"]
-
-
-@dataclass(kw_only=True)
-class Statistics:
-    """Of one generation, kept up to date as it goes.
-
-    reused_tokens: of the prompt, those whose keys and values were there already.
-    finish_reason: "stop" at an end token or a stop string, "length" at max_tokens or the end of the context;
-    "cancelled" until then.
-    """
-
-    prompt_tokens: int
-    reused_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    finish_reason: FinishReason = "cancelled"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Request:
-    """A generation in progress: the session's `_running` as long as it may go on."""
-
-    prompt: list[int]
-    program: LoadedProgram
-    max_tokens: int
-    sampling: Sampling
-    seed: int
-    stop: Sequence[str]
-    on_prefill: Callable[[int, int], None] | None
-    stats: Statistics
 
 
 class Session:
@@ -67,7 +35,7 @@ class Session:
         self._kv: _native.KvCache | None = None
         self._tokens: list[int] = []  # what the keys and values stand for
         self._computed_by: int | None = None  # serial of the program that computed them
-        self._running: _Request | None = None
+        self._running: Request | None = None
         self._lock = threading.RLock()
         self.last: Statistics | None = None
 
@@ -147,6 +115,7 @@ class Session:
         seed: int = ...,
         stop: Sequence[str] = ...,
         on_prefill: Callable[[int, int], None] | None = ...,
+        allow_special: bool = ...,
         stream: Literal[False] = ...,
     ) -> str: ...
 
@@ -162,6 +131,7 @@ class Session:
         seed: int = ...,
         stop: Sequence[str] = ...,
         on_prefill: Callable[[int, int], None] | None = ...,
+        allow_special: bool = ...,
         stream: Literal[True],
     ) -> Iterator[str]: ...
 
@@ -176,61 +146,74 @@ class Session:
         seed: int = 0,
         stop: Sequence[str] = (),
         on_prefill: Callable[[int, int], None] | None = None,
+        allow_special: bool = False,
         stream: bool = False,
     ) -> str | Iterator[str]:
-        """Continue text (taken as it is) or a conversation (put through the chat template).
+        """Continue text (taken as it is) or a conversation (put through the adapter's chat template).
 
         Greedy at temperature 0, otherwise drawn with `seed`; see Sampling. Ends at an end token or a string
-        of `stop` (both left out), after max_tokens, at the end of the context, or by `cancel`. What the
-        prompt's beginning shares with what the session holds is not computed again. Whatever else the session
-        is asked for meanwhile ends a generation that is still being streamed.
+        of `stop` (both left out), after max_tokens, at the end of the context, or by `cancel`. Of several strings of
+        `stop`, the one that is complete first counts.
+
+        The session does not compute again what the prompt's beginning shares with what it holds. A generation that is
+        still being streamed ends as soon as the session is asked for anything else.
 
         A long prompt goes in chunks: after each, `on_prefill` gets the tokens done and those of the whole prompt,
         and `cancel` counts.
 
+        allow_special: what spells a special token in a message is that token; see `Tokenizer.encode_chat`.
+
         Returns the text, or with `stream` an iterator of its pieces. Statistics are in `last`.
-        RunError: the prompt is empty or longer than the context, or an argument is out of its range.
+        RunError: the prompt is empty or longer than the context, or an argument is not what it should be.
         """
-        if max_tokens < 1:
-            raise RunError(f"max_tokens is {max_tokens}", hint="at least 1")
-        if isinstance(stop, str) or not all(stop):
-            raise RunError(f"stop is {stop!r}", hint='a list of strings that are not empty: ["\\n\\n"]')
-        if seed < 0:
-            raise RunError(f"seed is {seed}", hint="at least 0")
-        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
-        tokenizer = self._engine.tokenizer_of(self._adapter)
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+        wish = Wish.of(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop,
+            on_prefill=on_prefill,
+        )
+        arguments.flag("stream", stream)
         with self._lock:
+            ids = self._encode(prompt, arguments.flag("allow_special", allow_special))
             program = self._program()
             _check_room(program, len(self._checked(ids)))
-            request = _Request(
-                prompt=ids,
-                program=program,
-                max_tokens=max_tokens,
-                sampling=sampling,
-                seed=seed,
-                stop=tuple(stop),
-                on_prefill=on_prefill,
-                stats=Statistics(prompt_tokens=len(ids)),
-            )
+            stats = Statistics(prompt_tokens=len(ids))
+            request = Request(prompt=ids, program=program, wish=wish, stats=stats)
             self._running, self.last = request, request.stats
         pieces = self._generate(request)
         return pieces if stream else "".join(pieces)
 
-    def _generate(self, request: _Request) -> Iterator[str]:
-        text, stops = TextStream(self._engine.tokenizer.decode), StopFilter(request.stop)
-        for token in self._choose_tokens(request):
-            if piece := stops.push(text.push(token)):
+    def _encode(self, prompt: str | Sequence[Message], allow_special: bool) -> list[int]:
+        hint = 'text, or a list of messages: [{"role": "user", "content": "…"}]'
+        arguments.instance("prompt", prompt, (str, Sequence), hint)
+        tokenizer = self._engine.tokenizer_of(self._adapter)
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt)
+        return tokenizer.encode_chat(prompt, allow_special=allow_special)
+
+    def _generate(self, request: Request) -> Iterator[str]:
+        text, stops = TextStream(self._engine.tokenizer.decode), StopFilter(request.wish.stop)
+        stats = request.stats
+        try:
+            for token in self._choose_tokens(request):
+                if piece := stops.push(text.push(token)):
+                    yield piece
+                if stops.stopped:
+                    break
+            if piece := stops.push(text.finish()) + stops.finish():
                 yield piece
             if stops.stopped:
-                break
-        if piece := stops.push(text.finish()) + stops.finish():
-            yield piece
-        if stops.stopped:
-            request.stats.finish_reason = "stop"
+                stats.finish_reason = "stop"
+        finally:
+            if stats.finish_reason is None:
+                stats.finish_reason = "cancelled"
 
-    def _choose_tokens(self, request: _Request) -> Iterator[int]:
-        stats, choose = request.stats, chooser(request.sampling, request.seed)
+    def _choose_tokens(self, request: Request) -> Iterator[int]:
+        stats, wish = request.stats, request.wish
+        choose = chooser(wish.sampling, wish.seed)
         end_tokens = self._engine.bundle.manifest.tokenizer.eos_ids
         # The keys and values of the last token are not needed: it may stand just beyond the context.
         room = request.program.limits.max_context - len(request.prompt) + 1
@@ -242,14 +225,14 @@ class Session:
                 return
             stats.generated_tokens += 1
             yield token
-            if stats.generated_tokens == min(request.max_tokens, room):
+            if stats.generated_tokens == min(wish.max_tokens, room):
                 stats.finish_reason = "length"
                 return
             start = time.perf_counter()
             logits = self._continue(request, [token])
             stats.decode_seconds += time.perf_counter() - start
 
-    def _prefill(self, request: _Request) -> _native.Logits | None:
+    def _prefill(self, request: Request) -> _native.Logits | None:
         """Logits of the prompt's last position; None: cancelled."""
         start = time.perf_counter()
         with self._lock:
@@ -265,12 +248,12 @@ class Session:
             if logits is None:
                 return None
             done += len(chunk)
-            if request.on_prefill is not None:
-                request.on_prefill(done, len(request.prompt))
+            if request.wish.on_prefill is not None:
+                request.wish.on_prefill(done, len(request.prompt))
         request.stats.prefill_seconds = time.perf_counter() - start
         return logits
 
-    def _continue(self, request: _Request, ids: list[int]) -> _native.Logits | None:
+    def _continue(self, request: Request, ids: list[int]) -> _native.Logits | None:
         """Logits of the last of some more tokens; None: cancelled."""
         with self._lock:
             if self._running is not request:
@@ -298,7 +281,7 @@ class Session:
         return results
 
     def _checked(self, token_ids: Sequence[int]) -> list[int]:
-        ids = [int(token) for token in token_ids]
+        ids = arguments.token_ids(token_ids)
         vocab = self._engine.bundle.manifest.model["vocab_size"]
         wrong = next((token for token in ids if not 0 <= token < vocab), None)
         if wrong is not None:

@@ -39,7 +39,11 @@ class TextStream:
 
 
 class StopFilter:
-    """Passes text on up to the first stop string, and holds back what may turn out to be the start of one."""
+    """Passes text on up to the first stop string, and holds back what may turn out to be the start of one.
+
+    The first is the one that is complete first; of several that end at one character, the longest. So the text may be
+    read a character at a time, and how it is cut into pieces changes nothing.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
@@ -51,10 +55,10 @@ class StopFilter:
         if self.stopped:
             return ""
         text = self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

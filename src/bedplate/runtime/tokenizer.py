@@ -2,83 +2,97 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as Backend
 
-from bedplate.bundle.store import Bundle, ChatSettings
+from bedplate.bundle.store import Bundle
 from bedplate.errors import RunError
+from bedplate.runtime import arguments
+from bedplate.runtime.messages import Message, plain_messages
 
 if TYPE_CHECKING:
     from bedplate.runtime.chat_template import ChatTemplate
-
-Message = Mapping[str, Any]
-"""One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}, and what else the
-model's chat template reads."""
+    from bedplate.runtime.user_text import UserText
 
 
 class Tokenizer:
-    """special_tokens: `bos_token`, `eos_token` … as text, for the chat template."""
+    """Of the base, or of an adapter, which may have a chat template of its own.
 
-    def __init__(self, file: Path, *, chat_template: str | None, special_tokens: Mapping[str, str]) -> None:
-        try:
-            self._backend = Backend.from_file(str(file))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise RunError(f"not a tokenizer: {error}", where=file, hint="build the bundle again") from error
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._special_tokens = dict(special_tokens)
+    chat_template: Jinja source; None: there is none.  special_tokens: `bos_token`, `eos_token` … as text, as the chat
+    template sees them.  end_ids: tokens that end an answer. No text of a message becomes one of either.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        chat_template: str | None,
+        special_tokens: Mapping[str, str],
+        end_ids: Collection[int] = (),
+    ) -> None:
+        self._backend = backend
         self._chat_template = chat_template
+        self._special_tokens = special_tokens
+        self._end_ids = end_ids
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Tokenizer:
-        """With the chat settings of the base. RunError: the tokenizer cannot be read."""
-        settings = bundle.chat_settings(None)
+        """The base's. RunError: the tokenizer or the chat template cannot be read."""
+        return cls._of(bundle, open_backend(bundle.tokenizer_file), None)
+
+    def of_adapter(self, bundle: Bundle, adapter: str | None) -> Tokenizer:
+        """That of an adapter of the same bundle: other words around a conversation, the same tokens.
+
+        RunError: its chat template cannot be read.
+        """
+        return self if adapter is None else self._of(bundle, self._backend, adapter)
+
+    @classmethod
+    def _of(cls, bundle: Bundle, backend: Backend, adapter: str | None) -> Tokenizer:
+        chat = bundle.chat_settings(adapter)
         return cls(
-            bundle.tokenizer_file,
-            chat_template=_template_text(settings),
-            special_tokens=settings.special_tokens,
+            backend,
+            chat_template=None if chat.template_file is None else _read(chat.template_file),
+            special_tokens=chat.special_tokens,
+            end_ids=bundle.manifest.tokenizer.eos_ids,
         )
 
-    def for_adapter(self, bundle: Bundle, adapter: str) -> Tokenizer:
-        """The same with an adapter's chat settings. What they share is in memory once."""
-        settings = bundle.chat_settings(adapter)
-        other = copy.copy(self)
-        other.__dict__.pop("_template", None)
-        other._chat_template, other._special_tokens = _template_text(settings), dict(settings.special_tokens)
-        return other
-
     def encode(self, text: str) -> list[int]:
-        """Tokens of plain text, with what the tokenizer puts before and after it (`bos`, for some models)."""
-        return list(self._backend.encode(text).ids)
+        """Tokens of plain text, with what the tokenizer puts before and after it (`bos`, for some models).
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a conversation, up to where the assistant is to speak. RunError: see `render`."""
-        return list(self._backend.encode(self.render(messages), add_special_tokens=False).ids)
+        What spells a special token becomes that token. RunError: it is not text.
+        """
+        return list(self._backend.encode(arguments.text("the text", text)).ids)
+
+    def encode_chat(self, messages: Sequence[Message], *, allow_special: bool = False) -> list[int]:
+        """Tokens of a conversation, up to where the assistant is to speak.
+
+        What spells a special token in a message is encoded as ordinary characters; with `allow_special` it is that
+        token, as in transformers. Everything else is always as in transformers.
+        RunError: see `render`; or whose a special token is cannot be told.
+        """
+        conversation, template = plain_messages(messages), self._template
+        if arguments.flag("allow_special", allow_special):
+            return list(self._backend.encode(self._render(conversation), add_special_tokens=False).ids)
+        return self._user_text.encode(conversation, self._render, template.source)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=True))
+        return str(self._backend.decode(arguments.token_ids(ids), skip_special_tokens=True))
 
     def render(self, messages: Sequence[Message]) -> str:
         """The conversation as text, like transformers' `apply_chat_template(add_generation_prompt=True)`.
 
         RunError: the chat template is missing or malformed, a message is not one, or the template refuses them.
         """
-        template = self._template
-        for message in messages:
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                hint = 'a message is {"role": "user", "content": "…"}'
-                raise RunError(f"not a message: {message!r}", hint=hint)
-        return template.render(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=True,
-            **self._special_tokens,
-        )
+        return self._render(plain_messages(messages))
+
+    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        return self._template.render(messages, special_tokens=self._special_tokens)
 
     @cached_property
     def _template(self) -> ChatTemplate:
@@ -89,6 +103,30 @@ class Tokenizer:
             raise RunError("the bundle has no chat template, so it takes no messages", hint=hint)
         return ChatTemplate(self._chat_template)
 
+    @cached_property
+    def _user_text(self) -> UserText:
+        from bedplate.runtime.user_text import UserText
 
-def _template_text(settings: ChatSettings) -> str | None:
-    return None if settings.template_file is None else settings.template_file.read_text(encoding="utf-8")
+        named = map(self._backend.token_to_id, self._special_tokens.values())
+        return UserText(
+            self._backend, frozenset({*self._end_ids, *(one for one in named if one is not None)})
+        )
+
+
+def open_backend(file: Path) -> Backend:
+    """A `tokenizer.json`, which is to cut and to pad nothing. RunError: it is not one."""
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise RunError(f"not a tokenizer: {error}", where=file, hint="build the bundle again") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        hint = "bedplate verify BUNDLE finds damaged files"
+        raise RunError(f"the chat template cannot be read: {error}", where=file, hint=hint) from error

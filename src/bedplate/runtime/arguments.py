@@ -1,0 +1,111 @@
+"""What callers give, checked before anything runs: the type and the range of every argument, in one place.
+
+Each function returns the argument in the type that the rest of the runtime works with, or raises a RunError that names
+it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any, NoReturn, TypeVar
+
+from bedplate.errors import RunError
+
+_T = TypeVar("_T")
+_SHOWN = 60  # characters of a value in an error
+
+
+def integer(name: str, value: Any, *, least: int) -> int:
+    """A whole number, also of numpy; neither True nor 2.0 is one."""
+    hint = f"a whole number, at least {least}"
+    try:
+        number = _refuse(name, value, hint) if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        _refuse(name, value, hint)
+    if number < least:
+        _refuse(name, value, hint)
+    return number
+
+
+def real(name: str, value: Any, hint: str) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        _refuse(name, value, hint)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        _refuse(name, value, hint)
+    return number
+
+
+def instance(name: str, value: Any, kind: type[_T] | tuple[type[_T], ...], hint: str) -> _T:
+    """An object of a class."""
+    if not isinstance(value, kind):
+        _refuse(name, value, hint)
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    return instance(name, value, bool, "True or False")
+
+
+def function(name: str, value: Any, hint: str) -> None:
+    """Something to call, or None."""
+    if value is not None and not callable(value):
+        _refuse(name, value, hint)
+
+
+def text(name: str, value: Any) -> str:
+    """Text that UTF-8 can write. Python keeps bytes that are not UTF-8, of a command line say, as lone surrogates."""
+    string = instance(name, value, str, "text (a Python str)")
+    try:
+        string.encode()
+    except UnicodeEncodeError as error:
+        raise RunError(
+            f"{name} is not text: its character {error.start} is half of a surrogate pair",
+            hint="bytes that are not UTF-8 become such characters: give the text in UTF-8",
+        ) from None
+    return string
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """A list of texts that are not empty."""
+    hint = 'a list of strings that are not empty: ["\\n\\n"]'
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        _refuse(name, value, hint)
+    if not all(isinstance(one, str) and one for one in value):
+        _refuse(name, value, hint)
+    return tuple(text(f"{name}[{i}]", one) for i, one in enumerate(value))
+
+
+def token_ids(value: Any) -> list[int]:
+    """Ids of tokens: whole numbers from 0, also as an array of numpy or torch."""
+    hint = "a list of whole numbers: engine.tokenizer.encode(text) gives one"
+    if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
+        _refuse("token_ids", value, hint)
+    try:
+        ids = [-1 if isinstance(one, bool) else operator.index(one) for one in value]
+    except TypeError:  # an item, or an array without a dimension
+        _refuse("token_ids", value, hint)
+    if wrong := [one for one in ids if not 0 <= one < 2**32]:
+        raise RunError(f"token {wrong[0]} is not in the vocabulary", hint=hint)
+    return ids
+
+
+def _refuse(name: str, value: Any, hint: str) -> NoReturn:
+    raise RunError(f"{name} is {shown(value)}", hint=hint)
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: its beginning."""
+    try:
+        written = repr(value)
+    except Exception:  # nested too deep, or of a class that fails
+        return f"of type {type(value).__name__}"
+    return written if len(written) <= _SHOWN else written[: _SHOWN - 1] + "…"

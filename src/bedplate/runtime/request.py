@@ -1,0 +1,74 @@
+"""A generation: what was asked for, checked, and how far it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bedplate.runtime import arguments
+from bedplate.runtime.programs import LoadedProgram
+from bedplate.runtime.sampling import Sampling
+
+FinishReason = Literal["stop", "length", "cancelled"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(kw_only=True)
+class Statistics:
+    """Of one generation, kept up to date as it goes.
+
+    reused_tokens: of the prompt, those whose keys and values were there already.
+    finish_reason: None while it goes on; "stop" at an end token or a stop string, "length" at max_tokens or the end of
+    the context, "cancelled" where something else ended it.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What a caller wants of a generation. RunError: an argument is not what it should be."""
+
+    max_tokens: int
+    sampling: Sampling
+    seed: int
+    stop: tuple[str, ...]
+    on_prefill: Progress | None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        max_tokens: Any,
+        temperature: Any,
+        top_p: Any,
+        top_k: Any,
+        seed: Any,
+        stop: Any,
+        on_prefill: Any,
+    ) -> Wish:
+        """From arguments of any type."""
+        arguments.function("on_prefill", on_prefill, "a function of two numbers, or None")
+        return cls(
+            max_tokens=arguments.integer("max_tokens", max_tokens, least=1),
+            sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
+            seed=arguments.integer("seed", seed, least=0),
+            stop=arguments.texts("stop", stop),
+            on_prefill=on_prefill,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """A generation in progress: the session's `_running` as long as it may go on."""
+
+    prompt: list[int]
+    program: LoadedProgram
+    wish: Wish
+    stats: Statistics
