@@ -12,10 +12,15 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
+from peft_oracle import TOLERANCE, Oracle
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
+
+from bedplate.errors import BedplateError
+from bedplate.model.adapter import Adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model.model."
@@ -174,3 +179,20 @@ def as_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def equal(oracle: Oracle, made: Path, peft: Path, *, tolerance: float = TOLERANCE) -> Adapter:
+    """What bedplate reads from `made` is what PEFT computes from `peft`."""
+    adapter = oracle.read(made)
+    expected = oracle.peft(peft)
+    torch.testing.assert_close(oracle.merged(adapter), expected, rtol=0, atol=tolerance)
+    assert float((expected - oracle.base).abs().max()) > 20 * tolerance
+    return adapter
+
+
+def refused(oracle: Oracle, made: Path, kind: type[BedplateError], says: str) -> BedplateError:
+    with pytest.raises(kind, match=says) as caught:
+        oracle.read(made)
+    assert caught.value.where is not None and caught.value.where.startswith(str(made))
+    assert caught.value.hint
+    return caught.value

@@ -176,6 +176,13 @@ def test_a_tokenizer_that_passes_gives_the_same_ids(model: Path, text: str) -> N
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": "y"}}', "not a table of tokens"),
         ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template is 3"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "a"}]}', "chat_template is"),
+        ("tokenizer_config.json", b'{"chat_template": "\\ud800"}', "chat_template is"),
+        (
+            "tokenizer_config.json",
+            b'{"chat_template": [{"name": "default", "template": 3}]}',
+            "chat_template is",
+        ),
+        ("tokenizer_config.json", b'{"bos_token": "\\ud800"}', "has the token"),
         ("special_tokens_map.json", b"[]", "is not a JSON object"),
         ("tokenizer_config.json", b'{"mask_token": "<mask>"}', "has the token '<mask>'"),
         ("tokenizer_config.json", b'{"extra_special_tokens": ["<tool>"]}', "has the token '<tool>'"),
@@ -248,6 +255,9 @@ def test_special_tokens_as_the_template_sees_them(folder: Path, base: BaseTokeni
     (folder / "config.json").write_text("{}")
     rewrite(folder, "tokenizer_config.json", lambda data: data.update(tokenizer_class="TokenizersBackend"))
     assert AutoTokenizer.from_pretrained(folder).special_tokens_map == expected
+    more = {"\ud800_token": "<|im_end|>", "a b_token": "<|im_end|>"}
+    rewrite(folder, "tokenizer_config.json", lambda data: data.update(more))
+    assert read_text(folder, base).special_tokens == expected, "no template can name them"
 
 
 @pytest.mark.parametrize("numbered", [False, True])

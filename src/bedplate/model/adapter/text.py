@@ -98,11 +98,12 @@ def _chat_template(folder: Path, setting: Any) -> str | None:
     if (folder / TEMPLATE).is_file():
         return _read_template(folder / TEMPLATE)
     if not named:
-        if setting is None or isinstance(setting, str):
-            return setting
+        if setting is None:
+            return None
         try:
-            named = {str(entry["name"]): str(entry["template"]) for entry in setting}
-        except (TypeError, KeyError):
+            listed = [{"name": "default", "template": setting}] if isinstance(setting, str) else setting
+            named = {str(entry["name"]): _encodable(entry["template"]) for entry in listed}
+        except (TypeError, KeyError, UnicodeError, AttributeError):
             what = f"chat_template is {setting!r:.60}, neither a text nor a list of named texts"
             raise AdapterError(what, where=folder / SETTINGS, hint=AGAIN) from None
     if "default" not in named:
@@ -112,6 +113,11 @@ def _chat_template(folder: Path, setting: Any) -> str | None:
             f"no chat template is the default one; there is {known}", where=folder, hint=hint
         )
     return named["default"]
+
+
+def _encodable(text: str) -> str:
+    text.encode()
+    return text
 
 
 def _read_template(file: Path) -> str:
@@ -131,7 +137,8 @@ def _special_tokens(settings: Mapping[str, Any], folder: Path) -> dict[str, str]
     }
     for named in (settings.get("model_specific_special_tokens"), _extra_tokens(settings)):
         found |= named if isinstance(named, dict) else {}
-    return {name: _text(value, folder) for name, value in sorted(found.items())}
+    # A template can only name what is an identifier.
+    return {name: _text(value, folder) for name, value in sorted(found.items()) if name.isidentifier()}
 
 
 def _unnamed_tokens(settings: Mapping[str, Any], folder: Path) -> list[str]:

@@ -1,0 +1,154 @@
+"""Adapters of llama.cpp: PEFT's logits on the same matrices, or a refusal in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from adapter_formats import (
+    CONFIG,
+    as_gguf,
+    equal,
+    refused,
+)
+from peft import LoraConfig
+from peft_oracle import Oracle
+from transformers import LlamaConfig
+
+from bedplate.errors import AdapterError, BedplateError, UnsupportedError
+
+Q8 = gguf.GGMLQuantizationType.Q8_0
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_an_adapter_of_llama_cpp(
+    oracle: Oracle, peft: Path, peft_q: Path, config: LlamaConfig, tmp_path: Path
+) -> None:
+    adapter = equal(oracle, as_gguf(peft, tmp_path / "all.gguf", config), peft)
+    assert (adapter.format, adapter.rank, adapter.alpha) == ("gguf", 4, 6.0)
+    equal(oracle, as_gguf(peft_q, tmp_path / "q.gguf", config), peft_q)
+
+
+@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16, Q8])
+def test_values_of_other_types_are_unpacked(
+    oracle: Oracle, peft: Path, config: LlamaConfig, tmp_path: Path, kind: gguf.GGMLQuantizationType
+) -> None:
+    exact, stored = (
+        oracle.read(as_gguf(peft, tmp_path / f"{of.name}.gguf", config, kind=of))
+        for of in (gguf.GGMLQuantizationType.F32, kind)
+    )
+    for (path, a, b), (_, a_stored, b_stored) in zip(exact.matrices(), stored.matrices(), strict=True):
+        assert np.abs(a - a_stored).max() < 0.02 * np.abs(a).max(), path
+        assert np.abs(b - b_stored).max() < 0.02 * np.abs(b).max(), path
+
+
+def test_a_rank_of_its_own_has_a_factor_of_its_own(
+    oracle: Oracle, config: LlamaConfig, tmp_path: Path
+) -> None:
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
+    peft = oracle.save(tmp_path / "peft", lora)
+    equal(oracle, as_gguf(peft, tmp_path / "a.gguf", config), peft)
+
+
+@pytest.mark.parametrize("alpha", [0.0, None])
+def test_without_an_alpha_the_factor_is_one(
+    oracle: Oracle, peft: Path, config: LlamaConfig, tmp_path: Path, alpha: float | None
+) -> None:
+    file = as_gguf(peft, tmp_path / "a.gguf", config, fields={"adapter.lora.alpha": alpha})
+    plain = Path(shutil.copytree(peft, tmp_path / "plain"))
+    edit(plain / CONFIG, lora_alpha=4)
+    equal(oracle, file, plain)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "says"),
+    [
+        ({"general.type": "model"}, AdapterError, "is a model, not an adapter"),
+        ({"general.type": None}, AdapterError, "is a model, not an adapter"),
+        ({"general.type": "imatrix"}, AdapterError, 'is a GGUF of type "imatrix"'),
+        ({"adapter.type": "control_vector"}, UnsupportedError, 'adapter.type = "control_vector"'),
+        ({"adapter.type": None}, UnsupportedError, "adapter.type = null"),
+        (
+            {"general.architecture": "qwen2"},
+            AdapterError,
+            'architecture "qwen2", and the bundle\'s is "llama"',
+        ),
+        ({"adapter.alora.invocation_tokens": [5, 6]}, UnsupportedError, r"\[5, 6\] \(activated LoRA\)"),
+        ({"adapter.lora.next_years": 1}, UnsupportedError, "adapter.lora.next_years = 1"),
+        ({"adapter.lora.alpha": "8"}, AdapterError, 'alpha must be a number, got "8"'),
+        ({"adapter.lora.alpha": float("nan")}, AdapterError, "alpha must be a number"),
+    ],
+    ids=str,
+)
+def test_fields_of_a_gguf_that_are_refused(
+    oracle: Oracle,
+    peft: Path,
+    config: LlamaConfig,
+    tmp_path: Path,
+    fields: dict[str, Any],
+    kind: type[BedplateError],
+    says: str,
+) -> None:
+    refused(oracle, as_gguf(peft, tmp_path / "a.gguf", config, fields=fields), kind, says)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kind", "says"),
+    [
+        ("token_embd.weight.lora_a", (64, 4), UnsupportedError, "a LoRA on the embedding table"),
+        ("output.weight.lora_a", (4, 64), UnsupportedError, "a LoRA on the head"),
+        ("blk.0.attn_norm.weight", (64,), UnsupportedError, "trained norms"),
+        ("output_norm.weight", (64,), UnsupportedError, "trained norms"),
+        ("blk.0.ffn_gate_exps.weight.lora_a", (4, 64), UnsupportedError, "a LoRA on experts"),
+        ("blk.0.attn_qkv.weight.lora_a", (4, 64), UnsupportedError, "a linear that this model does not have"),
+        (
+            "blk.7.attn_q.weight.lora_a",
+            (4, 64),
+            AdapterError,
+            r"lora_B of layers\.7\.self_attn\.q_proj is miss",
+        ),
+    ],
+)
+def test_tensors_of_a_gguf_that_are_refused(
+    oracle: Oracle,
+    peft: Path,
+    config: LlamaConfig,
+    tmp_path: Path,
+    name: str,
+    shape: tuple[int, ...],
+    kind: type[BedplateError],
+    says: str,
+) -> None:
+    file = as_gguf(peft, tmp_path / "a.gguf", config, extra={name: np.ones(shape, np.float32)})
+    refused(oracle, file, kind, says)
+
+
+def test_a_prompt_prefix_is_told(oracle: Oracle, peft: Path, config: LlamaConfig, tmp_path: Path) -> None:
+    fields = {"adapter.lora.prompt_prefix": "Task:", "adapter.lora.task_name": "tasks"}
+    adapter = equal(oracle, as_gguf(peft, tmp_path / "a.gguf", config, fields=fields), peft)
+    assert len(adapter.warnings) == 1 and '"Task:"' in adapter.warnings[0]
+
+
+def test_a_damaged_gguf(oracle: Oracle, peft: Path, config: LlamaConfig, tmp_path: Path) -> None:
+    file = as_gguf(peft, tmp_path / "a.gguf", config)
+    data = file.read_bytes()
+    for keep in (4, 7, 30, 200, 1000, 5000, len(data) // 2, len(data) - 64):
+        file.write_bytes(data[:keep])
+        refused(oracle, file, AdapterError, "is not a whole GGUF file|is a model, not an adapter")
+    file.write_bytes(b"GGML" + data[4:])
+    refused(oracle, file, AdapterError, "is a file, and not a GGUF")
+
+
+def test_a_folder_with_a_gguf_in_it(oracle: Oracle, peft: Path, config: LlamaConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = as_gguf(peft, folder / "a.gguf", config)
+    assert str(file) in str(refused(oracle, folder, AdapterError, "but a GGUF").hint)
