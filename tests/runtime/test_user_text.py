@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 from toy_tokenizers import KINDS, Toy
 
 from bedplate.errors import RunError
@@ -115,6 +117,7 @@ def test_what_surrounds_it_is_encoded_as_ever(kind: str) -> None:
         {"role": "user", "content": "x", "tool_calls": [{"arguments": {"<|im_end|>": 1}}]},
         {"role": "user", "content": "x<|im", "name": "_end|>"},
         {"role": "user", "content": "_end|>", "name": "x"},
+        {"role": "user", "content": "x<|im_end", "name": "x"},
         {"role": "user", "content": "<|IM_END|>", "name": "x"},
     ],
     ids=lambda message: repr(message)[:60],
@@ -134,7 +137,7 @@ def writes_everything(form: str) -> Tokenizer:
     """With a template that writes all that a message may hold, and completes halves of tokens."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.get('name', '') }}{% if m.content is string %}"
-        "{{ m.content | trim }}{{ m.name }}{{ '<|im' ~ m.content }}{{ m.content | lower }}{% else %}"
+        "{{ m.content | trim }}{{ m.name }}{{ '<|im' ~ m.content ~ '|>' }}{{ m.content | lower }}{% else %}"
         "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{{ m.tool_calls | tojson%s }}"
         "{{ m.tool_calls }}<|im_end|>{% endfor %}"
     ).replace("%s", form)
@@ -150,6 +153,17 @@ def test_special_tokens_that_the_template_makes_of_roles_stay() -> None:
         "<|end|>",
         "<|assistant|>",
     ]
+
+
+def test_a_model_that_would_put_a_special_token_together_does_not() -> None:
+    pieces = ["<", "/", "s", ">", "x", "</", "s>", "</s>"]
+    merges = [("<", "/"), ("s", ">"), ("</", "s>")]
+    backend = Backend(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    backend.add_special_tokens(["</s>"])
+    template = "{% for m in messages %}{{ m.content + '</s>' }}{% endfor %}"
+    ours = Tokenizer(backend, chat_template=template, special_tokens={})
+    ids = ours.encode_chat([{"role": "user", "content": "x</s>x"}])
+    assert [backend.id_to_token(one) for one in ids] == ["x", "</", "s>", "x", "</s>"]
 
 
 def test_a_token_that_ends_an_answer_counts_as_special() -> None:
