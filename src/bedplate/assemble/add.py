@@ -13,7 +13,7 @@ import numpy as np
 from bedplate import _native
 from bedplate.assemble.report import Reporter
 from bedplate.assemble.templates import Templates
-from bedplate.bundle import manifest
+from bedplate.bundle import files, manifest
 from bedplate.bundle.ptd import write_ptd
 from bedplate.bundle.store import AdapterFacts, Bundle
 from bedplate.compile.cache import UnitCache
@@ -132,7 +132,7 @@ class _Packer:
         packed = _noting(branches, keys)
         in_foundation = frozenset(self._foundation.values())
         constants = write_ptd(folder / manifest.ADAPTER_WEIGHTS, packed, leave_out=in_foundation)
-        (folder / manifest.ADAPTER_PROGRAM).write_bytes(link(template, keys))
+        files.write(folder / manifest.ADAPTER_PROGRAM, link(template, keys))
         if text.chat_template is not None:
             (folder / manifest.CHAT_TEMPLATE).write_text(text.chat_template, "utf-8", newline="\n")
         info = manifest.AdapterInfo(
