@@ -88,7 +88,9 @@ def test_a_budget_is_kept_and_spent(checkpoint: Checkpoint) -> None:
     for budget in (0.6, 0.75, 0.9):
         chosen = choose(checkpoint, recipe, bytes_per_weight=budget)
         assert chosen.bytes_per_weight <= budget and chosen.mean_kl is None
-        for name in set(candidates(recipe, checkpoint.spec)) - set(chosen.eight):
+        left = set(candidates(recipe, checkpoint.spec)) - set(chosen.eight)
+        assert left
+        for name in left:
             pattern = name if name == HEAD else f"layers.*.{name}"
             more = chosen.recipe.with_eight_bits([pattern])
             ratio = linear_bytes(more, checkpoint.spec) / linear_bytes(chosen.recipe, checkpoint.spec)
