@@ -1,4 +1,4 @@
-"""Imports torch and PEFT without what they log: a worker of pytest-xdist would print that after the summary of a run."""
+"""Imports torch and PEFT without what they log, which a worker of pytest-xdist would print after a run's summary."""
 
 from bedplate.quiet import import_modules
 
