@@ -27,6 +27,7 @@ def bundle(build_toy: BuildToy) -> Bundle:
     return build_toy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["none", "8w"])
 def test_a_rank_without_units_is_filled_up_to_one_that_has_some(
     quantize: str, bundle: Bundle, toy_bundle: Bundle, toy_model: Path, unit_cache: Path, tmp_path: Path
@@ -42,6 +43,7 @@ def test_a_rank_without_units_is_filled_up_to_one_that_has_some(
     assert not np.array_equal(logits(bundle, "filled"), logits(bundle, None))
 
 
+@pytest.mark.slow
 def test_a_small_rank_is_not_filled_up_beyond_reason(bundle: Bundle, toy_model: Path, tmp_path: Path) -> None:
     cache = tmp_path / "units"
     for name, rank in (("large", 17), ("small", 2)):
@@ -95,6 +97,7 @@ def test_one_that_does_not_fit_keeps_all_out(
     assert list(Bundle.open(bundle.path).adapters) == ["a"]
 
 
+@pytest.mark.slow
 def test_a_model_whose_layers_differ_is_lowered_as_a_whole(
     build_toy: BuildToy, toy_model: Path, toy_adapters: dict[str, Path], unit_cache: Path
 ) -> None:

@@ -20,6 +20,8 @@ from bedplate.model.adapter import read_adapter
 from bedplate.model.spec import spec_from_dict
 from bedplate.quantize.options import AdapterScheme
 
+pytestmark = pytest.mark.slow
+
 TOKENS = [5, 17, 101, 3, 250, 77, 8, 8, 19, 300, 2, 45]
 
 

@@ -18,6 +18,8 @@ from bedplate.errors import BedplateError
 from bedplate.runtime.engine import Engine
 from bedplate.runtime.session import Session
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ("the quick", "pack my box with five dozen", "jugs")
 MAX_TOKENS = 12
 SESSIONS = 6
