@@ -23,7 +23,8 @@ def logits(bundle: Bundle, name: str | None) -> np.ndarray:
 
 
 @pytest.fixture
-def bundle(build_toy: BuildToy) -> Bundle:
+def bundle(build_toy: BuildToy, toy_bundle: Bundle) -> Bundle:
+    """A new one without adapters. What it needs was compiled for the bundle that all tests share."""
     return build_toy()
 
 
@@ -53,6 +54,7 @@ def test_a_small_rank_is_not_filled_up_beyond_reason(bundle: Bundle, toy_model: 
     assert bundle.add(nine, name="nine", unit_cache=cache).info.unit_rank == 17
 
 
+@pytest.mark.usefixtures("float_bundle")  # has compiled what this needs
 def test_matrices_have_8_bits_unless_the_foundation_is_float32(
     bundle: Bundle, build_toy: BuildToy, toy_adapters: dict[str, Path], unit_cache: Path
 ) -> None:

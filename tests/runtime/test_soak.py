@@ -29,7 +29,11 @@ Oracle = dict[tuple[str | None, str], str]
 
 @pytest.fixture(scope="module")
 def bundle(
-    build_toy: BuildToy, toy_model: Path, unit_cache: Path, tmp_path_factory: pytest.TempPathFactory
+    build_toy: BuildToy,
+    toy_model: Path,
+    toy_bundle: bedplate.Bundle,
+    unit_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> bedplate.Bundle:
     """Sixteen sound adapters, half of them in 8 bits, and three that are damaged once the bundle is open."""
     made = build_toy()
