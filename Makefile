@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# A worker for each core; each takes 1 to 3 GB.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8
 NATIVE := $(wildcard native/*.cpp native/*.h native/CMakeLists.txt)
 
 # Where bytecode is not written, every process would compile torch's sources anew.
@@ -11,16 +13,22 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format clean
+.PHONY: help demo test test-fast sanitize check format clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(VENV)/.extension $(VENV)/.model ## Build a bundle of SmolLM2-135M with two adapters and ask them all the same
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.extension $(VENV)/.model ## Run every test; PYTEST_ARGS="-k name" runs some
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.extension ## Run the tests that take no more than seconds each, for daily work
+	$(PYTEST) -m "not slow and not real_model" $(PYTEST_ARGS)
+
+sanitize: $(VENV)/.extension ## Run the tests of the extension under AddressSanitizer
+	$(BIN)/python tests/sanitized.py address tests/native
 
 check: $(VENV)/.extension ## Lint, check formatting and types
 	$(BIN)/ruff check

@@ -1,65 +1,116 @@
-"""Shared by all tests: a toy model with adapters, and the bundles built from it, once a session."""
+"""Shared by all tests: a toy model with adapters, and the bundles built from it, once a run.
+
+A run has one process, or several workers (`pytest -n 2`); what takes long to make they make once, in a folder of all.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+import quiet_torch  # noqa: F401
+import torch
+from schedule import in_order, scheduler
+from shared import Shared
 from toy import BuildToy, save_adapter, save_toy_model, toy_config
 
 import bedplate
 
-
-@pytest.fixture(scope="session")
-def unit_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compiled units of this session: each structure is lowered once."""
-    return tmp_path_factory.mktemp("units")
-
-
-@pytest.fixture(scope="session")
-def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("toy") / "model"
-    save_toy_model(folder, toy_config())
-    return folder
+# How long an example takes says more about what else the machine does than about the code.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
-def toy_adapters(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> dict[str, Path]:
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """What all workers of this run share. Nobody may have changed it in the end."""
+    own = tmp_path_factory.getbasetemp()
+    of_all = own.parent if hasattr(request.config, "workerinput") else own
+    shared = Shared(of_all / "shared")
+    yield shared
+    assert shared.changed() == [], "a test must copy what it wants to change"
+
+
+@pytest.fixture(scope="session")
+def unit_cache(shared: Shared) -> Path:
+    """Compiled units of this run: each structure is lowered once."""
+    return shared.units
+
+
+@pytest.fixture(scope="session")
+def toy_model(shared: Shared) -> Path:
+    return shared.made("toy", lambda folder: save_toy_model(folder, toy_config()))
+
+
+@pytest.fixture(scope="session")
+def toy_adapters(shared: Shared, toy_model: Path) -> dict[str, Path]:
     """`all`: rank 4 on all seven linears. `qv`: rank 8 on two. `all2`: as `all`, of other values."""
-    folder = tmp_path_factory.mktemp("adapters")
-    return {
-        "all": save_adapter(folder / "all", toy_model, seed=1),
-        "all2": save_adapter(folder / "all2", toy_model, seed=2),
-        "qv": save_adapter(folder / "qv", toy_model, seed=3, rank=8, targets=["q_proj", "v_proj"]),
-    }
+
+    def make(folder: Path) -> None:
+        save_adapter(folder / "all", toy_model, seed=1)
+        save_adapter(folder / "all2", toy_model, seed=2)
+        save_adapter(folder / "qv", toy_model, seed=3, rank=8, targets=["q_proj", "v_proj"])
+
+    folder = shared.made("adapters", make)
+    return {name: folder / name for name in ("all", "all2", "qv")}
 
 
 @pytest.fixture(scope="session")
-def build_toy(tmp_path_factory: pytest.TempPathFactory, toy_model: Path, unit_cache: Path) -> BuildToy:
+def build_toy(tmp_path_factory: pytest.TempPathFactory, toy_model: Path, shared: Shared) -> BuildToy:
     """Build a bundle of the toy model; a fresh one, so that a test may change it."""
 
-    def build(model: Path = toy_model, **options: Any) -> bedplate.Bundle:
-        out = tmp_path_factory.mktemp("bundle") / "toy.bundle"
-        return bedplate.build(model, out, **{"max_context": 128, "unit_cache": unit_cache, **options})
+    def build(model: Path = toy_model, *, out: Path | None = None, **options: Any) -> bedplate.Bundle:
+        out = out or tmp_path_factory.mktemp("bundle") / "toy.bundle"
+        return bedplate.build(model, out, **{"max_context": 128, "unit_cache": shared.units, **options})
 
     return build
 
 
 @pytest.fixture(scope="session")
-def toy_bundle(build_toy: BuildToy, toy_adapters: dict[str, Path], unit_cache: Path) -> bedplate.Bundle:
+def toy_bundle(build_toy: BuildToy, toy_adapters: dict[str, Path], shared: Shared) -> bedplate.Bundle:
     """8da4w, with the adapters `all` and `all2` in float32 and `all8` in 8 bits. Not to be changed."""
-    bundle = build_toy()
-    bundle.add(toy_adapters["all"], name="all", quantize="none", unit_cache=unit_cache)
-    bundle.add(toy_adapters["all2"], name="all2", quantize="none", unit_cache=unit_cache)
-    bundle.add(toy_adapters["all"], name="all8", quantize="8w", unit_cache=unit_cache)
-    return bundle
+
+    def make(out: Path) -> None:
+        bundle = build_toy(out=out)
+        bundle.add(toy_adapters["all"], name="all", quantize="none", unit_cache=shared.units)
+        bundle.add(toy_adapters["all2"], name="all2", quantize="none", unit_cache=shared.units)
+        bundle.add(toy_adapters["all"], name="all8", quantize="8w", unit_cache=shared.units)
+
+    return bedplate.Bundle.open(shared.made("toy.bundle", make))
 
 
 @pytest.fixture(scope="session")
-def float_bundle(build_toy: BuildToy, toy_adapters: dict[str, Path], unit_cache: Path) -> bedplate.Bundle:
+def float_bundle(build_toy: BuildToy, toy_adapters: dict[str, Path], shared: Shared) -> bedplate.Bundle:
     """Unquantized, with the adapters `all` and `qv`. Not to be changed."""
-    bundle = build_toy(quantize="none")
-    for name in ("all", "qv"):
-        bundle.add(toy_adapters[name], name=name, unit_cache=unit_cache)
-    return bundle
+
+    def make(out: Path) -> None:
+        bundle = build_toy(out=out, quantize="none")
+        for name in ("all", "qv"):
+            bundle.add(toy_adapters[name], name=name, unit_cache=shared.units)
+
+    return bedplate.Bundle.open(shared.made("float.bundle", make))
+
+
+def pytest_configure() -> None:
+    """Workers do not take each other's cores, nor do the processes that tests start."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        threads = max(1, len(os.sched_getaffinity(0)) // workers)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items[:] = in_order(items)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return scheduler(config, log)

@@ -55,8 +55,13 @@ def build(sanitizer: str) -> Path:
         "Python_EXECUTABLE": sys.executable,
     }
     definitions = [f"-D{name}={value}" for name, value in settings.items()]
-    subprocess.run(["cmake", "-S", ROOT / "native", "-B", folder, *definitions], check=True)
-    subprocess.run(["cmake", "--build", folder, "--parallel", "2"], check=True)
+    # pip installs CMake beside Python, where PATH need not lead.
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for arguments in (
+        ["-S", ROOT / "native", "-B", folder, *definitions],
+        ["--build", folder, "--parallel", "2"],
+    ):
+        subprocess.run(["cmake", *arguments], check=True, env=environment)
     return next(folder.glob("_native*.so"))
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import IA3Config, LoHaConfig
 from safetensors.torch import load_file, save_file
+from shared import Shared
 from torch import Tensor
 from toy import BuildToy, save_adapter, save_toy_model, toy_config
 
@@ -59,6 +60,12 @@ def refused(kind: type[BedplateError], says: str, *folders: Path) -> Iterator[No
     if kind not in (RunError, RecipeError):  # requests, which are at no place
         assert caught.value.where
     assert tree(*folders) == before
+
+
+@pytest.fixture
+def unit_cache(shared: Shared, toy_bundle: bedplate.Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With what the toy bundle needs. No other test writes to it, so that it must stay as it is."""
+    return shared.copy_units(tmp_path_factory.mktemp("cache") / "units")
 
 
 @pytest.fixture
@@ -180,7 +187,6 @@ LAST_WEIGHT = "model.layers.2.mlp.down_proj.weight"
         "NaN",
     ],
 )
-@pytest.mark.usefixtures("toy_bundle")  # has compiled what this needs
 def test_a_model_that_cannot_be_built(
     edit: Edit, kind: type[BedplateError], says: str, model: Path, unit_cache: Path, tmp_path: Path
 ) -> None:

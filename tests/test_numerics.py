@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from bedplate import Bundle, Engine
 from bedplate.bundle.ptd import read_ptd
 from bedplate.bundle.usage import sharing
 
+# tests/quantize/test_choice.py builds the same structure.
+RECOVERED = {"recovery_rank": 4, "overrides": {"layers.*.self_attn.v_proj": "8da8w"}}
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(2, 320, 90)]
 
 
@@ -52,36 +55,42 @@ def test_quantized_bundle_equals_eager_quantized_model(
     assert (logits.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.9
 
 
+@pytest.fixture(scope="module")
+def recovered(build_toy: BuildToy, toy_adapters: dict[str, Path], unit_cache: Path) -> Bundle:
+    """With offsets and recovered directions, beside linears of 8 bits that have none; and the adapter `all`."""
+    bundle = build_toy(**RECOVERED)
+    bundle.add(toy_adapters["all"], name="all", quantize="none", unit_cache=unit_cache)
+    return bundle
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [None, "all"])
 def test_recovery_stands_beside_adapters(
-    name: str | None,
-    build_toy: BuildToy,
-    toy_model: Path,
-    toy_adapters: dict[str, Path],
-    unit_cache: Path,
+    name: str | None, recovered: Bundle, toy_model: Path, toy_adapters: dict[str, Path]
 ) -> None:
     """Offsets and recovered directions in the program, and in the eager model that is quantized the same way."""
-    bundle = build_toy(recovery_rank=4)
     adapter = None if name is None else toy_adapters[name]
-    if adapter is not None:
-        bundle.add(adapter, name="all", quantize="none", unit_cache=unit_cache)
-    assert not any("correction" in c.name for e in bundle.adapters.values() for c in e.info.constants)
-    expected = eager_logits(eager_decoder(toy_model, bundle, adapter), TOKENS).numpy()
-    with Engine(bundle, threads=1) as engine:
+    assert any("correction" in c.name for c in recovered.foundation_info.constants)
+    assert not any("correction" in c.name for e in recovered.adapters.values() for c in e.info.constants)
+    expected = eager_logits(eager_decoder(toy_model, recovered, adapter), TOKENS).numpy()
+    with Engine(recovered, threads=1) as engine:
         logits = engine.session(name).logits(TOKENS)
     # As above: both quantize activations to 8 bits, and where one lies between two codes they may choose differently.
     assert np.median(np.abs(logits - expected)) < 0.02 * expected.std()
     assert (logits.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.9
 
 
-def test_a_recovered_foundation_is_the_same_built_twice(build_toy: BuildToy, tmp_path: Path) -> None:
-    one, other = build_toy(recovery_rank=4), build_toy(recovery_rank=4)
-    assert one.manifest == other.manifest
+@pytest.mark.slow
+def test_a_recovered_foundation_is_the_same_built_twice(
+    recovered: Bundle, build_toy: BuildToy, tmp_path: Path
+) -> None:
+    again = build_toy(**RECOVERED)
+    assert again.manifest == dataclasses.replace(recovered.manifest, adapters={})
     text = tmp_path / "text.txt"
     text.write_text(
         "other words make other activations: quick brown dogs, lazy foxes and five dozen liquor jugs. " * 9
     )
-    assert build_toy(recovery_rank=4, calibration=text).manifest != one.manifest
+    assert build_toy(**RECOVERED, calibration=text).manifest != again.manifest
 
 
 def test_adapters_whose_b_differs_by_a_factor_give_what_they_give_alone(
@@ -124,6 +133,7 @@ def test_adapters_whose_b_differs_by_a_factor_give_what_they_give_alone(
     assert np.array_equal(again, alone["once"])
 
 
+@pytest.mark.slow
 def test_identical_bytes_on_both_sides_of_the_border_load_and_run(
     build_toy: BuildToy, unit_cache: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +184,7 @@ def test_bundles_built_twice_are_byte_identical(
         assert (again.path / path).read_bytes() == (toy_bundle.path / path).read_bytes(), path
 
 
+@pytest.mark.slow
 def test_compiling_twice_gives_the_same_bytes(build_toy: BuildToy, tmp_path: Path) -> None:
     """Not only the cache makes builds alike: a cold compile gives the same program."""
     warm, cold = build_toy(), build_toy(unit_cache=tmp_path / "units")

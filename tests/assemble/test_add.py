@@ -27,10 +27,12 @@ def logits(bundle: Bundle, name: str | None) -> np.ndarray:
 
 
 @pytest.fixture
-def bundle(build_toy: BuildToy) -> Bundle:
+def bundle(build_toy: BuildToy, toy_bundle: Bundle) -> Bundle:
+    """A new one without adapters. What it needs was compiled for the bundle that all tests share."""
     return build_toy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["none", "8w"])
 def test_a_rank_without_units_is_filled_up_to_one_that_has_some(
     quantize: str, bundle: Bundle, toy_bundle: Bundle, toy_model: Path, unit_cache: Path, tmp_path: Path
@@ -46,6 +48,7 @@ def test_a_rank_without_units_is_filled_up_to_one_that_has_some(
     assert not np.array_equal(logits(bundle, "filled"), logits(bundle, None))
 
 
+@pytest.mark.slow
 def test_a_small_rank_is_not_filled_up_beyond_reason(bundle: Bundle, toy_model: Path, tmp_path: Path) -> None:
     cache = tmp_path / "units"
     for name, rank in (("large", 17), ("small", 2)):
@@ -55,6 +58,7 @@ def test_a_small_rank_is_not_filled_up_beyond_reason(bundle: Bundle, toy_model: 
     assert bundle.add(nine, name="nine", unit_cache=cache).info.unit_rank == 17
 
 
+@pytest.mark.usefixtures("float_bundle")  # has compiled what this needs
 def test_matrices_have_8_bits_unless_the_foundation_is_float32(
     bundle: Bundle, build_toy: BuildToy, toy_adapters: dict[str, Path], unit_cache: Path
 ) -> None:
@@ -210,6 +214,7 @@ def test_one_adapter_in_the_form_of_each_tool_is_one_adapter(
         assert bundle.adapters[name].info.alpha == 8.0
 
 
+@pytest.mark.slow
 def test_a_model_whose_layers_differ_is_lowered_as_a_whole(
     build_toy: BuildToy, toy_model: Path, toy_adapters: dict[str, Path], unit_cache: Path
 ) -> None:

@@ -34,6 +34,7 @@ def test_quantization_costs_something(toy_bundle: bedplate.Bundle, toy_model: Pa
     assert base.mean_kl > 1e-4 and eight.mean_kl > 1e-4 and base.top1 < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recovery_rank", [0, 8])
 def test_corrections_give_back_what_four_bits_lose(
     recovery_rank: int, build_toy: BuildToy, toy_model: Path, text: Path

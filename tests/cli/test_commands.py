@@ -14,6 +14,7 @@ from adapter_formats import as_gguf
 from command_line import Command, failed
 from forged import flip, settle
 from safetensors.numpy import load_file, save_file
+from shared import Shared
 from toy import toy_config
 
 import bedplate
@@ -71,8 +72,9 @@ def test_export(command: Command, toy_bundle: bedplate.Bundle, tmp_path: Path) -
     assert whole.stat().st_size > toy_bundle.foundation.stat().st_size
 
 
-def test_cache(command: Command, tmp_path: Path, unit_cache: Path, toy_bundle: bedplate.Bundle) -> None:
-    copied = Path(shutil.copytree(unit_cache, tmp_path / "units"))
+@pytest.mark.usefixtures("toy_bundle")  # has filled the cache
+def test_cache(command: Command, tmp_path: Path, shared: Shared) -> None:
+    copied = shared.copy_units(tmp_path / "units")
     entries = command("cache", "list", "--unit-cache", copied, "--json").json()
     assert {entry["kind"] for entry in entries} == {"units", "program"}
     assert sum(entry["bytes"] for entry in entries) == sum(file.stat().st_size for file in copied.iterdir())

@@ -18,6 +18,8 @@ import pytest
 import bedplate
 from bedplate.bundle.usage import sharing
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., dict[str, int]]
 KILLS = 20  # of each command; which of its touches of the disk they hit is drawn from a seed
 

@@ -20,6 +20,8 @@ from bedplate.model.adapter import read_adapter
 from bedplate.model.spec import spec_from_dict
 from bedplate.quantize.options import AdapterScheme
 
+pytestmark = pytest.mark.slow
+
 TOKENS = [5, 17, 101, 3, 250, 77, 8, 8, 19, 300, 2, 45]
 
 
@@ -32,8 +34,13 @@ def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deep_bundle(
-    build_toy: BuildToy, deep_model: Path, tmp_path_factory: pytest.TempPathFactory, unit_cache: Path
+    build_toy: BuildToy,
+    deep_model: Path,
+    toy_bundle: Bundle,
+    tmp_path_factory: pytest.TempPathFactory,
+    unit_cache: Path,
 ) -> tuple[Bundle, Path]:
+    """Of four layers; its units are those of the toy bundle, which has three."""
     bundle = build_toy(deep_model)
     adapter = save_adapter(tmp_path_factory.mktemp("deep_adapter"), deep_model, seed=5)
     bundle.add(adapter, name="float", quantize="none", unit_cache=unit_cache)

@@ -72,6 +72,7 @@ def test_what_is_measured_is_the_eager_quantized_model(checkpoint: Checkpoint, m
     assert chosen.mean_kl == pytest.approx(eager_kl(checkpoint, recipe), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"method": "hqq"}, {"method": "offset"}, {"recovery_rank": 4}], ids=str)
 def test_bytes_are_those_of_the_foundation(
     options: dict[str, object], build_toy: BuildToy, checkpoint: Checkpoint
@@ -88,7 +89,9 @@ def test_a_budget_is_kept_and_spent(checkpoint: Checkpoint) -> None:
     for budget in (0.6, 0.75, 0.9):
         chosen = choose(checkpoint, recipe, bytes_per_weight=budget)
         assert chosen.bytes_per_weight <= budget and chosen.mean_kl is None
-        for name in set(candidates(recipe, checkpoint.spec)) - set(chosen.eight):
+        left = set(candidates(recipe, checkpoint.spec)) - set(chosen.eight)
+        assert left
+        for name in left:
             pattern = name if name == HEAD else f"layers.*.{name}"
             more = chosen.recipe.with_eight_bits([pattern])
             ratio = linear_bytes(more, checkpoint.spec) / linear_bytes(chosen.recipe, checkpoint.spec)
@@ -123,12 +126,16 @@ def test_goals_that_make_no_sense_are_refused(checkpoint: Checkpoint) -> None:
         choose(checkpoint, make_recipe("8da8w"), target_kl=0.1)
 
 
-def test_a_choice_is_built_and_the_same_built_twice(build_toy: BuildToy) -> None:
-    one, other = (build_toy(method="hqq", bytes_per_weight=0.7) for _ in range(2))
+@pytest.mark.slow
+def test_a_choice_is_told_and_the_same_built_twice(build_toy: BuildToy) -> None:
+    told = [Recorder(), Recorder()]
+    one, other = (build_toy(method="hqq", bytes_per_weight=0.7, reporter=recorder) for recorder in told)
     assert one.manifest == other.manifest
     chosen = [rule["scheme"]["bits"] for rule in one.manifest.recipe["rules"]]
     assert chosen and set(chosen) == {8}
     assert one.manifest.recipe["defaults"][-1]["scheme"]["bits"] == 4
+    for recorder in told:
+        assert any(text.startswith("8 bits: ") and "bytes a weight" in text for text in recorder.notices)
 
 
 def test_eight_bit_rows_are_what_a_quantized_linear_sees() -> None:
@@ -139,11 +146,10 @@ def test_eight_bit_rows_are_what_a_quantized_linear_sees() -> None:
     torch.testing.assert_close(linear(x), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_build_chose_and_what_it_ignores_is_told(build_toy: BuildToy, tmp_path: Path) -> None:
-    chosen, ignored = Recorder(), Recorder()
-    build_toy(method="hqq", bytes_per_weight=0.7, reporter=chosen)
-    assert any(text.startswith("8 bits: ") and "bytes a weight" in text for text in chosen.notices)
+@pytest.mark.slow
+def test_a_calibration_text_that_a_build_ignores_is_told(build_toy: BuildToy, tmp_path: Path) -> None:
+    ignored = Recorder()
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 100)
-    build_toy(method="hqq", calibration=text, reporter=ignored)
+    build_toy(method="plain", calibration=text, reporter=ignored)
     assert any("the calibration text has no effect" in text for text in ignored.notices)

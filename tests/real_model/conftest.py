@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, the example adapters, and bundles of both, once a session."""
+"""SmolLM2-135M-Instruct, the example adapters, and bundles of both, once a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from package_model import smollm2_gguf
+from shared import Shared
 
 import bedplate
 
@@ -23,28 +24,26 @@ def adapters() -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def quantized_bundle(
-    smollm2: Path, adapters: dict[str, Path], unit_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> bedplate.Bundle:
+def quantized_bundle(smollm2: Path, adapters: dict[str, Path], shared: Shared) -> bedplate.Bundle:
     """8da4w with its defaults; the adapters in float32, and `extract` in 8 bits too. Not to be changed."""
-    out = tmp_path_factory.mktemp("smollm2") / "quantized.bundle"
-    bundle = bedplate.build(smollm2, out, unit_cache=unit_cache)
-    for name, folder in adapters.items():
-        bundle.add(folder, name=name, quantize="none", unit_cache=unit_cache)
-    bundle.add(adapters["extract"], name="extract8", quantize="8w", unit_cache=unit_cache)
-    return bundle
+
+    def make(out: Path) -> None:
+        bundle = bedplate.build(smollm2, out, unit_cache=shared.units)
+        bundle.add_all(adapters, quantize="none", unit_cache=shared.units)
+        bundle.add(adapters["extract"], name="extract8", quantize="8w", unit_cache=shared.units)
+
+    return bedplate.Bundle.open(shared.made("smollm2.quantized.bundle", make))
 
 
 @pytest.fixture(scope="session")
-def float_bundle(
-    smollm2: Path, adapters: dict[str, Path], unit_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> bedplate.Bundle:
+def float_bundle(smollm2: Path, adapters: dict[str, Path], shared: Shared) -> bedplate.Bundle:
     """Unquantized, with both adapters. Not to be changed."""
-    out = tmp_path_factory.mktemp("smollm2") / "float.bundle"
-    bundle = bedplate.build(smollm2, out, quantize="none", unit_cache=unit_cache)
-    for name, folder in adapters.items():
-        bundle.add(folder, name=name, quantize="none", unit_cache=unit_cache)
-    return bundle
+
+    def make(out: Path) -> None:
+        bundle = bedplate.build(smollm2, out, quantize="none", unit_cache=shared.units)
+        bundle.add_all(adapters, quantize="none", unit_cache=shared.units)
+
+    return bedplate.Bundle.open(shared.made("smollm2.float.bundle", make))
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from bedplate.errors import BedplateError
 from bedplate.runtime.engine import Engine
 from bedplate.runtime.session import Session
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ("the quick", "pack my box with five dozen", "jugs")
 MAX_TOKENS = 12
 SESSIONS = 6
@@ -27,7 +29,11 @@ Oracle = dict[tuple[str | None, str], str]
 
 @pytest.fixture(scope="module")
 def bundle(
-    build_toy: BuildToy, toy_model: Path, unit_cache: Path, tmp_path_factory: pytest.TempPathFactory
+    build_toy: BuildToy,
+    toy_model: Path,
+    toy_bundle: bedplate.Bundle,
+    unit_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> bedplate.Bundle:
     """Sixteen sound adapters, half of them in 8 bits, and three that are damaged once the bundle is open."""
     made = build_toy()
