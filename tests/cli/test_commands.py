@@ -198,7 +198,7 @@ def test_chat_switches_adapters_and_outlives_mistakes(command: Command, toy_bund
     assert result.out == "".join(answer + "\n" for answer in answers)
     assert "no adapter 'nosuch'" in result.err and "hint: the bundle has: all, all2, all8" in result.err
     assert "do not fit the context of 128" in result.err
-    assert "/use NAME switches the adapter" in result.err
+    assert "/use NAME switches to an adapter" in result.err
 
 
 # --- Mistakes -------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def test_a_system_message_of_a_chat_that_is_not_utf8(command: Command, toy_bundl
 
 def test_a_prompt_from_stdin_that_is_not_utf8(command: Command, toy_bundle: bedplate.Bundle) -> None:
     result = command("run", toy_bundle.path, "-p", "-", stdin=b"caf\xe9")
-    failed(result, "stdin: it is not text in UTF-8 (byte 3)", "hint: give text in that encoding")
+    failed(result, "stdin: the input is not text in UTF-8 (byte 3)", "hint: give text in that encoding")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_chat_outlives_a_line_that_is_not_utf8(command: Command, toy_bundle: b
     expected = command(*args, stdin="the fox\n/quit\n")
     found = command(*args, stdin=b"caf\xe9\n\xef\xbb\xbfthe fox\r\n\xff\xfe\n/quit\n")
     assert (found.code, found.out) == (0, expected.out)
-    assert found.err.count("stdin: it is not text in UTF-8") == 2 and found.err.count("hint: ") == 2
+    assert found.err.count("stdin: the input is not text in UTF-8") == 2 and found.err.count("hint: ") == 2
 
 
 def test_text_of_special_tokens(command: Command, toy_bundle: bedplate.Bundle) -> None:

@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text, whatever reads it
 )
 cache = typer.Typer(
-    help="The compiled units kept on this machine.", no_args_is_help=True, rich_markup_mode=None
+    help="Show or remove the compiled units on this machine.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(cache, name="cache")
 

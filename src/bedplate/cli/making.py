@@ -16,7 +16,7 @@ from bedplate.quantize.options import METHOD, RECOVERY_RANK, AdapterScheme
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")]
 CacheFolder = Annotated[
-    Path | None, typer.Option(help="Folder of compiled units; the user's cache folder if absent.")
+    Path | None, typer.Option(help="Folder of compiled units. Without this option: the user's cache folder.")
 ]
 Scheme = Literal["8da4w", "8da8w", "none"]
 
@@ -25,57 +25,79 @@ def build(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Hugging Face folder or .gguf file.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="BUNDLE", help="Folder to create.")],
     quantize: Annotated[
-        Scheme, typer.Option(help="Of linears: 4 or 8 bits (activations take 8), or none: float32.")
+        Scheme,
+        typer.Option(
+            help="How to store the linears: weights of 4 or 8 bits, both with activations of 8 bits; or none, "
+            "which keeps float32."
+        ),
     ] = "8da4w",
-    group_size: Annotated[int, typer.Option(help="Columns that share a 4-bit scale; 0: a whole row.")] = 32,
+    group_size: Annotated[
+        int, typer.Option(help="How many columns share a 4-bit scale. 0: the whole row.")
+    ] = 32,
     method: Annotated[
         Literal["offset", "hqq", "plain"],
         typer.Option(
-            help="How 4-bit codes are chosen: with an offset for each group, for least error, by range."
+            help="How to choose 4-bit codes. offset: over each group's own range, with an offset that a correction "
+            "adds. hqq: symmetric, with scales of the least error. plain: symmetric, with scales from the range."
         ),
     ] = METHOD,
     embedding: Annotated[
-        Literal["4", "8", "float"], typer.Option(help="Bits of the embedding, unless --quantize none.")
+        Literal["4", "8", "float"],
+        typer.Option(help="Bits of the embedding. With --quantize none it is always float."),
     ] = "8",
     head: Annotated[
-        Scheme | None, typer.Option(help="Of the head alone; if absent, 8da8w beside 8da4w.")
+        Scheme | None,
+        typer.Option(
+            help="How to store the head. Without this option: 8da8w if the rest is 8da4w, otherwise as the rest. With "
+            "--bytes-per-weight or --target-kl, it is chosen like the linears."
+        ),
     ] = None,
     override: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATTERN=SCHEME",
-            help="Of some linears, e.g. 'layers.*.mlp.down_proj=8da8w'; may be given more than once.",
+            help="How to store the linears that match, e.g. 'layers.*.mlp.down_proj=8da8w'. You can give this option "
+            "more than once; the first pattern that matches counts.",
         ),
     ] = None,
     recovery_rank: Annotated[
-        int, typer.Option(help="Directions in which 4-bit weights get their error back; 0: none.")
+        int,
+        typer.Option(help="How many directions of the error of 4-bit weights are corrected. 0: none."),
     ] = RECOVERY_RANK,
     bytes_per_weight: Annotated[
         float | None,
-        typer.Option(help="Choose 8 bits instead of 4 where they help most, within so many bytes a weight."),
+        typer.Option(
+            help="Use 8 bits instead of 4 where this helps most, as long as a weight takes at most this many bytes "
+            "on average."
+        ),
     ] = None,
     target_kl: Annotated[
         float | None,
-        typer.Option(help="Choose 8 bits instead of 4 until the mean KL to the float model is so small."),
+        typer.Option(
+            help="Use 8 bits instead of 4 where this helps most, until the mean KL to the float model is at most "
+            "this."
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Text to measure choices and recovery on; bedplate's own if absent."
+            metavar="FILE",
+            help="Text on which choices and recovery are measured. Without this option: bedplate's own.",
         ),
     ] = None,
     max_context: Annotated[
         int | None,
         typer.Option(
-            help="Positions that a session can hold. If absent: 2,048, or all that the model has, if fewer."
+            help="How many positions a session can hold. Without this option: 2,048, or what the model has, if "
+            "that is less."
         ),
     ] = None,
     unit_cache: CacheFolder = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace the bundle that is there, with its adapters.")
+        bool, typer.Option("--force", help="Replace an existing bundle. Its adapters are lost.")
     ] = False,
 ) -> None:
-    """Build a bundle from a model. Its weights are quantized and packed, its program compiled."""
+    """Build a bundle from a model. This quantizes and packs the weights and compiles the program."""
     start = time.perf_counter()
     with progress_bars() as bars:
         bundle = api.build(
@@ -113,25 +135,31 @@ def add(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Name in the bundle, one for each ADAPTER; that of its folder or file if absent.",
+            help="Name in the bundle. Give it once for each ADAPTER. Without this option: the name of its folder "
+            "or file.",
         ),
     ] = None,
     quantize: Annotated[
         AdapterScheme | None,
         typer.Option(
-            help="Of their matrices: 8w (8 bits) or none (float32); if absent, 8w unless the base is float32."
+            help="How to store the matrices of the adapters: 8w (8 bits) or none (float32). Without this option: "
+            "none if the base is float32, otherwise 8w."
         ),
     ] = None,
     exact_rank: Annotated[
         bool,
-        typer.Option("--exact-rank", help="Compile for this very rank, even if a higher one would do."),
+        typer.Option(
+            "--exact-rank",
+            help="Compile for the rank of the adapter itself. Without this option, compiled units of a higher "
+            "rank are used if there are some.",
+        ),
     ] = False,
     allow_noop: Annotated[
-        bool, typer.Option("--allow-noop", help="Add adapters even if they change nothing.")
+        bool, typer.Option("--allow-noop", help="Add an adapter even if it changes nothing.")
     ] = False,
     unit_cache: CacheFolder = None,
 ) -> None:
-    """Add LoRA adapters to a bundle, all or none. Their matrices are packed against the bundle's foundation."""
+    """Add LoRA adapters to a bundle. If one of several does not fit, none is added."""
     start = time.perf_counter()
     opened = api.Bundle.open(bundle)
     with progress_bars() as bars:
@@ -154,11 +182,14 @@ def add(
 def _named(adapters: list[Path], names: list[str]) -> dict[str, Path]:
     if names and len(names) != len(adapters):
         raise AdapterError(
-            f"{len(adapters)} adapters, but {len(names)} names", hint="give --name once for each, or never"
+            f"{len(adapters)} adapters, but {len(names)} names",
+            hint="give --name once for each adapter, or leave it out",
         )
     named = dict(zip(names or [_own_name(adapter) for adapter in adapters], adapters, strict=True))
     if len(named) < len(adapters):
-        raise NameTakenError("two of the adapters have one name", hint="give --name once for each")
+        raise NameTakenError(
+            "two of the adapters have the same name", hint="give --name once for each adapter"
+        )
     return named
 
 
@@ -178,24 +209,25 @@ def remove(
 
 def export(
     bundle: BundlePath,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .pte to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .pte file to write.")],
     adapter: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Adapter to export; the base if absent.")
+        str | None, typer.Option(metavar="NAME", help="Adapter to export. Without this option: the base.")
     ] = None,
     self_contained: Annotated[
         bool,
         typer.Option(
-            "--self-contained", help="Put the adapter's constants inside; it then wants foundation.ptd alone."
+            "--self-contained",
+            help="Put the constants of the adapter into the file. It then needs foundation.ptd only.",
         ),
     ] = False,
     with_foundation: Annotated[
         bool,
         typer.Option(
-            "--with-foundation", help="Put the foundation inside as well: one file that wants no other."
+            "--with-foundation", help="Put the foundation into the file, too. It then needs no other file."
         ),
     ] = False,
 ) -> None:
-    """Write a program as one .pte file. Any ExecuTorch runner that has the LLM operators takes it."""
+    """Write a program as one .pte file. Any ExecuTorch runner that has the LLM operators can run it."""
     api.Bundle.open(bundle).export(
         out,
         adapter=adapter,
@@ -207,7 +239,7 @@ def export(
 
 def cache_list(
     unit_cache: CacheFolder = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a script.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """List the compiled units on this machine."""
     cache = api.open_cache(unit_cache)
@@ -216,7 +248,7 @@ def cache_list(
         print_json([{"kind": e.kind, "fingerprint": e.fingerprint, "bytes": e.nbytes} for e in entries])
         return
     print_table(
-        str(cache.folder or "no home folder, so no units are kept"),
+        str(cache.folder or "no units are kept, because there is no home folder"),
         ["kind", "fingerprint", ">bytes"],
         [[e.kind, e.fingerprint, f"{e.nbytes:,}"] for e in entries],
     )
@@ -232,6 +264,8 @@ def _overrides(options: list[str]) -> dict[str, str]:
     for option in options:
         pattern, found, scheme = option.partition("=")
         if not found:
-            raise RecipeError(f"--override {option}", hint="write PATTERN=SCHEME, e.g. 'lm_head=8da4w'")
+            raise RecipeError(
+                f"--override {option} has no scheme", hint="write PATTERN=SCHEME, e.g. 'lm_head=8da4w'"
+            )
         overrides[pattern] = scheme
     return overrides

@@ -27,8 +27,8 @@ _HINTS = {
     errno.ENOSPC: "free some space, or choose a folder on another disk",
     errno.EDQUOT: "free some space, or choose a folder on another disk",
     errno.EROFS: "choose a folder that can be written to",
-    errno.EACCES: "check who may read and write there",
-    errno.EPERM: "check who may read and write there",
+    errno.EACCES: "check who has permission to read and write there",
+    errno.EPERM: "check who has permission to read and write there",
 }
 
 
@@ -58,7 +58,7 @@ def reported_errors() -> Iterator[None]:
         raise SystemExit(0) from None
     except OSError as error:
         _abandon_stdout()
-        hint = _HINTS.get(error.errno or 0, "check the path, and that the disk is in order")
+        hint = _HINTS.get(error.errno or 0, "check the path and the disk")
         print_error(BedplateError(error.strerror or str(error), where=error.filename, hint=hint))
         raise SystemExit(2) from None
 

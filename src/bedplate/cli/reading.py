@@ -16,7 +16,7 @@ _BOM = "\N{BYTE ORDER MARK}"
 def standard_input() -> BinaryIO:
     """Stdin as bytes. RunError: it is closed."""
     if sys.stdin is None:
-        raise RunError("stdin is closed", hint="leave it open, or give the prompt with -p")
+        raise RunError("stdin is closed", hint="do not close stdin, or give the prompt with -p")
     return sys.stdin.buffer
 
 
@@ -28,7 +28,7 @@ def decode(data: bytes) -> str:
     try:
         text = data.decode(sys.stdin.encoding)
     except UnicodeDecodeError as error:
-        what = f"it is not text in {error.encoding.upper()} (byte {error.start})"
+        what = f"the input is not text in {error.encoding.upper()} (byte {error.start})"
         raise RunError(what, where="stdin", hint="give text in that encoding") from None
     return io.StringIO(text.removeprefix(_BOM), newline=None).read()
 

@@ -19,33 +19,41 @@ if TYPE_CHECKING:
     from bedplate.runtime.request import Statistics
     from bedplate.runtime.session import Session
 
-Adapter = Annotated[str | None, typer.Option(metavar="NAME", help="Adapter to use; the base if absent.")]
-Threads = Annotated[int | None, typer.Option(help="Threads; the physical cores if absent.")]
+Adapter = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Adapter to use. Without this option: the base.")
+]
+Threads = Annotated[
+    int | None, typer.Option(help="How many threads to use. Without this option: one for each physical core.")
+]
 PackedCache = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Keep the foundation's packed weights there, so that the next process maps them and starts sooner.",
+        help="Folder for the packed weights of the foundation. The next process that uses it starts sooner.",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(help="End after this many tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
-TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")]
-TopK = Annotated[int, typer.Option(help="Sample among this many likeliest tokens; 0: all.")]
-Seed = Annotated[int, typer.Option(help="Of the random choice, above temperature 0.")]
-System = Annotated[str | None, typer.Option(help="System message.")]
+Temperature = Annotated[
+    float, typer.Option(help="How random the choice of tokens is. 0: always the most likely token.")
+]
+TopP = Annotated[
+    float, typer.Option(help="Choose only among the most likely tokens that have this probability together.")
+]
+TopK = Annotated[int, typer.Option(help="Choose only among this many of the most likely tokens. 0: all.")]
+Seed = Annotated[int, typer.Option(help="Seed of the random choice. It has no effect at temperature 0.")]
+System = Annotated[str | None, typer.Option(help="The system message.")]
 AllowSpecial = Annotated[
     bool,
     typer.Option(
         "--allow-special",
-        help="Let the text of a special token in a message be that token, as transformers does.",
+        help="Encode the text of a special token in a message as that token, as transformers does.",
     ),
 ]
 
 
 def run(
     bundle: BundlePath,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; - reads it from stdin.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question. -: read it from stdin.")],
     adapter: Adapter = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
@@ -53,18 +61,19 @@ def run(
     top_k: TopK = 0,
     seed: Seed = 0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given more than once.")
+        list[str] | None,
+        typer.Option(help="End the answer before this text. You can give this option more than once."),
     ] = None,
     system: System = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")
+        bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")
     ] = False,
     allow_special: AllowSpecial = False,
     threads: Threads = None,
     packed_cache: PackedCache = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Text and statistics as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print text and statistics as JSON.")] = False,
 ) -> None:
-    """Answer one prompt. The text goes to stdout as it comes, statistics to stderr."""
+    """Answer one prompt. The text goes to stdout while it is made. Statistics go to stderr."""
     from bedplate.runtime.engine import Engine
 
     check_texts({"--prompt": prompt, "--system": system, "--stop": stop})
@@ -104,8 +113,8 @@ def chat(
     threads: Threads = None,
     packed_cache: PackedCache = None,
 ) -> None:
-    """Talk with the model. /use NAME switches the adapter, /use alone goes back to the base, /reset starts over,
-    /quit ends.
+    """Talk with the model. /use NAME switches to an adapter. /use without a name switches back to the base. /reset
+    forgets the conversation. /quit ends the program.
     """
     from bedplate.runtime.engine import Engine
 
@@ -132,13 +141,15 @@ def chat(
                 elif command == "/use":
                     session.use(None if argument in ("", "base") else argument)
                 elif command.startswith("/"):
-                    stderr.print("/use NAME switches the adapter, /reset starts over, /quit ends")
+                    stderr.print(
+                        "/use NAME switches to an adapter, /reset forgets the conversation, /quit ends the program"
+                    )
                 elif command:
                     history = _exchange(session, history, line, options)
             except BedplateError as error:
                 print_error(error)  # the talk goes on, without what caused it
             except KeyboardInterrupt:
-                stderr.print("interrupted; the question is forgotten")
+                stderr.print("interrupted: this question is not part of the conversation")
 
 
 def _exchange(

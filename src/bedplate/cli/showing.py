@@ -12,7 +12,7 @@ from bedplate.bundle.store import Bundle
 from bedplate.cli.making import BundlePath
 from bedplate.cli.output import print_json, print_table, progress_bars, size, stdout
 
-Json = Annotated[bool, typer.Option("--json", help="As JSON, for a script.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 def list_adapters(bundle: BundlePath, as_json: Json = False) -> None:
@@ -47,7 +47,7 @@ def list_adapters(bundle: BundlePath, as_json: Json = False) -> None:
 
 
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
-    """List every constant and its users. With name, dtype, shape, bytes, key, and the file that holds it."""
+    """List every constant of a bundle: name, dtype, shape, bytes, key, file, and the programs that use it."""
     constants = Bundle.open(bundle).constants()
     if as_json:
         print_json(constants)
@@ -71,12 +71,15 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
 def verify(
     bundle: BundlePath,
     as_json: Json = False,
-    threads: Annotated[int | None, typer.Option(help="Threads; the physical cores if absent.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="How many threads to use. Without this option: one for each physical core."),
+    ] = None,
 ) -> None:
-    """Prove that a bundle is whole and shared. Hashes every file, computes every key again from its bytes, resolves
-    every key, and runs each adapter against the base.
+    """Prove that a bundle is whole and shared. This hashes every file, computes every key again from its bytes, finds
+    every key that a program names, and compares each adapter with the base.
 
-    Exit code 2 if something is damaged or missing, 1 if an adapter changes nothing.
+    The exit code is 2 if something is damaged or missing, and 1 if an adapter changes nothing.
     """
     from bedplate.runtime.effect import measure_effects
     from bedplate.runtime.engine import Engine
@@ -98,17 +101,24 @@ def verify(
 
 def evaluate(
     bundle: BundlePath,
-    text: Annotated[Path, typer.Argument(metavar="TEXT", help="Text file to read.")],
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="Text file on which to measure.")],
     model: Annotated[
-        Path, typer.Option("--model", metavar="MODEL", help="What the bundle was built from: the reference.")
+        Path, typer.Option("--model", metavar="MODEL", help="The model that the bundle was built from.")
     ],
     adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="May be given more than once; all if absent.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Adapter to measure. You can give it more than once. Without this option: all.",
+        ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads; the physical cores if absent.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="How many threads to use. Without this option: one for each physical core."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what quantization costs. Base and adapters against the float model, on a text."""
+    """Measure what quantization costs. This compares base and adapters with the float model on a text."""
     from bedplate import api
 
     with progress_bars() as bars:
