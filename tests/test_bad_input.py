@@ -207,9 +207,9 @@ def test_a_model_that_cannot_be_built(
         ({"embedding": "2"}, "unknown bits of the embedding"),
         ({"head": "8da2w"}, "unknown quantization '8da2w'"),
         ({"overrides": {"*.dwon_proj": "8da8w"}}, "matches no linear"),
-        ({"target_kl": 1e-9}, "no choice of 4 and 8 bits comes to a mean KL of 1e-09"),
-        ({"bytes_per_weight": 0.5}, "4 bits take 0.6476 bytes a weight already"),
-        ({"quantize": "8da8w", "target_kl": 0.1}, "no linear is left to choose for"),
+        ({"target_kl": 1e-9}, "no choice of 4 and 8 bits has a mean KL of at most 1e-09"),
+        ({"bytes_per_weight": 0.5}, "4 bits already take 0.6476 bytes a weight"),
+        ({"quantize": "8da8w", "target_kl": 0.1}, "there is no linear whose bits can be chosen"),
     ],
     ids=str,
 )
@@ -276,7 +276,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
         (lambda folder: shutil.rmtree(folder), NotFoundError, "no such file or folder"),
         (lambda folder: (folder / CONFIG).unlink(), AdapterError, "there is no adapter_config"),
         (lambda folder: (folder / WEIGHTS).unlink(), AdapterError, "there is no adapter_model"),
-        (lambda folder: (folder / CONFIG).write_text("?"), AdapterError, "no JSON"),
+        (lambda folder: (folder / CONFIG).write_text("?"), AdapterError, "not JSON"),
         (
             lambda folder: IA3Config(target_modules=["k_proj"], feedforward_modules=[]).save_pretrained(
                 folder
@@ -357,7 +357,7 @@ def test_an_adapter_of_another_model(bundle: bedplate.Bundle, unit_cache: Path, 
 
 @pytest.mark.parametrize("name", ["", "base", "../out", "a/b", ".hidden", "two words"])
 def test_a_name_that_is_none(name: str, bundle: bedplate.Bundle, adapter: Path, tmp_path: Path) -> None:
-    with refused(AdapterError, "cannot name an adapter", tmp_path):
+    with refused(AdapterError, "cannot be the name of an adapter", tmp_path):
         bundle.add(adapter, name=name)
 
 

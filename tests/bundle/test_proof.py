@@ -162,7 +162,7 @@ def test_a_constant_that_is_described_nowhere_is_refused(tmp_path: Path) -> None
     bundle = bundle_of(tmp_path / "a.bundle", constants[:2])
     write_ptd(bundle.foundation, constants)
     settle(bundle.path)
-    with pytest.raises(BundleError, match=f"the key {constants[2].key} is described nowhere"):
+    with pytest.raises(BundleError, match=f"no file describes the key {constants[2].key}"):
         check_keys(Bundle.open(bundle.path))
 
 

@@ -168,7 +168,7 @@ def test_swap_where_the_system_has_no_exchange(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "base", ".hidden", "a/b", "..", "-x", "a b", "ä"])
 def test_a_bad_name_for_an_adapter(bundle: Bundle, name: str) -> None:
     before = tree(bundle.path)
-    with pytest.raises(AdapterError, match="cannot name an adapter"):
+    with pytest.raises(AdapterError, match="cannot be the name of an adapter"):
         bundle.add_adapters({name: adapter_writer(bundle, name, 30)})
     assert tree(bundle.path) == before
 
@@ -202,14 +202,14 @@ def test_the_bundle_is_replaced_while_the_adapter_is_written(bundle: Bundle) -> 
         create_bundle(bundle.path, write_base, replace=True)
         return facts
 
-    with pytest.raises(BundleError, match="replaced meanwhile"):
+    with pytest.raises(BundleError, match="replaced at the same time"):
         bundle.add_adapters({"three": write})
     assert list(Bundle.open(bundle.path).adapters) == []
 
 
 def test_the_bundle_was_replaced_since_it_was_opened(bundle: Bundle) -> None:
     create_bundle(bundle.path, other_base, replace=True)
-    with pytest.raises(BundleError, match="replaced meanwhile"):
+    with pytest.raises(BundleError, match="replaced at the same time"):
         bundle.add_adapters({"three": adapter_writer(bundle, "three", 30)})
     assert list(Bundle.open(bundle.path).adapters) == []
 

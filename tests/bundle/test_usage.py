@@ -61,9 +61,13 @@ def test_equal_bytes_under_two_keys_count_once(bundle: Bundle) -> None:
         (
             [],
             [*FOUNDATION, constant("q_proj.lora_a", 10)],
-            r"q_proj\.lora_a .* is named by three and held by no",
+            r"q_proj\.lora_a .* is named by three, but none",
         ),
-        ([], [constant("?", 99)], r"the key [0-9a-f]{64} is named by three and held by no data file of it"),
+        (
+            [],
+            [constant("?", 99)],
+            r"the key [0-9a-f]{64} is named by three, but none of its data files holds it",
+        ),
         ([Q_PROJ], [Q_PROJ], r"q_proj\.weight .* is held by the foundation and by three too"),
     ],
     ids=["adapter without effect", "missing in its own files", "missing everywhere", "held twice"],

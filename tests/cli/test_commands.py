@@ -249,7 +249,7 @@ def test_bad_input_to_add(
 ) -> None:
     before = (copy / "bundle.json").read_bytes()
     failed(command("add", copy, toy_adapters["all"], "--name", "all"), "'all' already", "bedplate remove")
-    failed(command("add", copy, toy_adapters["all"], "--name", "../x"), "cannot name an adapter")
+    failed(command("add", copy, toy_adapters["all"], "--name", "../x"), "cannot be the name of an adapter")
     failed(command("add", copy, tmp_path, "--name", "new"), str(tmp_path), "adapter_config.json")
     assert (copy / "bundle.json").read_bytes() == before
     assert sorted(path.name for path in (copy / "adapters").iterdir()) == ["all", "all2", "all8"]

@@ -153,11 +153,11 @@ def test_any_tensors(changes: list[Any], oracle: Oracle, pristine: Path, tmp_pat
         ("use_rslora", "yes", 'use_rslora must be true or false, got "yes"'),
         ("target_modules", [1], r"target_modules must be a list of names, got \[1\]"),
         ("target_modules", {"a": 1}, "target_modules must be a list of names"),
-        ("target_modules", "(", r"target_modules holds .*, which is no regular expression"),
-        ("exclude_modules", "*", "exclude_modules holds .*, which is no regular expression"),
+        ("target_modules", "(", r"target_modules holds .*, which is not a regular expression"),
+        ("exclude_modules", "*", "exclude_modules holds .*, which is not a regular expression"),
         ("rank_pattern", ["q_proj"], "rank_pattern must be an object"),
         ("rank_pattern", {"q_proj": 0}, r'rank_pattern\["q_proj"\] must be a positive integer, got 0'),
-        ("rank_pattern", {"(": 4}, "rank_pattern holds .*, which is no regular expression"),
+        ("rank_pattern", {"(": 4}, "rank_pattern holds .*, which is not a regular expression"),
         ("alpha_pattern", {"q_proj": "9"}, r'alpha_pattern\["q_proj"\] must be a number, got "9"'),
         ("layers_to_transform", ["0"], "layers_to_transform must be a list of integers"),
         ("layers_to_transform", 1.0, "layers_to_transform must be a list of integers"),
@@ -212,7 +212,7 @@ def test_a_field_nested_deep(folder: Path, oracle: Oracle) -> None:
     deep = '{"a": ' * 900 + "1" + "}" * 900
     text = (folder / CONFIG).read_text().rstrip().removesuffix("}")
     (folder / CONFIG).write_text(f'{text}, "deep": {deep}}}')
-    with pytest.raises((AdapterError, UnsupportedError), match=r"deep|is no JSON"):
+    with pytest.raises((AdapterError, UnsupportedError), match=r"deep|is not JSON"):
         oracle.read(folder)
 
 

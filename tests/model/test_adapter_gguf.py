@@ -79,7 +79,7 @@ def test_without_an_alpha_the_factor_is_one(
         (
             {"general.architecture": "qwen2"},
             AdapterError,
-            'architecture "qwen2", and the bundle\'s is "llama"',
+            'architecture "qwen2", but the bundle\'s model is "llama"',
         ),
         ({"adapter.alora.invocation_tokens": [5, 6]}, UnsupportedError, r"\[5, 6\] \(activated LoRA\)"),
         ({"adapter.lora.next_years": 1}, UnsupportedError, "adapter.lora.next_years = 1"),
@@ -144,11 +144,11 @@ def test_a_damaged_gguf(oracle: Oracle, peft: Path, config: LlamaConfig, tmp_pat
         file.write_bytes(data[:keep])
         refused(oracle, file, AdapterError, "is not a whole GGUF file|is a model, not an adapter")
     file.write_bytes(b"GGML" + data[4:])
-    refused(oracle, file, AdapterError, "is a file, and not a GGUF")
+    refused(oracle, file, AdapterError, "is a file, but not a GGUF")
 
 
 def test_a_folder_with_a_gguf_in_it(oracle: Oracle, peft: Path, config: LlamaConfig, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     file = as_gguf(peft, folder / "a.gguf", config)
-    assert str(file) in str(refused(oracle, folder, AdapterError, "but a GGUF").hint)
+    assert str(file) in str(refused(oracle, folder, AdapterError, "but there is a GGUF file").hint)

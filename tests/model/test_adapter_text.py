@@ -168,8 +168,8 @@ def test_a_tokenizer_that_passes_gives_the_same_ids(model: Path, text: str) -> N
     [
         ("tokenizer.json", b"{}", "not a tokenizer"),
         ("tokenizer.json", b"\xff", "not a tokenizer"),
-        ("tokenizer_config.json", b"{", "is no JSON"),
-        ("tokenizer_config.json", b"[" * 100_000, "is no JSON"),
+        ("tokenizer_config.json", b"{", "is not JSON"),
+        ("tokenizer_config.json", b"[" * 100_000, "is not JSON"),
         ("tokenizer_config.json", b"[]", "is not a JSON object"),
         ("tokenizer_config.json", b'{"bos_token": {"a": 1}}', "is not a token"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "not a table of tokens"),

@@ -179,7 +179,7 @@ def test_an_index_that_names_the_wrong_shard(sharded: Path) -> None:
         file for file in files if file != index["weight_map"]["model.norm.weight"]
     )
     (sharded / INDEX).write_text(json.dumps(index))
-    refused(sharded, CheckpointError, r"model\.norm\.weight is in .* which does not hold it")
+    refused(sharded, CheckpointError, r"model\.norm\.weight is in .* but that file does not hold it")
 
 
 NO_INDEX = [

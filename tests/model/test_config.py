@@ -84,7 +84,7 @@ def test_the_installed_transformers_config_is_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM.* 'llama' means: LlamaForCausalLM"),
+        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM.* 'llama', which means LlamaForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
         ({"architectures": ["LlamaModel"]}, "LlamaModel"),
         ({"architectures": ["LlamaForCausalLM", "Other"]}, "Other"),
@@ -131,9 +131,9 @@ def test_a_size_that_is_missing_is_named(field: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": None}, "there is no model_type"),
-        ({"hidden_size": 66}, "hidden_size 66 is no multiple of num_attention_heads 4"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"model_type": None}, "model_type is missing"),
+        ({"hidden_size": 66}, "hidden_size 66 is not a multiple of num_attention_heads 4"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),

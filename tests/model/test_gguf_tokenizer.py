@@ -93,7 +93,7 @@ def test_a_truncated_gguf(tmp_path: Path) -> None:
         ("ggml.token_type", None, "must be a list of int"),
         ("ggml.token_type", [1], "8 tokens, but 1 token types"),
         ("ggml.merges", None, "must be a list of str"),
-        ("ggml.merges", ["a b c"], "not of two tokens"),
+        ("ggml.merges", ["a b c"], "does not have two tokens"),
         ("ggml.merges", ["a z"], "not a tokenizer"),
         ("chat_template", 3, "chat_template must be a text"),
     ],
@@ -107,7 +107,7 @@ def test_a_field_that_is_wrong_is_named(field: str, value: Any, says: str, tmp_p
 
 def test_a_first_token_that_is_not_there(tmp_path: Path) -> None:
     write_gguf(tmp_path / "a.gguf", add_bos=True, edit=replaced("tokenizer.ggml.bos_token_id", None))
-    with pytest.raises(CheckpointError, match="there is no first token"):
+    with pytest.raises(CheckpointError, match="there is no bos_token_id"):
         read_tokenizer(tmp_path / "a.gguf")
 
 

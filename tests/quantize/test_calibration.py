@@ -77,7 +77,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(toy_model: Path, tmp_path: Pat
     [
         (b"", "holds no text"),
         (b" \n\t\n", "holds no text"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "no text in UTF-8 (byte 0)"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not text in UTF-8 (byte 0)"),
         (b"text and\0bytes", "NUL"),
     ],
 )

@@ -205,13 +205,13 @@ class TestRefused:
         file = tmp_path / "file"
         file.touch()
         with pytest.raises(
-            RunError, match=r"file: packed weights cannot be kept there: .*\nhint: name a folder"
+            RunError, match=r"file: packed weights cannot be kept there: .*\nhint: choose a folder"
         ):
             Engine(toy_bundle, packed_cache=file)
 
     def test_a_path_that_executorch_would_cut(self, toy_bundle: Bundle, tmp_path: Path) -> None:
         with pytest.raises(
-            RunError, match=r"too long for packed weights\nhint: choose one of at most \d+ bytes"
+            RunError, match=r"too long for packed weights\nhint: choose a path of at most \d+ bytes"
         ):
             Engine(toy_bundle, packed_cache=tmp_path / ("x" * 200))
 
@@ -223,11 +223,11 @@ class TestRefused:
     def test_no_room(self, toy_bundle: Bundle, tmp_path: Path, full_disk: None) -> None:
         with (
             Engine(toy_bundle, packed_cache=tmp_path) as engine,
-            pytest.raises(RunError, match=r"MB of room, and 0 MB are free\nhint: make room"),
+            pytest.raises(RunError, match=r"MB, but only 0 MB are free\nhint: free some space"),
         ):
             engine.load()
         assert list(tmp_path.iterdir()) == []
 
     def test_without_a_weight_cache(self, toy_bundle: Bundle, tmp_path: Path) -> None:
-        with pytest.raises(RunError, match="without a weight cache"):
+        with pytest.raises(RunError, match="packed_cache needs the weight cache"):
             Engine(toy_bundle, packed_cache=tmp_path, weight_cache=False)

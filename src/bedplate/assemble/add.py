@@ -81,7 +81,7 @@ def _read_text(source: Path, base: BaseTokenizer) -> AdapterText:
         try:
             ChatTemplate(text.chat_template)
         except RunError as error:
-            hint = f"mend it, or remove it: the adapter then has the base model's; it is in {TEMPLATE} or {SETTINGS}"
+            hint = f"correct or remove it in {TEMPLATE} or {SETTINGS}; without it, the base model's template is used"
             raise AdapterError(error.what, where=source, hint=hint) from error
     return text
 

@@ -185,7 +185,7 @@ def _measure(
     learns = corrected and (calibration is not None or recipe.recovery_rank > 0)
     if not learns and goal is None:
         if calibration is not None:
-            reporter.notice("the calibration text has no effect: nothing in this recipe learns from one")
+            reporter.notice("the calibration text has no effect: nothing in this recipe uses it")
         return _Measured(recipe=recipe, statistics={})
     tokens = calibration_tokens(calibration, tokenizer.tokenizer_json, reporter.notice)
     statistics: Statistics = {}

@@ -84,7 +84,7 @@ def evaluate_bundle(
             raise CheckpointError(
                 f"is not what {bundle.path} was built from",
                 where=model,
-                hint="give the model that build was given",
+                hint="give the model that you gave to build",
             )
         return [_evaluate(engine, checkpoint, name, tokens, reporter) for name in (None, *names)]
 
@@ -187,4 +187,4 @@ def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8").removeprefix("\N{BYTE ORDER MARK}")
     except UnicodeDecodeError as error:
-        raise RunError(f"is no text in UTF-8 (byte {error.start})", where=path, hint=hint) from None
+        raise RunError(f"is not text in UTF-8 (byte {error.start})", where=path, hint=hint) from None

@@ -80,7 +80,7 @@ def check_foundation(entry: AdapterEntry, packed_against: str, where: Path) -> N
     if packed_against != entry.foundation:
         bundle = entry.folder.parent.parent
         raise BundleError(
-            f"packed against another foundation: {packed_against[:12]}…, not {entry.foundation[:12]}…",
+            f"it was packed against another foundation: {packed_against[:12]}…, not {entry.foundation[:12]}…",
             where=where,
             hint=f"remove it (bedplate remove {bundle} {entry.name}) and add the adapter again, to this bundle",
         )

@@ -57,7 +57,7 @@ def _problems(ptd: Ptd, infos: Sequence[ConstantInfo], elsewhere: Mapping[str, P
         else:
             yield f"{info.name} {problem}"
     for key in ptd.entries.keys() - {info.key for info in infos}:
-        yield f"the key {key} is described nowhere"
+        yield f"no file describes the key {key}"
 
 
 def _problem(ptd: Ptd, info: ConstantInfo, elsewhere: Mapping[str, Ptd]) -> str | None:

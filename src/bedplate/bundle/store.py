@@ -107,9 +107,9 @@ class Bundle:
         """AdapterError: it cannot name an adapter.  NameTakenError: it names one already."""
         if not manifest.is_adapter_name(name):
             hint = (
-                "use letters, digits, '.', '_' and '-', a letter or digit first; 'base' is the model itself"
+                "use letters, digits, '.', '_' and '-', first a letter or digit; 'base' is the model itself"
             )
-            raise AdapterError(f"{name!r} cannot name an adapter", where=self.path, hint=hint)
+            raise AdapterError(f"{name!r} cannot be the name of an adapter", where=self.path, hint=hint)
         if name in self.manifest.adapters:
             hint = f"choose another name, or remove it first: bedplate remove {self.path} {name}"
             raise NameTakenError(f"there is an adapter {name!r} already", where=self.path, hint=hint)
@@ -157,7 +157,7 @@ class Bundle:
             raise AdapterError(
                 f"packed against the foundation {facts.info.foundation[:12]}…, not {self.foundation_sha256[:12]}…",
                 where=f"adapter {name}",
-                hint="pack it against this bundle",
+                hint="add the adapter again, to this bundle",
             )
         usage.check_adapter(facts.info, folder, self.foundation)
         files.write(folder / manifest.ADAPTER_INFO, manifest.dump(facts.info))
@@ -199,7 +199,9 @@ class Bundle:
         self._refresh()
 
     def _replaced(self) -> BundleError:
-        return BundleError("the bundle was replaced meanwhile", where=self.path, hint="add the adapter again")
+        return BundleError(
+            "the bundle was replaced at the same time", where=self.path, hint="add the adapter again"
+        )
 
     def _refresh(self) -> None:
         self.manifest, self.adapters = _read(self.path, _manifest_bytes(self.path), check=False)
@@ -214,9 +216,9 @@ def check_free(out: Path, *, replace: bool) -> None:
     if not out.exists() or (replace and (out / manifest.MANIFEST).is_file()):
         return
     if replace:
-        raise NameTakenError("it is there and is not a bundle", where=out, hint="choose another place")
+        raise NameTakenError("it exists and is not a bundle", where=out, hint="choose another place")
     raise NameTakenError(
-        "it is there already", where=out, hint="choose another place, or replace it with --force"
+        "it exists already", where=out, hint="choose another place, or replace it with --force"
     )
 
 

@@ -155,7 +155,7 @@ def _problems(name: str, keys: frozenset[str], foundation: Ptd, own: Ptd | None)
     mine = own.entries.keys() if own is not None else frozenset()
     return [
         *(
-            (key, f"is named by {name} and held by no data file of it")
+            (key, f"is named by {name}, but none of its data files holds it")
             for key in keys - foundation.entries.keys() - mine
         ),
         *((key, f"is held by the foundation and by {name} too") for key in foundation.entries.keys() & mine),

@@ -40,7 +40,7 @@ def symbolize(raw: RawProgram, constants: Mapping[str, Constant], fixed: Mapping
     for key, data in raw.delegate_data.items():
         if symbol_of.get(key.removeprefix("scale_")) is None:
             raise LoweringError(
-                f"the lowering packed a constant of {len(data)} bytes that bedplate packs otherwise",
+                f"the lowering packed a constant of {len(data)} bytes that bedplate packs in another way",
                 where=key,
                 hint="the installed executorch is not the one that bedplate was made for",
             )

@@ -68,9 +68,9 @@ def _family(config: Fields) -> _Family:
     supported = ", ".join(f"{name} ({family.architecture})" for name, family in _FAMILIES.items())
     if model_type is None:
         raise CheckpointError(
-            "there is no model_type, by which transformers decides what to compute",
+            "model_type is missing, and transformers needs it to know which model this is",
             where=config.where,
-            hint=f"write down the model's model_type; supported: {supported}",
+            hint=f"add the model's model_type; supported: {supported}",
         )
     if type(model_type) is not str or model_type not in _FAMILIES:
         raise UnsupportedError(
@@ -82,8 +82,9 @@ def _family(config: Fields) -> _Family:
     # Without `architectures` transformers builds the causal language model of the model_type, too.
     if names not in (None, [], [family.architecture]):
         raise UnsupportedError(
-            f"architectures {shown(names)} is not what model_type {model_type!r} means: {family.architecture}",
+            f"architectures {shown(names)} does not agree with model_type {model_type!r}, "
+            f"which means {family.architecture}",
             where=config.where,
-            hint="use a causal language model; if it is one, correct the field that is wrong",
+            hint="if this is a causal language model, correct the wrong field; otherwise use another model",
         )
     return family

@@ -94,7 +94,9 @@ def _add_tokens(tokenizer: Tokenizer, settings: dict[str, Any], named: list[Adde
     for number, token in by_id.items():
         if tokenizer.token_to_id(token.content) != number:
             raise CheckpointError(
-                f"gives {token.content!r} the id {number}, tokenizer.json does not", where=path, hint=_SAVE
+                f"gives {token.content!r} the id {number}, but tokenizer.json does not",
+                where=path,
+                hint=_SAVE,
             )
 
 
@@ -138,9 +140,9 @@ def _chat_template(folder: Path, setting: Any) -> str | None:
 
 def _no_default(named: dict[str, Any], where: Path) -> str:
     raise UnsupportedError(
-        f"no chat template is the default one, only {', '.join(sorted(named)) or 'none'}",
+        f"no chat template is the default one; there is: {', '.join(sorted(named)) or 'none'}",
         where=where,
-        hint="write the template that is to be used into chat_template.jinja",
+        hint="write the template to use into chat_template.jinja",
     )
 
 

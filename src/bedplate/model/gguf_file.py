@@ -41,7 +41,7 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "llama.use_parallel_residual": (False,),
 }
 _USED = {*_FIELDS.values(), *_HEAD_WIDTHS, "llama.vocab_size"}
-_USE_FOLDER = "use the model's Hugging Face folder, if it is of the Llama family at all"
+_USE_FOLDER = "if the model is of the Llama family, use its Hugging Face folder"
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:

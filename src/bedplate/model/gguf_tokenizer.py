@@ -44,8 +44,10 @@ def read_fields(fields: Mapping[str, Any], path: Path) -> TokenizerSource:
     bos_id = next(iter(ids["bos_token"]), None)
     if found.flag("ggml.add_bos_token"):
         if bos_id is None:
-            hint = "give the field tokenizer.ggml.bos_token_id"
-            raise CheckpointError("add_bos_token is true, but there is no first token", where=path, hint=hint)
+            hint = "add the field tokenizer.ggml.bos_token_id"
+            raise CheckpointError(
+                "add_bos_token is true, but there is no bos_token_id", where=path, hint=hint
+            )
         tokenizer.post_processor = _begin_with(special["bos_token"], bos_id)
     template = found.get("chat_template")
     if template is not None and not isinstance(template, str):
@@ -75,7 +77,7 @@ def _vocabulary(found: Fields) -> _Vocabulary:
             f"{len(tokens)} tokens, but {len(types)} token types", where=found.where, hint=_DAMAGED
         )
     if any(len(merge) != 2 for merge in merges):
-        raise CheckpointError("a merge is not of two tokens", where=found.where, hint=_DAMAGED)
+        raise CheckpointError("a merge does not have two tokens", where=found.where, hint=_DAMAGED)
     return _Vocabulary(tokens=tokens, types=types, merges=merges)
 
 

@@ -103,7 +103,7 @@ def _find_tensors(path: Path) -> dict[str, _Stored]:
         name for name, file in listed.items() if (name, path / file) not in places and name not in left_over
     ):
         raise CheckpointError(
-            f"the index says that {missing[0]} is in {listed[missing[0]]}, which does not hold it",
+            f"the index says that {missing[0]} is in {listed[missing[0]]}, but that file does not hold it",
             where=index,
             hint="download the folder again",
         )

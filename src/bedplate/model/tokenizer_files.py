@@ -75,7 +75,7 @@ def check_ids(tokenizer: TokenizerFiles, vocab_size: int, *, where: Path) -> Non
             f"the tokenizer has ids up to {tokenizer.last_id} ({tokenizer.last_token!r}), but the embedding of the "
             f"model has {vocab_size} rows",
             where=where,
-            hint="remove the tokens beyond from the tokenizer's files, or give the model rows for them: "
+            hint="remove these tokens from the tokenizer's files, or add rows to the model: "
             "model.resize_token_embeddings(len(tokenizer))",
         )
 

@@ -32,13 +32,13 @@ def calibration_tokens(
     path = text_file or SHIPPED_TEXT
     if not path.is_file():
         raise NotFoundError(
-            "no such file", where=path, hint="give a text file in UTF-8, or leave --calibration away"
+            "no such file", where=path, hint="give a text file in UTF-8, or leave out --calibration"
         )
     hint = "give prose, code or conversations of the kind that the model will read, some thousand words"
     try:
         text = path.read_bytes().decode("utf-8").removeprefix("\N{BYTE ORDER MARK}")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"is no text in UTF-8 (byte {error.start})", where=path, hint=hint) from None
+        raise CalibrationError(f"is not text in UTF-8 (byte {error.start})", where=path, hint=hint) from None
     if "\0" in text:
         raise CalibrationError("holds NUL bytes: it is binary data, not text", where=path, hint=hint)
     tokens = list(Tokenizer.from_str(tokenizer_json.decode()).encode(text, add_special_tokens=False).ids)
@@ -46,7 +46,7 @@ def calibration_tokens(
         raise CalibrationError("holds no text", where=path, hint=hint)
     if len(tokens) < FEW_TOKENS:
         notice(
-            f"the calibration text has {len(tokens)} tokens; with fewer than {FEW_TOKENS} its figures are rough"
+            f"the calibration text has {len(tokens)} tokens: with fewer than {FEW_TOKENS}, what it measures is rough"
         )
     return tokens[:MOST_TOKENS]
 

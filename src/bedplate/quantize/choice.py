@@ -57,7 +57,9 @@ def choose_bits(
     recipe = recipe.with_head_as_rest()
     names = candidates(recipe, checkpoint.spec)
     if not names:
-        raise RecipeError("no linear is left to choose for", hint="--quantize 8da4w, and fewer overrides")
+        raise RecipeError(
+            "there is no linear whose bits can be chosen", hint="use --quantize 8da4w and fewer overrides"
+        )
     measure = partial(_divergences, checkpoint, recipe, tokens[:_TOKENS], statistics)
     *alone, none = measure([*({name} for name in names), ()], partial(progress, "measure each linear"))
     least = linear_bytes(recipe, checkpoint.spec)
@@ -73,7 +75,7 @@ def choose_bits(
         if mean_kl <= goal.target_kl:
             return _choice(recipe, checkpoint.spec, worst[:count], mean_kl)
     raise RecipeError(
-        f"no choice of 4 and 8 bits comes to a mean KL of {goal.target_kl:g}: the least is {min(reached):.4f}",
+        f"no choice of 4 and 8 bits has a mean KL of at most {goal.target_kl:g}: the smallest is {min(reached):.4f}",
         hint="raise the target, or build with --quantize none",
     )
 
@@ -126,7 +128,7 @@ def _with_eight(recipe: Recipe, names: Iterable[str]) -> Recipe:
 def _within(recipe: Recipe, spec: ModelSpec, worst: Sequence[str], budget: float) -> Choice:
     if (least := _bytes_per_weight(recipe, spec)) > budget:
         raise RecipeError(
-            f"4 bits take {least:.4f} bytes a weight already, more than {budget:g}",
+            f"4 bits already take {least:.4f} bytes a weight, which is more than {budget:g}",
             hint="raise the budget, or choose a larger --group-size",
         )
     eight: list[str] = []

@@ -84,8 +84,10 @@ def _checked(path: str, scheme: Scheme, width: int) -> Scheme:
         raise RecipeError(
             f"group size {scheme.group_size} does not divide the width {width}",
             where=path,
-            hint="choose a group size that divides it (a multiple of 32), or 0: one scale a row",
+            hint="choose a group size that divides it (a multiple of 32), or 0 for one scale a row",
         )
     if scheme.bits == 4 and width % 2:
-        raise RecipeError(f"4 bits need an even width, this is {width}", where=path, hint="use 8da8w for it")
+        raise RecipeError(
+            f"4 bits need an even width, but the width is {width}", where=path, hint="use 8da8w for it"
+        )
     return scheme

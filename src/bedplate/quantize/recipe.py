@@ -146,8 +146,8 @@ class Goal:
     def __post_init__(self) -> None:
         if (self.bytes_per_weight is None) == (self.target_kl is None):
             raise RecipeError(
-                "bytes per weight and target KL are two goals",
-                hint="give one; `bedplate eval` tells what the other came to",
+                "bytes per weight and target KL cannot be goals at the same time",
+                hint="give one of them; `bedplate eval` shows the KL that a budget leads to",
             )
         if (self.target_kl or self.bytes_per_weight or 0) <= 0:
             raise RecipeError(
@@ -178,7 +178,7 @@ def make_recipe(
     if group_size < 0 or group_size % 32:
         raise RecipeError(
             f"group size {group_size} is not supported",
-            hint="XNNPACK takes multiples of 32, or 0: one scale a row",
+            hint="choose a multiple of 32, or 0 for one scale a row",
         )
     schemes = {
         "8da4w": Scheme(bits=4, group_size=group_size or None, method=method),

@@ -131,7 +131,7 @@ def _quantize_block(weight: Tensor, scheme: Scheme, group_size: int) -> tuple[Te
     if not torch.isfinite(quantized.scale).all():
         raise RecipeError(
             f"{method} finds no scale for values as large as {weight.abs().max():.3g}",
-            hint="are the weights right? if so, use the method plain",
+            hint="check the weights; if they are right, use the method plain",
         )
     if scheme.group_size is not None:
         # XNNPACK keeps the scale of a group as bfloat16: round it, and choose the codes for the rounded scale.

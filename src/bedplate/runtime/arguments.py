@@ -20,7 +20,7 @@ _SHOWN = 60  # characters of a value in an error
 
 def integer(name: str, value: Any, *, least: int) -> int:
     """A whole number, also of numpy; neither True nor 2.0 is one."""
-    hint = f"a whole number, at least {least}"
+    hint = f"give a whole number, at least {least}"
     try:
         number = _refuse(name, value, hint) if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -52,7 +52,7 @@ def instance(name: str, value: Any, kind: type[_T] | tuple[type[_T], ...], hint:
 
 def flag(name: str, value: Any) -> bool:
     """True or False."""
-    return instance(name, value, bool, "True or False")
+    return instance(name, value, bool, "give True or False")
 
 
 def function(name: str, value: Any, hint: str) -> None:
@@ -63,7 +63,7 @@ def function(name: str, value: Any, hint: str) -> None:
 
 def text(name: str, value: Any) -> str:
     """Text that UTF-8 can write. Python keeps bytes that are not UTF-8, of a command line say, as lone surrogates."""
-    string = instance(name, value, str, "text (a Python str)")
+    string = instance(name, value, str, "give text (a Python str)")
     try:
         string.encode()
     except UnicodeEncodeError as error:
@@ -76,7 +76,7 @@ def text(name: str, value: Any) -> str:
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
     """A list of texts that are not empty."""
-    hint = 'a list of strings that are not empty: ["\\n\\n"]'
+    hint = 'give a list of strings that are not empty: ["\\n\\n"]'
     if isinstance(value, str) or not isinstance(value, Sequence):
         _refuse(name, value, hint)
     if not all(isinstance(one, str) and one for one in value):
@@ -86,7 +86,7 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
 
 def token_ids(value: Any) -> list[int]:
     """Ids of tokens: whole numbers from 0, also as an array of numpy or torch."""
-    hint = "a list of whole numbers: engine.tokenizer.encode(text) gives one"
+    hint = "give a list of whole numbers: engine.tokenizer.encode(text) gives one"
     if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
         _refuse("token_ids", value, hint)
     try:

@@ -51,7 +51,7 @@ class ChatTemplate:
 
 def _failed(error: Exception, messages: Sequence[Mapping[str, Any]]) -> RunError:
     roles = ", ".join(str(message.get("role")) for message in messages)
-    hint = f"it was given the roles: {roles}"
+    hint = f"the messages have the roles: {roles}"
     if any(not isinstance(message.get("content"), str) for message in messages):
         hint += "; give the content of each message as text"
     what = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"

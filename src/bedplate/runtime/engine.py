@@ -58,14 +58,14 @@ class Engine:
         weight_cache: bool = True,
         packed_cache: str | Path | None = None,
     ) -> None:
-        arguments.instance("bundle", bundle, Bundle, "an open bundle: Bundle.open(path)")
+        arguments.instance("bundle", bundle, Bundle, "give an open bundle: Bundle.open(path)")
         count = _thread_count(threads)
         arguments.flag("weight_cache", weight_cache)
         if packed_cache is not None:
-            arguments.instance("packed_cache", packed_cache, (str, Path), "the path of a folder")
+            arguments.instance("packed_cache", packed_cache, (str, Path), "give the path of a folder")
             if not weight_cache:
-                hint = "they are what that cache holds"
-                raise RunError("packed weights on disk without a weight cache", hint=hint)
+                hint = "leave out weight_cache=False, or leave out packed_cache"
+                raise RunError("packed_cache needs the weight cache", hint=hint)
         self.bundle = bundle
         # Before the tokenizer: they are hashed while that is read.
         self._packed_weights = None if packed_cache is None else PackedWeights(Path(packed_cache), bundle)
@@ -152,9 +152,9 @@ class Engine:
         program = self._load_with(self.bundle.base_program, [self.bundle.foundation], file)
         if program.uses is None:
             raise RunError(
-                "a program of another bundle is loaded whose files hold other bytes under the same keys",
+                "another bundle is loaded, and its files hold other bytes under the same keys",
                 where=self.bundle.foundation,
-                hint="bedplate verify BUNDLE tells which of the bundles is wrong; or use a process for each",
+                hint="bedplate verify BUNDLE tells which bundle is wrong; or use one process for each bundle",
             )
 
     def unload(self, name: str | None = None) -> None:
@@ -183,7 +183,7 @@ class Engine:
 
 def _check_name(name: str | None) -> None:
     if name is not None:
-        arguments.instance("the adapter's name", name, str, "text, or None for the base")
+        arguments.instance("the adapter's name", name, str, "give text, or None for the base")
 
 
 def _thread_count(threads: int | None) -> int:
@@ -192,7 +192,7 @@ def _thread_count(threads: int | None) -> int:
     count = arguments.integer("threads", threads, least=1)
     if count > _MOST_THREADS:
         raise RunError(
-            f"threads is {count}", hint=f"at most {_MOST_THREADS}, best one for each physical core"
+            f"threads is {count}", hint=f"give at most {_MOST_THREADS}; one for each physical core is best"
         )
     return count
 
@@ -201,7 +201,9 @@ def _set_threads(count: int) -> None:
     try:
         _native.set_threads(count)
     except _native.NativeError as error:
-        hint = "the first engine of a process decides how many there can be, at least one for each core"
+        hint = (
+            "the first engine of a process decides how many threads there can be: at least one for each core"
+        )
         raise RunError(error.args[1], hint=hint) from error
 
 

@@ -23,7 +23,7 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     RunError: there is no message, one is not a message, or it holds something else than text, numbers, true, false,
     null, lists and objects with names.
     """
-    hint = 'a list of messages: [{"role": "user", "content": "…"}]'
+    hint = 'give a list of messages: [{"role": "user", "content": "…"}]'
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
         raise RunError(f"messages is {arguments.shown(messages)}", hint=hint)
     if not messages:
@@ -69,8 +69,8 @@ def _plain(value: Any, where: str, depth: int) -> Any:
     if isinstance(value, str):
         return _text(value, where)
     if depth == _DEEPEST:
-        hint = f"lists and objects may stand in one another up to {_DEEPEST} times"
-        raise RunError("it is nested too deep", where=where.partition("]")[0] + "]", hint=hint)
+        hint = f"use at most {_DEEPEST} levels of lists and objects"
+        raise RunError("it is nested too deeply", where=where.partition("]")[0] + "]", hint=hint)
     if isinstance(value, Mapping):
         # The name of an argument may be any text, so it is looked at as text is.
         return {

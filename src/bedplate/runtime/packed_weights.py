@@ -72,7 +72,7 @@ class PackedWeights:
         self._room = 2 * bundle.manifest.files[FOUNDATION].size
         name_length = len(f"/{self._key}-{hashlib.sha256().hexdigest()}{_SUFFIX}")
         if len(os.fsencode(self._folder)) + name_length > _LONGEST_PATH:
-            hint = f"choose one of at most {_LONGEST_PATH - name_length} bytes: ExecuTorch takes no more"
+            hint = f"choose a path of at most {_LONGEST_PATH - name_length} bytes: ExecuTorch takes no more"
             raise RunError("the path is too long for packed weights", where=self._folder, hint=hint)
         with _folder_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -92,9 +92,9 @@ class PackedWeights:
             with _folder_errors(self._folder):
                 self._file = PackedFile(self._write(write))
             if not self._file.is_whole():
-                hint = "name another folder, or do without packed weights on disk"
+                hint = "choose another folder, or run without packed weights on disk"
                 raise RunError(
-                    "packed weights do not stay as they were written", where=self._file.path, hint=hint
+                    "the packed weights changed after they were written", where=self._file.path, hint=hint
                 )
         return self._file.path
 
@@ -111,9 +111,9 @@ class PackedWeights:
         free = shutil.disk_usage(self._folder).free
         if free < self._room:  # ExecuTorch writes through a mapping: a full disk would end the process
             raise RunError(
-                f"packed weights want {self._room >> 20} MB of room, and {free >> 20} MB are free",
+                f"packed weights need {self._room >> 20} MB, but only {free >> 20} MB are free",
                 where=self._folder,
-                hint="make room, or do without packed weights on disk",
+                hint="free some space, or run without packed weights on disk",
             )
         # The file's name says what it was packed from; whoever maps it later takes the manifest's word for that.
         packed_from = {name: self._bundle.manifest.files[name] for name in (FOUNDATION, BASE_PROGRAM)}
@@ -135,7 +135,7 @@ def _folder_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"packed weights cannot be kept there: {error.strerror}"
-        hint = "name a folder that can be written, or do without packed weights on disk"
+        hint = "choose a folder that can be written, or run without packed weights on disk"
         raise RunError(what, where=error.filename or folder, hint=hint) from error
 
 

@@ -15,8 +15,8 @@ from bedplate.runtime.shared_weights import DataFile, Use, keep, share
 
 _HINT = "bedplate verify BUNDLE checks every file, and that programs and data files fit each other"
 _HINTS = {
-    "AccessFailed": "is the file there, and may it be read?",
-    "OperatorMissing": "the program wants an operator that this runtime lacks: build the bundle again",
+    "AccessFailed": "check that the file is there and that you may read it",
+    "OperatorMissing": "the program needs an operator that this runtime does not have: build the bundle again",
 }
 
 

@@ -54,7 +54,7 @@ class Wish:
         on_prefill: Any,
     ) -> Wish:
         """From arguments of any type."""
-        arguments.function("on_prefill", on_prefill, "a function of two numbers, or None")
+        arguments.function("on_prefill", on_prefill, "give a function of two numbers, or None")
         return cls(
             max_tokens=arguments.integer("max_tokens", max_tokens, least=1),
             sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),

@@ -31,10 +31,10 @@ class Sampling:
     top_k: int
 
     def __post_init__(self) -> None:
-        hint = "0 is greedy, around 0.7 is usual"
+        hint = "give 0 for the most likely token, or a larger number; 0.7 is usual"
         if arguments.real("temperature", self.temperature, hint) < 0:
             raise RunError(f"temperature is {self.temperature}", hint=hint)
-        hint = "above 0 and at most 1; 1 keeps every token"
+        hint = "give a number above 0 and at most 1; 1 keeps every token"
         if not 0 < arguments.real("top_p", self.top_p, hint) <= 1:
             raise RunError(f"top_p is {self.top_p}", hint=hint)
         arguments.integer("top_k", self.top_k, least=0)

@@ -187,7 +187,7 @@ class Session:
         return pieces if stream else "".join(pieces)
 
     def _encode(self, prompt: str | Sequence[Message], allow_special: bool) -> list[int]:
-        hint = 'text, or a list of messages: [{"role": "user", "content": "…"}]'
+        hint = 'give text, or a list of messages: [{"role": "user", "content": "…"}]'
         arguments.instance("prompt", prompt, (str, Sequence), hint)
         tokenizer = self._engine.tokenizer_of(self._adapter)
         if isinstance(prompt, str):
@@ -287,14 +287,14 @@ class Session:
         if wrong is not None:
             raise RunError(f"token {wrong} is not in the vocabulary", hint=f"token ids are 0 … {vocab - 1}")
         if not ids:
-            raise RunError("there are no tokens", hint="at least one is needed: is the prompt empty?")
+            raise RunError("there are no tokens", hint="give at least one token: is the prompt empty?")
         return ids
 
 
 def _check_room(program: LoadedProgram, count: int) -> None:
     limit = program.limits.max_context
     if count > limit:
-        hint = "shorten it, reset the session, or build the bundle with a larger --max-context"
+        hint = "shorten the text, reset the session, or build the bundle with a larger --max-context"
         raise RunError(f"{count} tokens do not fit the context of {limit}", hint=hint)
 
 

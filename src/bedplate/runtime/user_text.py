@@ -22,7 +22,7 @@ from bedplate.errors import RunError
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _HINT = (
-    "take it out of the message, or allow special tokens in messages (allow_special=True, --allow-special)"
+    "remove it from the message, or allow special tokens in messages (allow_special=True, --allow-special)"
 )
 
 Render = Callable[[Sequence[Mapping[str, Any]]], str]
@@ -233,7 +233,7 @@ def _free_characters(texts: Sequence[str]) -> list[str]:
         if not any(character in text or f"u{ord(character):04x}" in text for text in texts)
     ]
     if len(free) < 4:
-        raise RunError("the messages hold too many of Unicode's noncharacters", hint="take some of them out")
+        raise RunError("the messages hold too many of Unicode's noncharacters", hint="remove some of them")
     return free
 
 
@@ -257,7 +257,7 @@ def _lower(text: str) -> str:
 
 def _unclear() -> RunError:
     return RunError(
-        "a message holds the text of a special token, and whether the chat template or the message wrote it cannot be "
-        "told",
+        "a message holds the text of a special token, and bedplate cannot tell whether the chat template or the "
+        "message wrote it",
         hint=_HINT,
     )

@@ -33,9 +33,9 @@ def fit(raw: RawAdapter, spec: ModelSpec) -> Adapter:
             if value.shape != wanted:
                 raise AdapterError(
                     f"lora_{half} of layers.{layer}.{linear} has shape {value.shape}, "
-                    f"the model and rank {rank} want {wanted}",
+                    f"but the model and rank {rank} need {wanted}",
                     where=raw.weights,
-                    hint="the adapter was trained on another model",
+                    hint="add the adapter to the model that it was trained on",
                 )
     if not raw.pairs:
         raise AdapterError("it adapts nothing: there are no tensors in it", where=raw.weights, hint=AGAIN)

@@ -95,9 +95,9 @@ def _check_fields(fields: Mapping[str, Any], spec: ModelSpec, where: Path) -> tu
     if fields.get("general.architecture") != wanted:
         raise AdapterError(
             f"it adapts models of the architecture {short(fields.get('general.architecture'))}, "
-            f"and the bundle's is {short(wanted or spec.architecture)}",
+            f"but the bundle's model is {short(wanted or spec.architecture)}",
             where=where,
-            hint="the adapter was trained on another model",
+            hint="add the adapter to the model that it was trained on",
         )
     for name, value in fields.items():
         if name.startswith("adapter.") and name not in _KNOWN and value != []:

@@ -21,7 +21,7 @@ from bedplate.model.spec import ModelSpec
 WEIGHTS = "adapters.safetensors"
 _HALF = re.compile(r"^(?:language_model\.)?(?:model\.)?layers\.([0-9]{1,6})\.(.+)\.lora_([ab])$")
 _PARAMETERS = ("rank", "scale", "dropout", "keys", "alpha")
-_NOT_WHOLE = "config and weights are not of the same adapter"
+_NOT_WHOLE = "use the config and the weights of one adapter"
 
 
 def is_mlx(config: Mapping[str, Any]) -> bool:
@@ -95,8 +95,8 @@ def _parameters(value: Any, where: Path) -> tuple[int, float, frozenset[str] | N
         )
     if alpha is not None and alpha != rank:
         raise UnsupportedError(
-            f"lora_parameters holds alpha = {short(alpha)} beside scale = {scale}: older versions of MLX-LM took "
-            "scale · alpha / rank for the factor, newer ones take scale",
+            f"lora_parameters holds alpha = {short(alpha)} beside scale = {scale}: older versions of MLX-LM used "
+            "scale · alpha / rank as the factor, newer ones use scale",
             where=where,
             hint="write the factor that the adapter was trained with as scale, and remove alpha",
         )
@@ -123,7 +123,7 @@ def _check_layers(
             f"{field} = {count} adapts layers {first} to {spec.n_layers - 1} of this model, "
             f"but the weights hold tensors of layer {below[0]}",
             where=where,
-            hint=f"{_NOT_WHOLE}, or it was trained on a model of another depth",
+            hint=f"{_NOT_WHOLE}, and add it to the model that it was trained on",
         )
 
 

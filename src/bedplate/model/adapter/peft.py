@@ -83,7 +83,7 @@ def _pairs(
                 f"the weights hold lora_A and lora_B of layers.{layer}.{linear}, which the config does not adapt: "
                 "PEFT would drop them",
                 where=path / CONFIG,
-                hint="config and weights are not of the same adapter, or target_modules lacks a name",
+                hint="use the config and the weights of one adapter, or add the missing name to target_modules",
             )
         pairs[layer, linear] = make_pair((layer, linear), of_linear, target, blocks, weights)
     return pairs
@@ -112,7 +112,7 @@ def _missing(
         raise AdapterError(
             f"{what}, and PEFT would take random numbers (init_lora_weights is false)",
             where=path / CONFIG,
-            hint="config and weights are not of the same adapter",
+            hint="use the config and the weights of one adapter",
         )
     yield f"{path}: {what}: it stays as in the base model"
 

@@ -23,7 +23,7 @@ from bedplate.model.adapter.peft_fields import (
 from bedplate.model.adapter.types import AGAIN
 
 CONFIG = "adapter_config.json"
-MERGE = "merge the adapter into the base model, or train without it"
+MERGE = "merge the adapter into the base model, or train without this option"
 # PEFT's own defaults for what a config leaves out.
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8
 DEFAULT_TARGETS = ("q_proj", "v_proj")
@@ -107,7 +107,7 @@ def _parse(data: bytes, where: Path) -> dict[str, Any]:
     try:
         config = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"is no JSON: {error}", where=where, hint=AGAIN) from None
+        raise AdapterError(f"is not JSON: {error}", where=where, hint=AGAIN) from None
     if not isinstance(config, dict):
         raise AdapterError("is not a JSON object", where=where, hint=AGAIN)
     return config
@@ -258,7 +258,7 @@ class _Fields:
                 warnings.simplefilter("ignore")
                 re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            self.fail(f"{field} holds {short(pattern)}, which is no regular expression: {error}")
+            self.fail(f"{field} holds {short(pattern)}, which is not a regular expression: {error}")
 
 
 def pattern_form(pattern: str) -> str:

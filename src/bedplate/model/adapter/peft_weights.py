@@ -55,7 +55,7 @@ def make_pair(place: Place, halves: Halves, target: Target, blocks: int, where: 
     for half, value in (("A", a), ("B", b)):
         if value.ndim != 2:
             raise AdapterError(
-                f"lora_{half} of {name} has shape {value.shape}, and a matrix has two dimensions",
+                f"lora_{half} of {name} has shape {value.shape}, but a matrix has two dimensions",
                 where=where,
                 hint=AGAIN,
             )
@@ -66,7 +66,7 @@ def make_pair(place: Place, halves: Halves, target: Target, blocks: int, where: 
                 f"lora_{half} of {name} has shape {value.shape}, "
                 f"but the config gives it rank {target.rank} ({target.rank_from})",
                 where=where,
-                hint="config and weights are not of the same adapter",
+                hint="use the config and the weights of one adapter",
             )
     if target.blocks_of == "A":
         a = _block_diagonal(a, blocks, f"lora_A of {name}", where)
@@ -80,7 +80,7 @@ def _block_diagonal(stacked: NDArray[np.float32], blocks: int, name: str, where:
     rows, columns = stacked.shape
     if rows % blocks:
         raise AdapterError(
-            f"{name} has {rows} rows, which {blocks} blocks (use_bdlora) do not divide",
+            f"{name} has {rows} rows, which is not a multiple of its {blocks} blocks (use_bdlora)",
             where=where,
             hint=AGAIN,
         )

@@ -42,7 +42,7 @@ def _read_raw(path: Path, spec: ModelSpec) -> RawAdapter:
     ggufs = sorted(path.glob("*.gguf"))
     if not converted and ggufs:
         hint = f"give the file itself: {ggufs[0]}"
-        raise AdapterError(f"there is no {peft.WEIGHTS}, but a GGUF", where=path, hint=hint)
+        raise AdapterError(f"there is no {peft.WEIGHTS}, but there is a GGUF file", where=path, hint=hint)
     return peft.read_peft(path, spec)
 
 
@@ -50,7 +50,7 @@ def _read_file(path: Path, spec: ModelSpec) -> RawAdapter:
     with path.open("rb") as file:
         start = file.read(len(gguf.MAGIC))
     if start != gguf.MAGIC:
-        raise AdapterError("is a file, and not a GGUF", where=path, hint=_GIVE)
+        raise AdapterError("is a file, but not a GGUF", where=path, hint=_GIVE)
     return gguf.read_gguf(path, spec)
 
 

@@ -48,5 +48,5 @@ def parse_safetensors(data: bytes, where: Path) -> dict[str, NDArray[np.float32]
 def check_finite(name: str, value: NDArray[np.float32], where: Path) -> None:
     """AdapterError: there is NaN or infinity in it."""
     if not np.isfinite(value).all():
-        hint = "its training diverged, or the file is damaged"
+        hint = "the training diverged, or the file is damaged: save the adapter again from an earlier step"
         raise AdapterError(f"tensor {name} holds NaN or infinity", where=where, hint=hint)

@@ -59,7 +59,9 @@ def _settings(folder: Path) -> dict[str, Any]:
     if settings.get("fast_tokenizer_files"):
         what = "fast_tokenizer_files (a tokenizer for each version of transformers) is not supported"
         raise UnsupportedError(
-            what, where=folder / SETTINGS, hint="save the tokenizer again with a transformers of today"
+            what,
+            where=folder / SETTINGS,
+            hint="save the tokenizer again with a current version of transformers",
         )
     if "added_tokens_decoder" in settings:
         return settings
@@ -74,7 +76,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"is no JSON: {error}", where=path, hint=AGAIN) from None
+        raise AdapterError(f"is not JSON: {error}", where=path, hint=AGAIN) from None
     if not isinstance(value, dict):
         raise AdapterError("is not a JSON object", where=path, hint=AGAIN)
     return value
@@ -108,9 +110,9 @@ def _chat_template(folder: Path, setting: Any) -> str | None:
             raise AdapterError(what, where=folder / SETTINGS, hint=AGAIN) from None
     if "default" not in named:
         known = ", ".join(sorted(named)) or "none"
-        hint = f"name the one that is to be used in {TEMPLATE}"
+        hint = f"write the template to use into {TEMPLATE}"
         raise UnsupportedError(
-            f"no chat template is the default one; there is {known}", where=folder, hint=hint
+            f"no chat template is the default one; there is: {known}", where=folder, hint=hint
         )
     return named["default"]
 

@@ -93,7 +93,7 @@ def _further(text: str, where: Path) -> AdapterError:
     return AdapterError(
         f"its tokenizer has the token {text!r}, which the bundle's does not have",
         where=where,
-        hint="a further token has a row of its own in the embedding, and bedplate takes no adapter with one; "
+        hint="a new token needs a new row in the embedding, and bedplate takes no adapter with such a row; "
         + _SAME,
     )
 

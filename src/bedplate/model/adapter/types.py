@@ -93,7 +93,7 @@ class Adapter:
         for (layer, linear), pair in self._pairs.items():
             if not np.isfinite(folded_b(pair)).all():
                 raise AdapterError(
-                    f"the scale {pair.scale:g} times lora_B of layers.{layer}.{linear} is beyond float32",
+                    f"the scale {pair.scale:g} times lora_B of layers.{layer}.{linear} is too large for float32",
                     where=where,
                     hint=AGAIN,
                 )

@@ -41,7 +41,7 @@ def llama_spec(config: Fields) -> ModelSpec:
     head_dim = config.count("head_dim", default=dim // n_heads)
     if head_dim % 2:
         raise UnsupportedError(
-            f"head_dim {head_dim} is odd, and RoPE rotates halves",
+            f"head_dim {head_dim} is odd, but RoPE needs an even number",
             where=config.where,
             hint="use another model",
         )
@@ -67,7 +67,7 @@ def llama_spec(config: Fields) -> ModelSpec:
 def _divides(config: Fields, whole: str, size: int, part: str, count: int) -> None:
     if size % count:
         raise CheckpointError(
-            f"{whole} {size} is no multiple of {part} {count}",
+            f"{whole} {size} is not a multiple of {part} {count}",
             where=config.where,
             hint="correct these fields, or download the file again",
         )
