@@ -214,7 +214,7 @@ def test_a_template_by_another_name_than_default(folder: Path, base: BaseTokeniz
         "tokenizer_config.json",
         lambda data: data.update(chat_template=[{"name": "rag", "template": "x"}]),
     )
-    refused(folder, base, "no chat template is the default one; there is rag", UnsupportedError)
+    refused(folder, base, "no chat template is the default one; there is: rag", UnsupportedError)
 
 
 @pytest.mark.parametrize("file", ["tokenizer.model", "vocab.json", "tekken.json"])
@@ -289,7 +289,7 @@ def test_files_come_before_the_setting(folder: Path, base: BaseTokenizer) -> Non
     for file in (more / "default.jinja", folder / "chat_template.jinja"):
         file.unlink()
     (more / "tool_use.jinja").write_text("tools")
-    refused(folder, base, "there is tool_use", UnsupportedError)
+    refused(folder, base, "there is: tool_use", UnsupportedError)
 
 
 def test_a_file_and_a_folder_without_text_have_none(tmp_path: Path, base: BaseTokenizer) -> None:

@@ -64,7 +64,7 @@ def test_the_copy_is_the_templates_alone() -> None:
 
 @pytest.mark.parametrize("messages", [None, 5, b"hi", {"role": "user", "content": "hi"}, {1}, iter([])])
 def test_what_is_no_list_of_messages(messages: Any) -> None:
-    with pytest.raises(RunError, match=r"messages is .*\nhint: a list of messages: "):
+    with pytest.raises(RunError, match=r"messages is .*\nhint: give a list of messages: "):
         plain_messages(messages)
 
 
@@ -120,7 +120,7 @@ def test_a_message_nested_a_thousand_deep() -> None:
     loop: list[Any] = []
     loop.append(loop)
     for extra in (nested(1000), nested(100_000), loop):
-        with pytest.raises(RunError, match=r"messages\[0\]: it is nested too deep\nhint: "):
+        with pytest.raises(RunError, match=r"messages\[0\]: it is nested too deeply\nhint: "):
             plain_messages([{"role": "user", "content": "hi", "extra": extra}])
 
 
