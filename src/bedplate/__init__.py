@@ -1,6 +1,6 @@
 """One quantized foundation, many LoRA adapters, stock ExecuTorch files.
 
-Names are imported when they are asked for: a program that only runs bundles never imports what builds them.
+A name is imported when it is first used. So a program that only runs bundles does not import what builds them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The Python API: what the command line does, as functions. Defaults live here.
 
-What makes bundles is imported when it is called: a process that only runs one starts sooner without.
+Functions that build bundles import what they need when they are called. So a process that only runs a bundle starts
+sooner.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Bundle(store.Bundle):
-    """An open bundle, to which adapters can be added."""
+    """An open bundle. You can add adapters to it."""
 
     def add(
         self,
@@ -36,11 +37,13 @@ class Bundle(store.Bundle):
 
         adapter: a folder of PEFT, torchtune or MLX-LM, or a `.gguf` file of llama.cpp.
 
-        quantize: `8w` stores A and B in 8 bits, `none` in float32; None: in 8 bits, unless the foundation is float32.
-        exact_rank: compile for the adapter's own rank, even if units of a somewhat higher one are there.
-        allow_noop: add it even if it changes nothing; otherwise it is compared with the base on a short text.
-        unit_cache: folder of compiled units; None is the user's cache folder.
-        Raises a BedplateError that says what does not fit; the bundle is then as it was.
+        quantize: `8w` stores A and B in 8 bits, `none` in float32. None: in float32 if the foundation is float32,
+            otherwise in 8 bits.
+        exact_rank: compile for the adapter's own rank, even if there are compiled units of a higher rank.
+        allow_noop: add the adapter even if it changes nothing. Without it, the adapter is compared with the base on a
+            short text.
+        unit_cache: folder of compiled units. None: the user's cache folder.
+        Raises a BedplateError if something does not fit. The bundle is then as it was before.
         """
         (entry,) = self.add_all(
             {name: adapter},
@@ -62,7 +65,7 @@ class Bundle(store.Bundle):
         unit_cache: str | Path | None = None,
         reporter: Reporter = SILENT,
     ) -> list[store.AdapterEntry]:
-        """Add several adapters by their names, all or none. Otherwise as `add`."""
+        """Add several adapters, by their names. If one does not fit, none is added. The options are those of `add`."""
         from bedplate.assemble.add import add_adapters
 
         sources = {name: Path(adapter) for name, adapter in adapters.items()}
@@ -87,9 +90,9 @@ class Bundle(store.Bundle):
     ) -> None:
         """Write the program of `adapter` (None: of the base) as one stock ExecuTorch file.
 
-        self_contained: with the adapter's constants inside, so that it wants `foundation.ptd` alone.
-        with_foundation: with the foundation's inside, so that it wants no data file of it.
-        NotFoundError: there is no such adapter, or no folder to write to.
+        self_contained: put the adapter's constants into the file. It then needs only `foundation.ptd`.
+        with_foundation: put the foundation's constants into the file. It then does not need `foundation.ptd`.
+        NotFoundError: there is no such adapter, or the folder of `out` does not exist.
         """
         from bedplate.assemble.export import export_program
 
@@ -98,7 +101,7 @@ class Bundle(store.Bundle):
         )
 
     def remove(self, name: str) -> None:
-        """Remove an adapter. NotFoundError: there is none of this name."""
+        """Remove an adapter. NotFoundError: there is no adapter of this name."""
         self.remove_adapter(name)
 
 
@@ -123,14 +126,17 @@ def build(
 ) -> Bundle:
     """Build a bundle at `out` from a Hugging Face folder or a `.gguf` file.
 
-    quantize: `8da4w`, `8da8w` or `none`; group_size, method, embedding, head and overrides refine it, see
-    `quantize.recipe.make_recipe`. recovery_rank: directions in which 4-bit weights get their error back; 0: none.
-    bytes_per_weight, target_kl: one of them: choose 8 bits instead of 4 for some linears and the head, by what 4 bits
-    of each cost on the calibration text, within so many bytes a weight, or until the mean KL is so small.
-    calibration: a text that the model might read, on which choices and recovery are measured; None: bedplate's own.
-    max_context: positions that a session can hold; None: 2,048, or as many as the model has, if those are fewer.
-    force: replace a bundle at `out`.
-    Raises a BedplateError that says what is wrong; nothing is then left at `out`.
+    quantize: `8da4w`, `8da8w` or `none`. group_size, method, embedding, head and overrides refine it, see
+        `quantize.recipe.make_recipe`.
+    recovery_rank: how many directions of the error of 4-bit weights are corrected. 0: none.
+    bytes_per_weight, target_kl: give at most one of them. 8 bits then replace 4 bits for some linears and the head,
+        first where 4 bits cost most on the calibration text. The weights take at most this many bytes each on average,
+        or the mean KL to the float model is at most this.
+    calibration: a text file on which choices and recovery are measured. None: bedplate's own text.
+    max_context: how many positions a session can hold. None: 2,048, or what the model has, if that is less.
+    unit_cache: folder of compiled units. None: the user's cache folder.
+    force: replace a bundle at `out`. Its adapters are lost.
+    Raises a BedplateError if something is wrong. `out` is then as it was before.
     """
     from bedplate.assemble.build import build_bundle
     from bedplate.quantize.recipe import Goal, make_recipe
@@ -170,9 +176,10 @@ def evaluate(
     threads: int | None = None,
     reporter: Reporter = SILENT,
 ) -> list[Evaluation]:
-    """What quantization costs: the bundle's programs against the float checkpoint it was built from, on a text file.
+    """Measure what quantization costs. This compares the programs with the float model on a text file.
 
-    adapters: beside the base; None: all of them. Raises a BedplateError that says what is wrong.
+    model: the model that the bundle was built from. adapters: names of adapters to measure beside the base. None: all
+    of them. Raises a BedplateError if something is wrong.
     """
     from bedplate.assemble.evaluate import evaluate_bundle
 
@@ -182,7 +189,10 @@ def evaluate(
 
 
 def open_cache(folder: str | Path | None, reporter: Reporter = SILENT) -> UnitCache:
-    """Compiled units in a folder; None: in the user's cache folder. The reporter is told if they cannot be kept."""
+    """The compiled units in a folder. None: in the user's cache folder.
+
+    If no units can be kept there, the reporter gets a notice.
+    """
     from bedplate.compile.cache import UnitCache
 
     if folder is None:

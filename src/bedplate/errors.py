@@ -2,17 +2,17 @@
 
     BedplateError
     ├── CheckpointError     the model folder or file cannot be read as a checkpoint
-    ├── UnsupportedError    a config asks for something that bedplate does not do (named, never ignored)
+    ├── UnsupportedError    a config asks for something that bedplate does not do (the error names it)
+    ├── CalibrationError    the calibration text is missing, empty or not text
     ├── RecipeError         a quantization recipe cannot be applied to the model
     ├── AdapterError        an adapter does not fit the foundation, or its files are wrong
-    ├── LoweringError       a program would not be what it should be (something fell out of a delegate)
+    ├── LoweringError       a compiled program is not what it should be (an operator is outside of the delegates)
     ├── BundleError         a bundle is damaged, incomplete, or of another version
-    ├── NameTakenError      the name is in use already
-    ├── NotFoundError       no such bundle, adapter, or file
+    ├── NameTakenError      the name is already in use
+    ├── NotFoundError       there is no such bundle, adapter or file
     └── RunError            a program cannot be loaded or run, or a request does not fit it
 
-Each carries what went wrong, where, and what to do about it. The command line prints it on stderr and exits
-with code 2.
+Each error says what is wrong, where, and what to do. The command line prints it on stderr and exits with code 2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 
 class BedplateError(Exception):
-    """Base of all errors: `what` happened, `where` (a path, key or module name), and a `hint`."""
+    """Base of all errors: `what` is wrong, `where` (a path, key or module name), and a `hint` that says what to do."""
 
     def __init__(self, what: str, *, where: str | Path | None = None, hint: str | None = None) -> None:
         super().__init__(what)
@@ -43,7 +43,7 @@ class UnsupportedError(BedplateError):
 
 
 class CalibrationError(BedplateError):
-    """A text that tells nothing about a model's activations."""
+    """A calibration text is empty or not text."""
 
 
 class RecipeError(BedplateError):
@@ -55,7 +55,7 @@ class AdapterError(BedplateError):
 
 
 class LoweringError(BedplateError):
-    """A lowered program is not what it should be; names what fell out."""
+    """A compiled program is not what it should be. The error names the operators that are outside of the delegates."""
 
 
 class BundleError(BedplateError):
@@ -63,11 +63,11 @@ class BundleError(BedplateError):
 
 
 class NameTakenError(BedplateError):
-    """The name is in use already."""
+    """The name is already in use."""
 
 
 class NotFoundError(BedplateError):
-    """No such bundle, adapter, or file."""
+    """There is no such bundle, adapter or file."""
 
 
 class RunError(BedplateError):

@@ -94,7 +94,7 @@ def test_one_that_does_not_fit_keeps_all_out(
     before = sorted(bundle.path.rglob("*"))
     with pytest.raises(NotFoundError, match="no such file or folder"):
         bundle.add_all({"a": toy_adapters["all"], "b": tmp_path / "none"}, unit_cache=unit_cache)
-    with pytest.raises(AdapterError, match="cannot name"):
+    with pytest.raises(AdapterError, match="cannot be the name"):
         bundle.add_all({"a": toy_adapters["all"], "b/c": toy_adapters["all"]}, unit_cache=unit_cache)
     assert sorted(bundle.path.rglob("*")) == before
     bundle.add(toy_adapters["all"], name="a", unit_cache=unit_cache)

@@ -1,4 +1,4 @@
-"""A bundle's programs against the float checkpoint, on a text: what quantization costs."""
+"""What quantization costs: compares the programs of a bundle with the float model on a text."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ SEQUENCE = 512  # tokens that are a text of their own, so that all is read with 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A program, `base` or an adapter's, over the positions of a text.
+    """The result for one program (`base`, or the name of an adapter) over the positions of a text.
 
     nll, float_nll: negative log-likelihood of the next token, nats, of the program and of the float model.
     mean_kl: KL divergence of the program's next-token distribution from the float model's, nats.
-    top1: share of positions whose likeliest token is the float model's.
+    top1: share of positions whose most likely token is that of the float model.
     """
 
     name: str
@@ -64,9 +64,11 @@ def evaluate_bundle(
     threads: int | None,
     reporter: Reporter,
 ) -> list[Evaluation]:
-    """The base and the named adapters (None: all), each against the checkpoint in float32 with the adapter as stored.
+    """Compare the base and the named adapters (None: all) with the float model.
 
-    NotFoundError: no such file or adapter.  CheckpointError: the bundle was not built from this model.
+    The float model gets each adapter as the bundle stores it.
+
+    NotFoundError: there is no such file or adapter.  CheckpointError: the bundle was not built from this model.
     RunError: the text is empty or not UTF-8.
     """
     names = list(bundle.adapters) if adapters is None else list(adapters)

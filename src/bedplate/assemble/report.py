@@ -1,4 +1,4 @@
-"""How a command that takes a while tells what it does, and the import that takes a while itself."""
+"""How a long command reports what it does, and the imports that take long themselves."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from bedplate.errors import UnsupportedError
 
 
 class Reporter(Protocol):
-    """Told what a command does as it goes."""
+    """Gets reports from a command while it works."""
 
     def progress(self, stage: str, done: int, total: int | None) -> None:
-        """`done` of `total` steps of a stage are behind us; None: nobody knows how many there are."""
+        """`done` of `total` steps of a stage are done. total: None if it is not known."""
 
     def notice(self, text: str) -> None:
-        """Something was done otherwise than a user might think."""
+        """Something that the user should know."""
 
 
 class Silent:
-    """Tells nobody."""
+    """Drops all reports."""
 
     def progress(self, stage: str, done: int, total: int | None) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What an open bundle consists of, and what whoever writes one tells of it."""
+"""The parts of an open bundle, and the facts that its writers give."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bedplate.errors import BundleError
 
 @dataclass(frozen=True, kw_only=True)
 class BundleFacts:
-    """What whoever writes a bundle's files tells of them; sizes and hashes are measured. See Manifest."""
+    """The facts that the writer of a bundle's files gives. Sizes and hashes are measured. See Manifest."""
 
     model: dict[str, Any]
     recipe: dict[str, Any]
@@ -27,7 +27,7 @@ class BundleFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFacts:
-    """What whoever writes an adapter's files tells of it. special_tokens: see AdapterRecord."""
+    """The facts that the writer of an adapter's files gives. special_tokens: see AdapterRecord."""
 
     info: AdapterInfo
     special_tokens: dict[str, str] | None
@@ -35,9 +35,9 @@ class AdapterFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatSettings:
-    """What turns a conversation into text. template_file: None: there is no template.
+    """How a conversation becomes text. template_file: None if there is no template.
 
-    special_tokens: `bos_token`, `eos_token` … as text, as the template sees them.
+    special_tokens: `bos_token`, `eos_token` … as text, for the template.
     """
 
     template_file: Path | None
@@ -46,7 +46,7 @@ class ChatSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterEntry:
-    """An adapter of an open bundle, in `folder`. foundation: SHA-256 of the bundle's."""
+    """An adapter of an open bundle. folder: where its files are. foundation: SHA-256 of the bundle's foundation."""
 
     name: str
     folder: Path
@@ -62,9 +62,9 @@ class AdapterEntry:
 
     @functools.cached_property
     def info(self) -> AdapterInfo:
-        """What `adapter.json` says; it names every constant, so whoever only runs the adapter does not read it.
+        """The content of `adapter.json`. It is long and is read when first used: running an adapter does not need it.
 
-        BundleError: it is damaged, describes another adapter, or one packed against another foundation.
+        BundleError: it is damaged, or describes another adapter, or one that was packed against another foundation.
         """
         where = self.folder / manifest.ADAPTER_INFO
         info = manifest.load(AdapterInfo, where.read_bytes(), str(where))
@@ -76,7 +76,7 @@ class AdapterEntry:
 
 
 def check_foundation(entry: AdapterEntry, packed_against: str, where: Path) -> None:
-    """BundleError: that is another foundation than the bundle's."""
+    """BundleError: the adapter was packed against another foundation than the bundle's."""
     if packed_against != entry.foundation:
         bundle = entry.folder.parent.parent
         raise BundleError(

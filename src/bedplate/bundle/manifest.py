@@ -69,7 +69,7 @@ class AdapterInfo:
     """`adapter.json`.
 
     foundation: SHA-256 of the `foundation.ptd` that it was packed against.
-    rank: of the adapter; unit_rank: of its program, which is higher where zeros fill it up.
+    rank: the rank of the adapter. unit_rank: the rank of its program, which is higher if zeros fill it up.
     dtype: how A and B are packed, "float32" or "8w".  targets: the suffixes of the modules that it adapts.
     source, structure: fingerprints of the files it came from, and of the program's structure.
     constants: what its `weights.ptd` holds.

@@ -1,8 +1,8 @@
 """Bundles on disk: open one, create one, add and remove adapters.
 
-Writers take turns (a lock on the bundle); readers need none: every change ends with one rename that shows it.
-What a killed writer leaves is either hidden, and removed by the next writer, or a folder of an adapter that
-`bundle.json` does not list, which nobody looks at and the next adapter of that name replaces.
+Writers take turns: they lock the bundle. Readers need no lock, because one rename makes each change visible.
+A killed writer can leave a hidden folder, which the next writer removes. It can also leave the folder of an adapter that
+`bundle.json` does not list. Nobody reads that one, and the next adapter of that name replaces it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class Bundle:
-    """An open bundle. `manifest` and `adapters` are as they were when it was opened or last changed through
+    """An open bundle. `manifest` and `adapters` show it as it was when it was opened, or when this object last changed
     it.
     """
 
@@ -48,10 +48,10 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path, *, check: bool = True) -> Self:
-        """Read a bundle and check it: presence and size of every file and, with `check`, its SHA-256.
+        """Open a bundle. Every file must be there with its size and, with `check`, its SHA-256.
 
-        NotFoundError: there is none.  BundleError: a file is damaged or missing, the manifest is of another
-        version or edited, an adapter was packed against another foundation.
+        NotFoundError: there is no bundle.  BundleError: a file is damaged or missing, `bundle.json` has another
+        version or was edited, or an adapter was packed against another foundation.
         """
         path = Path(path)
         while True:
@@ -85,11 +85,11 @@ class Bundle:
 
     @property
     def chat_template_file(self) -> Path | None:
-        """None: the model came without one."""
+        """None: the model has no chat template."""
         return self.path / manifest.CHAT_TEMPLATE if manifest.CHAT_TEMPLATE in self.manifest.files else None
 
     def chat_settings(self, adapter: str | None) -> ChatSettings:
-        """Those of an adapter (None: of the base). What an adapter came without, it has from the base."""
+        """For conversations with an adapter (None: the base). What an adapter does not have comes from the base."""
         template, special_tokens = self.chat_template_file, self.manifest.tokenizer.special_tokens
         if adapter is not None:
             record = self.manifest.adapters[adapter]
@@ -104,7 +104,7 @@ class Bundle:
         return usage.constants(self)
 
     def check_name(self, name: str) -> None:
-        """AdapterError: it cannot name an adapter.  NameTakenError: it names one already."""
+        """AdapterError: this cannot be the name of an adapter.  NameTakenError: an adapter already has this name."""
         if not manifest.is_adapter_name(name):
             hint = (
                 "use letters, digits, '.', '_' and '-', first a letter or digit; 'base' is the model itself"
@@ -123,11 +123,11 @@ class Bundle:
         """Add adapters, all or none. Each writer puts `program.pte`, `weights.ptd` and, if the adapter has one of its
         own, `chat_template.jinja` into the folder that it is given.
 
-        check: is given this bundle with the new adapters alone, before anybody can see them; what it raises keeps
-        them out. The lock is taken only to publish, so adapters may be written in parallel. Whatever is raised, and
-        whenever the process is killed, the bundle is as it was.
-        AdapterError: a bad name, or it does not fit the foundation.  NameTakenError: the name is in use.
-        LoweringError: its program names a constant that no file holds, or its file holds one that it does not name.
+        check: gets this bundle with only the new adapters, before anybody else can see them. If it raises an error,
+        they are not added. The lock is held only to publish, so several processes can write adapters at the same
+        time. After an error, or if the process is killed, the bundle is as it was before.
+        AdapterError: the name is not valid, or an adapter does not fit the foundation.  NameTakenError: the name is in
+        use.  LoweringError: its program names a constant that no file holds, or its file holds one that it does not name.
         """
         for name in writers:
             self.check_name(name)
@@ -194,7 +194,7 @@ class Bundle:
             self._refresh()
 
     def remove_adapter(self, name: str) -> None:
-        """See the function `remove_adapter`, which needs no open bundle."""
+        """Remove an adapter. The function `remove_adapter` does the same without an open bundle."""
         remove_adapter(self.path, name)
         self._refresh()
 
@@ -208,8 +208,8 @@ class Bundle:
 
 
 def check_free(out: Path, *, replace: bool) -> None:
-    """NameTakenError: there is something at `out` (with `replace`: other than a bundle).  NotFoundError: there is no
-    folder to put a bundle in.
+    """NameTakenError: `out` exists (with `replace`: and is not a bundle).  NotFoundError: the folder of `out` does not
+    exist.
     """
     if not out.resolve().parent.is_dir():
         raise NotFoundError("no such folder", where=out.resolve().parent, hint="create it first")
@@ -224,11 +224,10 @@ def check_free(out: Path, *, replace: bool) -> None:
 
 def create_bundle(out: Path, write: Callable[[Path], BundleFacts], *, replace: bool = False) -> Bundle:
     """Create a bundle: `write` puts the foundation, the base program, the tokenizer and, if there is one, the
-    chat template into the folder it is given. `out` appears in full when all of it is on disk, or not at all.
+    chat template into the folder that it gets. `out` appears when all of it is on disk, or not at all.
 
-    replace: if there is a bundle at `out`, exchange it for the new one (its adapters go with it). Anything
-    else there stays.  NameTakenError: there is something at `out`.  NotFoundError: there is no folder to put
-    it in.
+    replace: if `out` is a bundle, replace it. Its adapters are lost. Anything else at `out` stays.
+    NameTakenError: `out` exists.  NotFoundError: the folder of `out` does not exist.
     """
     out = out.resolve()
     check_free(out, replace=replace)
@@ -250,7 +249,7 @@ def create_bundle(out: Path, write: Callable[[Path], BundleFacts], *, replace: b
 
 
 def remove_adapter(path: Path, name: str) -> None:
-    """Remove an adapter, be its files damaged or not.  NotFoundError: no such bundle or adapter."""
+    """Remove an adapter, even if its files are damaged.  NotFoundError: there is no such bundle or adapter."""
     _manifest_bytes(path)  # before the lock, which would leave its file in any folder
     with files.locked(path):
         document = manifest.load(Manifest, _manifest_bytes(path), str(path / manifest.MANIFEST))

@@ -24,9 +24,11 @@ _MOST_THREADS = 4096  # no processor has more; of a number out of all reason the
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
-    """Bytes.  process: all that is resident.  activations: what all programs share.  kv: of all sessions.
-    programs: by adapter name, `base` for none: growth of the process while it was loaded, without what it maps from a
-    file of packed weights.
+    """Memory in bytes.
+
+    process: resident memory of the process.  activations: memory that all programs share.  kv: keys and values of all
+    sessions.  programs: by name (`base` or the adapter's), how much the process grew when the program was loaded.
+    Packed weights that are mapped from a file do not count.
     """
 
     process: int
@@ -38,14 +40,14 @@ class MemoryUse:
 class Engine:
     """Runs a bundle: sessions on the base or on any adapter, in one process.
 
-    threads: of the whole process, for all engines; None: one for each physical core.
-    weight_cache: weights that several programs name are packed once. Off, each packs its own.
-    packed_cache: a folder for the foundation's packed weights, some MB more than the foundation has: the first process
-    writes them, every later one maps them in place of packing. Delete what is in it at any time.
+    threads: how many threads compute, for all engines of the process. None: one for each physical core.
+    weight_cache: weights that several programs use are packed once. If False, each program packs its own.
+    packed_cache: a folder for the packed weights of the foundation (some MB more than the foundation has). The first
+        process writes them. Later processes map them instead of packing. You can delete them at any time.
 
-    Steps of all sessions take turns; any thread may ask for one.
-    RunError: an argument is not what it should be, the tokenizer cannot be read, the process has not so many threads,
-    or the folder cannot be used.
+    The steps of all sessions take turns. You can call a session from any thread.
+    RunError: an argument has a wrong type or value, the tokenizer cannot be read, the process cannot have so many
+    threads, or the folder cannot be used.
     """
 
     _serials = itertools.count()
@@ -87,21 +89,21 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Unload everything. A session that is used again loads what it needs again."""
+        """Unload everything. If a session is used again, it loads what it needs."""
         with self._lock:
             self._programs.clear()
             if self._packed_weights is not None:
                 self._packed_weights.close()
 
     def session(self, adapter: str | None = None) -> Session:
-        """A new conversation on the base (None) or an adapter. NotFoundError: no such adapter."""
+        """Start a new conversation with the base (None) or an adapter. NotFoundError: there is no such adapter."""
         self.check_adapter(adapter)
         session = Session(self, adapter)
         self._sessions.add(session)
         return session
 
     def check_adapter(self, name: str | None) -> None:
-        """NotFoundError: the bundle has no adapter of this name (None is the base). RunError: it is no name."""
+        """NotFoundError: the bundle has no adapter of this name (None is the base). RunError: the name is not text."""
         _check_name(name)
         if name is not None and name not in self.bundle.adapters:
             known = ", ".join(sorted(self.bundle.adapters)) or "none"
@@ -109,9 +111,9 @@ class Engine:
             raise NotFoundError(f"no adapter {name!r}", where=self.bundle.path, hint=hint)
 
     def tokenizer_of(self, name: str | None) -> Tokenizer:
-        """The base's tokenizer (None), or an adapter's, which may have a chat template of its own.
+        """The tokenizer of the base (None) or of an adapter, which can have a chat template of its own.
 
-        NotFoundError: no such adapter.  RunError: its chat template cannot be read.
+        NotFoundError: there is no such adapter.  RunError: its chat template cannot be read.
         """
         self.check_adapter(name)
         with self._lock:
@@ -120,9 +122,9 @@ class Engine:
             return self._tokenizers[name]
 
     def load(self, name: str | None = None) -> LoadedProgram:
-        """Load the base (None) or an adapter, unless it is loaded.
+        """Load the base (None) or an adapter, if it is not loaded.
 
-        NotFoundError: no such adapter.  RunError: its program cannot be loaded; all others go on working.
+        NotFoundError: there is no such adapter.  RunError: its program cannot be loaded. All others still work.
         """
         self.check_adapter(name)
         with self._lock:
@@ -158,7 +160,7 @@ class Engine:
             )
 
     def unload(self, name: str | None = None) -> None:
-        """Forget a program, if loaded. Its memory is free when the generations that use it have ended."""
+        """Unload a program, if it is loaded. Its memory is free when the generations that use it have ended."""
         _check_name(name)  # the adapter itself may have been removed
         with self._lock:
             self._programs.pop(name, None)
@@ -166,11 +168,11 @@ class Engine:
                 self._tokenizers.pop(name, None)
 
     def limits(self, name: str | None = None) -> Limits:
-        """How much text a program takes. Loads it."""
+        """How much text a program takes. This loads the program."""
         return self.load(name).limits
 
     def memory(self) -> MemoryUse:
-        """What is in memory now, and what each program added when it was loaded."""
+        """How much memory is in use now, and how much each program added when it was loaded."""
         with self._lock:
             programs = {name or "base": program.growth for name, program in self._programs.items()}
         return MemoryUse(

@@ -32,8 +32,8 @@ def native_errors(where: Path) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """max_seq_len: tokens that one step takes.  max_logits_len: and one that returns all their logits.
-    max_context: positions that a session holds.
+    """max_seq_len: how many tokens one step takes.  max_logits_len: how many, if the step returns the logits of all.
+    max_context: how many positions a session can hold.
     """
 
     max_seq_len: int

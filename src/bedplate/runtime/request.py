@@ -1,4 +1,4 @@
-"""A generation: what was asked for, checked, and how far it has come."""
+"""A generation: what the caller wants, checked, and how far it is."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(kw_only=True)
 class Statistics:
-    """Of one generation, kept up to date as it goes.
+    """Statistics of one generation. They change while it goes on.
 
-    reused_tokens: of the prompt, those whose keys and values were there already.
-    finish_reason: None while it goes on; "stop" at an end token or a stop string, "length" at max_tokens or the end of
-    the context, "cancelled" where something else ended it.
+    reused_tokens: tokens of the prompt whose keys and values the session already had.
+    finish_reason: None until the generation has ended. "stop": at an end token or a stop string. "length": at
+        max_tokens or the end of the context. "cancelled": something else ended it.
     """
 
     prompt_tokens: int
@@ -33,7 +33,7 @@ class Statistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What a caller wants of a generation. RunError: an argument is not what it should be."""
+    """What a caller wants. RunError: an argument has a wrong type or value."""
 
     max_tokens: int
     sampling: Sampling

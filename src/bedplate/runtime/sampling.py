@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """temperature: 0 takes the likeliest token.  top_p: 1 keeps all.  top_k: 0 keeps all, otherwise at least 1.
+    """temperature: 0 chooses the most likely token.  top_p: 1 keeps all tokens.  top_k: 0 keeps all tokens.
 
-    RunError: one is no number, or out of its range.
+    RunError: one of them is not a number, or out of range.
     """
 
     temperature: float

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """A conversation on the base or on one adapter at a time. Made by `Engine.session`.
+    """A conversation with the base or with one adapter at a time. `Engine.session` makes it.
 
-    last: statistics of the latest generation, None before the first. Any thread may call `cancel`.
+    last: statistics of the latest generation. None before the first. You can call `cancel` from any thread.
     """
 
     def __init__(self, engine: Engine, adapter: str | None) -> None:
@@ -50,12 +50,12 @@ class Session:
 
     @property
     def kv_bytes(self) -> int:
-        """Memory that its keys and values take now."""
+        """How many bytes its keys and values take now."""
         return 0 if self._kv is None else self._kv.resident
 
     def use(self, adapter: str | None) -> None:
-        """Go on with another adapter, or the base (None). Keys and values so far are dropped: they are the
-        other's. NotFoundError: the bundle has no such adapter.
+        """Switch to another adapter, or to the base (None). The keys and values so far are dropped, because another
+        program computed them. NotFoundError: the bundle has no such adapter.
         """
         self._engine.check_adapter(adapter)
         with self._lock:
@@ -64,7 +64,7 @@ class Session:
                 self._adapter = adapter
 
     def reset(self) -> None:
-        """Forget the conversation and give its memory back."""
+        """Forget the conversation and free its memory."""
         with self._lock:
             self._running = None
             self._tokens.clear()
@@ -72,11 +72,11 @@ class Session:
                 self._kv.release()
 
     def cancel(self) -> None:
-        """End the running generation after the step it is at."""
+        """End the running generation after its current step."""
         self._running = None
 
     def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Append tokens: logits of the last one, float32 [vocab]. RunError: the context is full."""
+        """Append tokens. Returns the logits of the last one, float32 [vocab]. RunError: the context is full."""
         with self._lock:
             self._running = None
             held = list(self._tokens)
@@ -89,9 +89,9 @@ class Session:
             return row
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Logits of every position of a text of its own, float32 [T, vocab]; the session then holds that.
+        """Logits at every position of a new text, float32 [T, vocab]. The session then holds this text only.
 
-        RunError: it is longer than the context, or the program has no method `logits`.
+        RunError: the text is longer than the context, or the program has no method `logits`.
         """
         import numpy as np
 
@@ -149,22 +149,22 @@ class Session:
         allow_special: bool = False,
         stream: bool = False,
     ) -> str | Iterator[str]:
-        """Continue text (taken as it is) or a conversation (put through the adapter's chat template).
+        """Continue a text (used as it is) or a conversation (with the adapter's chat template).
 
-        Greedy at temperature 0, otherwise drawn with `seed`; see Sampling. Ends at an end token or a string
-        of `stop` (both left out), after max_tokens, at the end of the context, or by `cancel`. Of several strings of
-        `stop`, the one that is complete first counts.
+        At temperature 0, the most likely token is chosen. Otherwise tokens are drawn with `seed`, see Sampling. The
+        text ends at an end token or before a string of `stop`, after max_tokens, at the end of the context, or after
+        `cancel`. If there are several strings in `stop`, the one that is complete first counts.
 
-        The session does not compute again what the prompt's beginning shares with what it holds. A generation that is
-        still being streamed ends as soon as the session is asked for anything else.
+        If the session already holds the beginning of the prompt, this part is not computed again. A generation that is
+        still streaming ends when the session gets another request.
 
-        A long prompt goes in chunks: after each, `on_prefill` gets the tokens done and those of the whole prompt,
-        and `cancel` counts.
+        A long prompt is read in chunks. After each chunk, `on_prefill` gets two numbers: the tokens that are done, and
+        all tokens of the prompt. `cancel` also works between two chunks.
 
-        allow_special: what spells a special token in a message is that token; see `Tokenizer.encode_chat`.
+        allow_special: the text of a special token in a message becomes that token, see `Tokenizer.encode_chat`.
 
-        Returns the text, or with `stream` an iterator of its pieces. Statistics are in `last`.
-        RunError: the prompt is empty or longer than the context, or an argument is not what it should be.
+        Returns the text, or with `stream` an iterator over pieces of it. Statistics are in `last`.
+        RunError: the prompt is empty or longer than the context, or an argument has a wrong type or value.
         """
         wish = Wish.of(
             max_tokens=max_tokens,
@@ -271,7 +271,7 @@ class Session:
         return program
 
     def _append(self, program: LoadedProgram, method: str, ids: list[int]) -> list[_native.Logits]:
-        """Run tokens after those that the session holds, in chunks. It holds them as far as that succeeds."""
+        """Run tokens after those that the session holds, in chunks. The session keeps those that succeeded."""
         assert self._kv is not None, "_program() comes first"
         limits, results = program.limits, []
         for chunk in _chunks(ids, limits.max_logits_len if method == "logits" else limits.max_seq_len):

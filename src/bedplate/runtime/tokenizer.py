@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Tokenizer:
-    """Of the base, or of an adapter, which may have a chat template of its own.
+    """The tokenizer of the base or of an adapter, which can have a chat template of its own.
 
-    chat_template: Jinja source; None: there is none.  special_tokens: `bos_token`, `eos_token` … as text, as the chat
-    template sees them.  end_ids: tokens that end an answer. No text of a message becomes one of either.
+    chat_template: Jinja source. None: there is no template.  special_tokens: `bos_token`, `eos_token` … as text, for
+    the chat template.  end_ids: tokens that end an answer. No text of a message becomes a special or an end token.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Tokenizer:
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Tokenizer:
-        """The base's. RunError: the tokenizer or the chat template cannot be read."""
+        """The tokenizer of the base. RunError: the tokenizer or the chat template cannot be read."""
         return cls._of(bundle, open_backend(bundle.tokenizer_file), None)
 
     def of_adapter(self, bundle: Bundle, adapter: str | None) -> Tokenizer:
-        """That of an adapter of the same bundle: other words around a conversation, the same tokens.
+        """The tokenizer of an adapter of the same bundle. It has the same tokens, and maybe another chat template.
 
         RunError: its chat template cannot be read.
         """
@@ -62,18 +62,18 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of plain text, with what the tokenizer puts before and after it (`bos`, for some models).
+        """Ids of the tokens of a plain text, with the tokens that the tokenizer adds (`bos`, for some models).
 
-        What spells a special token becomes that token. RunError: it is not text.
+        The text of a special token becomes that token. RunError: this is not text.
         """
         return list(self._backend.encode(arguments.text("the text", text)).ids)
 
     def encode_chat(self, messages: Sequence[Message], *, allow_special: bool = False) -> list[int]:
-        """Tokens of a conversation, up to where the assistant is to speak.
+        """Ids of the tokens of a conversation, up to the place where the assistant begins.
 
-        What spells a special token in a message is encoded as ordinary characters; with `allow_special` it is that
-        token, as in transformers. Everything else is always as in transformers.
-        RunError: see `render`; or whose a special token is cannot be told.
+        The text of a special token inside a message is encoded as ordinary characters. With `allow_special` it becomes
+        that token, as in transformers. Everything else is encoded as in transformers in both cases.
+        RunError: see `render`. Also if bedplate cannot tell whether the template or a message wrote a special token.
         """
         conversation, template = plain_messages(messages), self._template
         if arguments.flag("allow_special", allow_special):
@@ -81,13 +81,13 @@ class Tokenizer:
         return self._user_text.encode(conversation, self._render, template.source)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special ones left out."""
+        """The text of tokens, without special tokens."""
         return str(self._backend.decode(arguments.token_ids(ids), skip_special_tokens=True))
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The conversation as text, like transformers' `apply_chat_template(add_generation_prompt=True)`.
+        """The conversation as text, as `apply_chat_template(add_generation_prompt=True)` of transformers gives it.
 
-        RunError: the chat template is missing or malformed, a message is not one, or the template refuses them.
+        RunError: the chat template is missing or malformed, a message is not valid, or the template raises an error.
         """
         return self._render(plain_messages(messages))
 
@@ -114,7 +114,7 @@ class Tokenizer:
 
 
 def open_backend(file: Path) -> Backend:
-    """A `tokenizer.json`, which is to cut and to pad nothing. RunError: it is not one."""
+    """Open a `tokenizer.json`, without truncation and padding. RunError: it is not a tokenizer."""
     try:
         backend = Backend.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
