@@ -1,8 +1,8 @@
 """Bundles on disk: open one, create one, add and remove adapters.
 
 Writers take turns: they lock the bundle. Readers need no lock, because one rename makes each change visible.
-A killed writer can leave a hidden folder, which the next writer removes. It can also leave the folder of an adapter that
-`bundle.json` does not list. Nobody reads that one, and the next adapter of that name replaces it.
+A killed writer can leave a hidden folder, which the next writer removes. It can also leave the folder of an adapter
+that `bundle.json` does not list. Nobody reads that one, and the next adapter of that name replaces it.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class Bundle:
         they are not added. The lock is held only to publish, so several processes can write adapters at the same
         time. After an error, or if the process is killed, the bundle is as it was before.
         AdapterError: the name is not valid, or an adapter does not fit the foundation.  NameTakenError: the name is in
-        use.  LoweringError: its program names a constant that no file holds, or its file holds one that it does not name.
+        use.  LoweringError: its program names a constant that no file holds, or its file holds one that its program
+        does not name.
         """
         for name in writers:
             self.check_name(name)
