@@ -84,7 +84,10 @@ def test_the_installed_transformers_config_is_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM.* 'llama', which means LlamaForCausalLM"),
+        (
+            {"architectures": ["MistralForCausalLM"]},
+            "MistralForCausalLM.* 'llama', which means LlamaForCausalLM",
+        ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
         ({"architectures": ["LlamaModel"]}, "LlamaModel"),
         ({"architectures": ["LlamaForCausalLM", "Other"]}, "Other"),

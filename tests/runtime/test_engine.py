@@ -199,7 +199,9 @@ def test_arguments_of_the_wrong_type(toy_bundle: Bundle, arguments: dict[str, An
 def test_a_name_that_is_none(toy_bundle: Bundle, name: Any) -> None:
     with Engine(toy_bundle) as engine:
         for ask in (engine.session, engine.load, engine.unload, engine.limits, engine.tokenizer_of):
-            with pytest.raises(RunError, match=r"the adapter's name is .*\nhint: give text, or None for the base"):
+            with pytest.raises(
+                RunError, match=r"the adapter's name is .*\nhint: give text, or None for the base"
+            ):
                 ask(name)
         engine.unload("removed since")
 

@@ -48,11 +48,11 @@ def add_adapters(
 ) -> None:
     """Pack LoRA adapters against the bundle's foundation and add them under the names in `sources`: all or none.
 
-    quantize: None stands for the default beside the bundle's recipe.
-    exact_rank: compile units for a rank that has none, where a larger rank that has some would do with zeros.
-    allow_noop: add an adapter too that changes nothing; otherwise base and adapters are run on a short text.
-    Raises AdapterError, UnsupportedError, NameTakenError, NotFoundError, LoweringError; whatever is raised, the
-    bundle is as it was.
+    quantize: None: the default for the bundle's recipe.
+    exact_rank: compile for the adapter's own rank, even if there are units of a higher rank.
+    allow_noop: also add an adapter that changes nothing. Without it, base and adapters run on a short text.
+    Raises AdapterError, UnsupportedError, NameTakenError, NotFoundError, LoweringError. After an error, the
+    bundle is as it was before.
     """
     for name in sources:
         bundle.check_name(name)

@@ -51,11 +51,11 @@ def build_bundle(
 ) -> Bundle:
     """Quantize and pack a checkpoint, compile its program, and publish both as a bundle.
 
-    goal: what 8 bits are to be chosen for where the recipe has 4 by default; None: the recipe stands.
-    calibration: a text for the choice and for the recovery; None: the one that comes with bedplate.
-    max_context: None: `DEFAULT_CONTEXT`, or all positions that the model has, if it has fewer.
+    goal: how to choose 8 bits where the recipe has 4 by default. None: the recipe is used as it is.
+    calibration: a text for the choice and for the recovery. None: the text that comes with bedplate.
+    max_context: None: `DEFAULT_CONTEXT`, or what the model has, if that is less.
     Raises CheckpointError, UnsupportedError, RecipeError, CalibrationError, LoweringError, NameTakenError,
-    NotFoundError; whatever is raised, nothing is left at `out`.
+    NotFoundError. After an error, `out` is as it was before.
     """
     check_free(out, replace=force)
     check_exists(model)

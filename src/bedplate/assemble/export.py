@@ -18,7 +18,7 @@ from bedplate.errors import NotFoundError
 def export_program(
     bundle: Bundle, out: Path, *, adapter: str | None, self_contained: bool, with_foundation: bool
 ) -> None:
-    """Write a program of the bundle to `out`, with its own constants and the foundation's inside if asked for."""
+    """Write a program of the bundle to `out`. Its own constants and those of the foundation go inside on request."""
     if adapter is not None and adapter not in bundle.adapters:
         known = ", ".join(sorted(bundle.adapters)) or "none"
         raise NotFoundError(f"no adapter {adapter!r}", where=bundle.path, hint=f"the bundle has: {known}")

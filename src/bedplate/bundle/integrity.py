@@ -24,7 +24,7 @@ def measure(folder: Path) -> dict[str, FileInfo]:
 def check_files(folder: Path, expected: Mapping[str, FileInfo], *, hashes: bool) -> None:
     """Every expected file (by relative path) is there and has its size and, with `hashes`, its SHA-256.
 
-    BundleError: names all that do not.
+    BundleError: some do not. The error names all of them.
     """
     problems = {name: _problem(folder / name, info, hashes) for name, info in expected.items()}
     damaged = {name: problem for name, problem in problems.items() if problem is not None}

@@ -1,4 +1,4 @@
-"""What a bundle says of itself: `bundle.json`, `foundation.json`, `adapters/NAME/adapter.json`.
+"""The JSON files of a bundle: `bundle.json`, `foundation.json`, `adapters/NAME/adapter.json`.
 
 Each begins with its `format` and `version`; a reader refuses any version but its own before it looks further.
 `bundle.json` holds the SHA-256 of every other file, and of itself under `digest`, so one flipped byte
@@ -107,7 +107,7 @@ class TokenizerInfo:
 class AdapterRecord:
     """An adapter as `bundle.json` knows it. files: by their names in the adapter's folder.
 
-    special_tokens: as in TokenizerInfo; None: the adapter came without a tokenizer, and has the base's.
+    special_tokens: as in TokenizerInfo. None: the adapter has no tokenizer of its own and uses the base's.
     """
 
     foundation: str
@@ -119,8 +119,8 @@ class AdapterRecord:
 class Manifest:
     """`bundle.json`.
 
-    written_by: the version of bedplate that wrote it.  model: its dimensions, at least MODEL_FIELDS, and
-    whatever else its builder tells.  files: by path in the bundle; those of adapters stand with the adapters.
+    written_by: the version of bedplate that wrote it.  model: its dimensions, at least MODEL_FIELDS, and what else
+    its builder adds.  files: by path in the bundle. The files of adapters are listed with the adapters.
     """
 
     written_by: str
@@ -149,8 +149,8 @@ def dump(document: Manifest | FoundationInfo | AdapterInfo) -> bytes:
 def load(kind: type[_T], data: bytes, where: str) -> _T:
     """Parse a Manifest, FoundationInfo or AdapterInfo from the file that `where` names.
 
-    BundleError: it is not canonical JSON, of another format or version, a field is missing, unknown or not
-    what it should be, or (Manifest) its digest does not fit.
+    BundleError: it is not canonical JSON, has another format or version, or a field is missing, unknown or wrong. For
+    a Manifest also: its digest does not fit.
     """
     fields = strict_json.load(data, where)
     if not isinstance(fields, dict) or fields.get("format") != _FORMATS[kind]:
@@ -202,7 +202,5 @@ def _check_files(files: dict[str, FileInfo], required: tuple[str, ...], where: s
 
 
 def is_adapter_name(name: str) -> bool:
-    """Letters, digits, `.`, `_`, `-`, a letter or digit first; and not "base", which names the model without
-    one.
-    """
+    """Letters, digits, `.`, `_` and `-`, first a letter or digit. Not "base", which means the model itself."""
     return _NAME.fullmatch(name) is not None and name != "base"

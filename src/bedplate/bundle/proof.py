@@ -1,8 +1,7 @@
 """The proof that each key of a bundle names the bytes that lie under it.
 
-Hashes tell that files are as they were written. But programs find constants by their keys alone, and whoever shares
-a constant trusts the key: so each key is computed again, from the bytes and from what `foundation.json` and
-`adapter.json` tell of them.
+Hashes show that files are as they were written. But programs find constants by their keys alone. So each key is
+computed again, from the bytes and from their description in `foundation.json` or `adapter.json`.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ _SHOWN = 5
 def check_keys(bundle: Bundle) -> None:
     """Compute every key of the foundation and of all adapters again. Reads every byte of their constants.
 
-    BundleError: a data file holds something else under a key than the key says, something that nothing describes, or
-    not what is described. Names the file and the constants.
+    BundleError: the bytes under a key do not give this key, a key is not described, or a described key is missing.
+    The error names the file and the constants.
     """
     foundation = read_ptd(bundle.foundation)
     infos = bundle.foundation_info.constants

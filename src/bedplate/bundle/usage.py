@@ -1,6 +1,4 @@
-"""Which program uses which constant: what `inspect` lists, and the proof that a bundle shares what it
-should.
-"""
+"""Which program uses which constant: for `inspect`, and for the proof that a bundle shares what it should."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ _KEY = re.compile(rb"\x40\x00\x00\x00([0-9a-f]{64})\x00")
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantUse:
-    """A constant of a bundle. owner: "foundation", or the adapter that holds it.  users: programs that name
-    it.
-    """
+    """A constant of a bundle. owner: "foundation", or the adapter that holds it.  users: programs that name it."""
 
     name: str
     dtype: str
@@ -39,9 +35,7 @@ class ConstantUse:
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramUse:
-    """name: "base" or the adapter's.  from_foundation, own: bytes it resolves in the foundation, in its own
-    file.
-    """
+    """name: "base" or the adapter's.  from_foundation, own: bytes that it uses of the foundation, of its own file."""
 
     name: str
     keys: int
@@ -51,7 +45,7 @@ class ProgramUse:
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """foundation: bytes of all its constants.  shared: those of them that two programs or more use."""
+    """foundation: bytes of all its constants.  shared: bytes of those that two or more programs use."""
 
     foundation: int
     shared: int

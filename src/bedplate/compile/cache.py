@@ -1,10 +1,10 @@
-"""What compiling made, on disk, by fingerprint: so that a structure is lowered once on a machine.
+"""Compiled units on disk, by fingerprint. So a structure is lowered only once on a machine.
 
 An entry is one file: 64 hex characters, which are the SHA-256 of all that follows; a line of JSON; and the bytes that
 it describes, a program and the constants that go with it. It appears by rename, so builds that share a cache cannot
-damage it; whichever comes last writes the same bytes. A damaged entry counts as absent.
+damage it. The last one writes the same bytes again. A damaged entry counts as absent.
 
-A cache is a convenience: whoever cannot read or write it compiles again, and says so.
+If the cache cannot be read or written, the caller gets a notice and compiles again.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class EntryInfo:
 
 
 class UnitCache:
-    """A folder of entries; None: there is no place for one, so nothing is kept.
+    """A folder of entries. None: there is no place for a folder, so nothing is kept.
 
-    notice: told, once, if an entry cannot be kept.
+    notice: called once, if an entry cannot be kept.
     """
 
     def __init__(self, folder: Path | None, *, notice: Callable[[str], None] = lambda text: None) -> None:
@@ -83,7 +83,7 @@ class UnitCache:
             return False
 
     def store(self, kind: str, fingerprint: str, entry: Entry) -> None:
-        """Write an entry: whole or not at all. If it cannot be written, that is told and nothing else happens."""
+        """Write an entry, completely or not at all. If this is not possible, there is a notice and no error."""
         path = self._path(kind, fingerprint)
         if path is None:
             self._tell("this user has no home folder")
@@ -99,7 +99,7 @@ class UnitCache:
         self._told = True
 
     def entries(self) -> list[EntryInfo]:
-        """What is there, by name."""
+        """All entries, by name."""
         found = []
         for path in sorted(self._glob(f"*{_SUFFIX}")):
             kind, _, fingerprint = path.stem.partition("-")
@@ -109,7 +109,7 @@ class UnitCache:
         return found
 
     def clear(self) -> int:
-        """Remove all entries; return how many bytes that freed. OSError: one cannot be removed."""
+        """Remove all entries. Returns how many bytes this freed. OSError: one cannot be removed."""
         freed = 0
         drafts = self._glob(f"{_DRAFT}*")  # of writers that were killed
         for path in [*drafts, *(entry.path for entry in self.entries())]:

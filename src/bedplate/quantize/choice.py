@@ -1,8 +1,8 @@
-"""Which linears take 8 bits where the rest take 4: those whose 4 bits cost most, measured on a text.
+"""Chooses which linears get 8 bits instead of 4: those whose 4 bits cost most, measured on a text.
 
-A choice is made for each linear of a layer, the same in all layers (a layer is compiled once), and for the head. The
-measure is the divergence of the next-token distribution from the float model's, with weights and activations rounded
-as the program rounds them.
+There is one choice for each linear of a layer, the same in all layers (a layer is compiled once), and one for the
+head. The measure is the divergence of the next-token distribution from the float model's, with weights and activations
+rounded as the program rounds them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _TOKENS = 2048  # of the text: a mean over so many positions tells linears apart
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """recipe: with 8 bits where they were chosen. eight: these linears. bytes_per_weight: what it comes to.
-    mean_kl: on the text, nats; None: it was no goal, and so was not measured.
+    """recipe: with 8 bits for the chosen linears. eight: these linears. bytes_per_weight: what the recipe takes.
+    mean_kl: on the text, nats. None: it was not the goal, so it was not measured.
     """
 
     recipe: Recipe
@@ -49,10 +49,10 @@ def choose_bits(
     statistics: Statistics,
     progress: Callable[[str, int, int], None],
 ) -> Choice:
-    """Raise linears of `recipe` from 4 bits to 8, those first whose 4 bits cost most for the bytes they save.
+    """Give linears of `recipe` 8 bits instead of 4, first those whose 4 bits cost most for the bytes that they save.
 
-    A rule of the user's own stands. progress(stage, done, total) counts layers. Raises RecipeError for a goal that no
-    choice reaches, and for a recipe that leaves none.
+    The user's own rules are kept. progress(stage, done, total) counts layers. RecipeError: no choice reaches the goal,
+    or the recipe leaves nothing to choose.
     """
     recipe = recipe.with_head_as_rest()
     names = candidates(recipe, checkpoint.spec)
@@ -94,7 +94,7 @@ def candidates(recipe: Recipe, spec: ModelSpec) -> list[str]:
 
 
 def linear_bytes(recipe: Recipe, spec: ModelSpec) -> float:
-    """Bytes of all linears, the head among them, with their scales and corrections."""
+    """How many bytes all linears and the head take, with their scales and corrections."""
     shapes, ranks = linear_shapes(spec), recipe.corrections(spec)
     total = _scheme_bytes(recipe.scheme_of(HEAD), spec.vocab_size, spec.dim)
     for layer in range(spec.n_layers):

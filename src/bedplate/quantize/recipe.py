@@ -1,4 +1,4 @@
-"""A recipe: which weight is stored how. Ordered rules by module path; the first that matches decides."""
+"""A recipe says how each weight is stored: ordered rules for module paths. The first rule that matches counts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from bedplate.quantize.options import METHOD, RECOVERY_RANK, AdapterScheme, Meth
 class Scheme:
     """How one weight is stored.
 
-    bits: 4 or 8, or None for float32. group_size: columns that share a scale, or None for one scale a row.
-    method: how scales of 4 bits are chosen: from the range (`plain`), by half-quadratic quantization (`hqq`), or so
-        that the codes cover a group's own range from end to end (`offset`), whose middle then goes into a correction.
-    weight_only: of 8 bits: the activations stay float32. Else they are quantized to 8 bits a row as they come.
+    bits: 4 or 8, or None for float32. group_size: how many columns share a scale. None: the whole row.
+    method: how 4-bit scales are chosen. `plain`: from the range. `hqq`: by half-quadratic quantization. `offset`: the
+        codes cover a group's own range from end to end, and its middle goes into a correction.
+    weight_only: only for 8 bits. If True, activations stay float32. Otherwise each row is quantized to 8 bits.
     """
 
     bits: Literal[4, 8] | None
@@ -48,7 +48,7 @@ _ADAPTER_SCHEMES: dict[AdapterScheme, Scheme] = {"none": FLOAT, "8w": WEIGHT_ONL
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """`pattern`: a shell-style pattern over module paths (`layers.*.mlp.down_proj`)."""
+    """`pattern`: a shell-style pattern for module paths (`layers.*.mlp.down_proj`)."""
 
     pattern: str
     scheme: Scheme
@@ -58,8 +58,8 @@ class Rule:
 class Recipe:
     """Linears and the embedding of the foundation by rules; both halves of every LoRA branch by `adapter`.
 
-    rules: the user's own, and what was chosen by measurement. defaults: what comes after them.
-    recovery_rank: directions in which each 4-bit linear of a layer gets its quantization error back; 0: none.
+    rules: those of the user, and those that were chosen by measurement. defaults: rules that come after them.
+    recovery_rank: how many directions of the error of each 4-bit linear of a layer are corrected. 0: none.
     """
 
     name: str
@@ -89,9 +89,9 @@ class Recipe:
         )
 
     def corrections(self, spec: ModelSpec) -> dict[str, int]:
-        """Rank of the correction of each linear of a layer that has one, by its name in the layer.
+        """The rank of the correction of each linear that has one, by its name in the layer.
 
-        A direction for each group's offset (method `offset`), and `recovery_rank` more.
+        There is one direction for the offset of each group (method `offset`), and `recovery_rank` more.
         """
         ranks: dict[str, int] = {}
         shapes = linear_shapes(spec)
@@ -115,15 +115,15 @@ class Recipe:
         return max(offsets, default=0) + self.recovery_rank if schemes else 0
 
     def is_default_of(self, path: str) -> bool:
-        """Whether no rule but a default decides for the linear at `path`."""
+        """Whether a default rule decides for the linear at `path`."""
         return not any(fnmatchcase(path, rule.pattern) for rule in self.rules)
 
     def with_head_as_rest(self) -> Recipe:
-        """The same but for the head's default: for a choice by measurement, which decides about the head too."""
+        """The same recipe without the default rule for the head: a choice by measurement decides about it too."""
         return replace(self, defaults=tuple(rule for rule in self.defaults if rule.pattern != "lm_head"))
 
     def with_eight_bits(self, patterns: Iterable[str]) -> Recipe:
-        """The same but for the linears that match one of the patterns, where no earlier rule decides."""
+        """The same recipe with 8 bits for linears that match a pattern, if no earlier rule decides about them."""
         chosen = tuple(Rule(pattern=pattern, scheme=EIGHT_BIT) for pattern in patterns)
         return replace(self, rules=(*self.rules, *chosen))
 
@@ -136,8 +136,10 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """bytes_per_weight: at most this many for each weight of a linear, scales and corrections counted.
-    target_kl: at most this mean divergence from the float model, nats. One of the two.
+    """The goal of a choice between 4 and 8 bits. One of the two is given.
+
+    bytes_per_weight: at most this many bytes for each weight of a linear, with scales and corrections.
+    target_kl: at most this mean divergence from the float model, nats.
     """
 
     bytes_per_weight: float | None = None
@@ -168,9 +170,9 @@ def make_recipe(
 ) -> Recipe:
     """The recipe that a user names: `8da4w`, `8da8w` (both quantize activations to 8 bits a row) or `none`.
 
-    head: `8da4w`, `8da8w` or `none` for the head; None takes 8 bits beside 4 (docs/recipes.md has the table).
-    overrides: pattern → `8da4w` | `8da8w` | `none`, tried before everything else, in order.
-    group_size, method: of 4-bit weights; group size 0 means one scale a row. recovery_rank: see Recipe.
+    head: `8da4w`, `8da8w` or `none` for the head. None: `8da8w` if the rest is `8da4w`, otherwise as the rest.
+    overrides: pattern → `8da4w` | `8da8w` | `none`. They are tried first, in order.
+    group_size, method: of 4-bit weights. Group size 0 means one scale a row. recovery_rank: see Recipe.
     Raises RecipeError.
     """
     if not 0 <= recovery_rank <= 256:
@@ -213,7 +215,7 @@ def make_recipe(
 
 
 def default_adapter_scheme(recipe: Recipe) -> AdapterScheme:
-    """How adapters beside a foundation of this recipe are stored unless the user says: float32 only beside float32."""
+    """How adapters are stored by default: in float32 if the foundation is float32, otherwise in 8 bits."""
     return "none" if recipe.name == "none" else "8w"
 
 

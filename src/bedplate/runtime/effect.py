@@ -1,4 +1,4 @@
-"""Does an adapter do anything? Its logits against the base's, on the same text."""
+"""Whether an adapter has an effect: compares its logits with those of the base on the same text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Effect:
     """What an adapter changes over `positions` positions of a fixed text.
 
     mean_kl: KL divergence of its next-token distribution from the base's, nats. top1_changed: share of positions
-    whose likeliest token is another. max_difference: of the logits.
+    whose most likely token is another one. max_difference: the largest difference of a logit.
     """
 
     name: str
@@ -44,7 +44,7 @@ def measure_effects(engine: Engine) -> list[Effect]:
 
 
 def without_effect(engine: Engine) -> list[str]:
-    """The adapters that change no logit of the last position of the text, not by a bit: sooner than `measure_effects`.
+    """The adapters that change no bit of the logits at the last position of the text. Faster than `measure_effects`.
 
     RunError: a program cannot be loaded or run.
     """

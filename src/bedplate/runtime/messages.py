@@ -18,7 +18,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """A copy, as transformers shows it to a template: fields of None are left out, reasoning has its standard name.
+    """A copy, as transformers shows it to a template: fields of None are left out, reasoning gets its standard name.
 
     RunError: there is no message, one is not a message, or it holds something else than text, numbers, true, false,
     null, lists and objects with names.

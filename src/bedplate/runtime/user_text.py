@@ -1,4 +1,4 @@
-"""Text of users stays text: what spells a special token inside a message is encoded as ordinary characters.
+"""Text of users stays text: the text of a special token inside a message is encoded as ordinary characters.
 
 Only the chat template can say which special tokens are the template's. So its input is marked: characters that no
 text holds (Unicode's noncharacters) go around whatever spells a special token in a string of a message, and where a
@@ -50,7 +50,7 @@ class UserText:
     def encode(self, messages: Sequence[Mapping[str, Any]], render: Render, template: str) -> list[int]:
         """Tokens of a conversation, as `render` writes it. Without special tokens in it, those of the plain tokenizer.
 
-        template: the source of what renders. RunError: it cannot be told whose a special token is.
+        template: its source. RunError: bedplate cannot tell whether the template or a message wrote a special token.
         """
         text = render(messages)
         plain = self._backend.encode(text, add_special_tokens=False)
