@@ -138,7 +138,7 @@ def test_not_a_bundle(tmp_path: Path) -> None:
 
 def test_create_where_something_is(bundle: Bundle, tmp_path: Path) -> None:
     before = tree(tmp_path)
-    with pytest.raises(NameTakenError, match="there already") as caught:
+    with pytest.raises(NameTakenError, match="exists already") as caught:
         create_bundle(bundle.path, write_base)
     assert "--force" in str(caught.value.hint)
     (tmp_path / "home").mkdir()
