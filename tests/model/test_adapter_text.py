@@ -168,21 +168,25 @@ def test_a_tokenizer_that_passes_gives_the_same_ids(model: Path, text: str) -> N
     [
         ("tokenizer.json", b"{}", "not a tokenizer"),
         ("tokenizer.json", b"\xff", "not a tokenizer"),
-        ("tokenizer_config.json", b"{", "is not JSON"),
-        ("tokenizer_config.json", b"[" * 100_000, "is not JSON"),
+        ("tokenizer_config.json", b"{", "cannot be read as JSON"),
+        ("tokenizer_config.json", b"[" * 100_000, "nested too deeply"),
         ("tokenizer_config.json", b"[]", "is not a JSON object"),
-        ("tokenizer_config.json", b'{"bos_token": {"a": 1}}', "is not a token"),
-        ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "not a table of tokens"),
-        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": "y"}}', "not a table of tokens"),
-        ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template is 3"),
-        ("tokenizer_config.json", b'{"chat_template": [{"name": "a"}]}', "chat_template is"),
-        ("tokenizer_config.json", b'{"chat_template": "\\ud800"}', "chat_template is"),
+        ("tokenizer_config.json", b'{"bos_token": {"a": 1}}', "bos_token must be a token"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "added_tokens_decoder must be an object"),
+        (
+            "tokenizer_config.json",
+            b'{"added_tokens_decoder": {"x": "y"}}',
+            "an id in added_tokens_decoder must be a number",
+        ),
+        ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template must be a text.* got 3"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "a"}]}', "chat_template must be"),
+        ("tokenizer_config.json", b'{"chat_template": "\\ud800"}', "chat_template must be text that UTF-8"),
         (
             "tokenizer_config.json",
             b'{"chat_template": [{"name": "default", "template": 3}]}',
-            "chat_template is",
+            "chat_template must be",
         ),
-        ("tokenizer_config.json", b'{"bos_token": "\\ud800"}', "has the token"),
+        ("tokenizer_config.json", b'{"bos_token": "\\ud800"}', "bos_token must be text that UTF-8"),
         ("special_tokens_map.json", b"[]", "is not a JSON object"),
         ("tokenizer_config.json", b'{"mask_token": "<mask>"}', "has the token '<mask>'"),
         ("tokenizer_config.json", b'{"extra_special_tokens": ["<tool>"]}', "has the token '<tool>'"),
@@ -280,12 +284,15 @@ def test_the_older_map_of_special_tokens_counts_where_tokens_have_no_numbers(
 
 
 def test_files_come_before_the_setting(folder: Path, base: BaseTokenizer) -> None:
+    from transformers import AutoTokenizer
+
+    (folder / "config.json").write_text("{}")
     more = folder / "additional_chat_templates"
     more.mkdir()
-    (more / "default.jinja").write_text("of the folder")
-    assert read_text(folder, base).chat_template == "of the folder"
-    (folder / "chat_template.jinja").write_text("of the file")
-    assert read_text(folder, base).chat_template == "of the file"
+    for file, content in ((folder / "chat_template.jinja", "file"), (more / "default.jinja", "default")):
+        file.write_text(content)
+        theirs = AutoTokenizer.from_pretrained(folder).get_chat_template()
+        assert read_text(folder, base).chat_template == theirs == content
     for file in (more / "default.jinja", folder / "chat_template.jinja"):
         file.unlink()
     (more / "tool_use.jinja").write_text("tools")

@@ -65,29 +65,73 @@ NEW = {"content": "<|x|>", "special": True, "lstrip": True}
         {"added_tokens_decoder": {"310": NEW}},
         {"added_tokens_decoder": {"310": {**NEW, "special": False}, "311": {"content": "lazy"}}},
         {"added_tokens_decoder": {"1": {"content": "<|im_end|>", "special": True, "rstrip": True}}},
+        {"added_tokens_decoder": {"310": {**NEW, "special": False}}, "mask_token": "<|x|>"},
+        {"sep_token": "<|im_end|>", "cls_token": "fox", "mask_token": "<|x|>"},
+        {"image_token": {"__type": "AddedToken", **NEW}},
+        {"extra_special_tokens": {"boi": "fox", "pad_token": {"__type": "AddedToken", **NEW}}},
+        {"additional_special_tokens": ["<|x|>"], "extra_special_tokens": []},
+        {"model_specific_special_tokens": {"audio_token": "<|x|>"}},
     ],
     ids=str,
 )
 def test_tokens_that_settings_name_are_those_of_transformers(copied: Path, changes: dict[str, Any]) -> None:
     write(copied / "tokenizer_config.json", **changes)
-    theirs, found = theirs_of(copied), read_tokenizer(copied)
+    check_same(copied)
+
+
+def check_same(folder: Path) -> None:
+    theirs, found = theirs_of(folder), read_tokenizer(folder)
     tokenizer = Tokenizer.from_str(found.tokenizer_json.decode())
     for text in ("the fox", "the <|x|> fox<|x|>the lazy fox", "a <|im_end|> fox<|im_end|>", ""):
         assert tokenizer.encode(text).ids == theirs.encode(text), text
     assert tokenizer.get_vocab() == theirs.get_vocab()
     assert found.last_id == len(theirs) - 1
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    values = {name: getattr(theirs, name) for name in names}
-    assert found.special_tokens == {name: value for name, value in values.items() if value is not None}
+    assert found.special_tokens == theirs.special_tokens_map
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_special_tokens_map_counts_where_no_added_tokens_are_listed(copied: Path, listed: bool) -> None:
-    write(copied / "special_tokens_map.json", eos_token={"content": "<|im_start|>", "special": True})
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"special_tokens_map": {"eos_token": {"content": "<|im_start|>", "special": True}}},
+        {"special_tokens_map": {"additional_special_tokens": ["<|x|>"], "bos_token": NEW}},
+        {"special_tokens_map": {"image_token": NEW, "boi_token": "<|im_end|>"}},
+        {
+            "special_tokens_map": {"extra_special_tokens": ["<|x|>", "fox"]},
+            "tokenizer_config": {"extra_special_tokens": ["fox"]},
+        },
+        {
+            "special_tokens_map": {"additional_special_tokens": ["<|x|>"]},
+            "tokenizer_config": {"additional_special_tokens": ["lazy"]},
+        },
+        {"special_tokens_map": {"extra_special_tokens": {"image_token": "<|x|>"}}},
+        {"added_tokens": {"lazy fox": 311, "<|x|>": 310}},
+        {"added_tokens": {"<|x|>": 310, "<|im_end|>": 1}, "special_tokens_map": {"pad_token": "<|x|>"}},
+    ],
+    ids=str,
+)
+def test_older_files_count_where_no_added_tokens_are_listed(
+    copied: Path, files: dict[str, dict[str, Any]], listed: bool
+) -> None:
+    for name, fields in files.items():
+        write(copied / f"{name}.json", **fields)
     if listed:
         write(copied / "tokenizer_config.json", added_tokens_decoder={"0": {"content": "<|im_start|>"}})
-    assert read_tokenizer(copied).special_tokens["eos_token"] == theirs_of(copied).eos_token
-    assert (theirs_of(copied).eos_token == "<|im_end|>") == listed
+    check_same(copied)
+
+
+@pytest.mark.parametrize("value", [-1, "310", None, 2**40, 7])
+def test_an_id_in_added_tokens_that_cannot_be(copied: Path, value: Any) -> None:
+    write(copied / "added_tokens.json", **{"<|x|>": value})
+    with pytest.raises(CheckpointError, match=r"<\|x\|>") as caught:
+        read_tokenizer(copied)
+    assert caught.value.where == str(copied / "added_tokens.json")
+
+
+def test_a_tokenizer_for_each_version_of_transformers(copied: Path) -> None:
+    write(copied / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.4.0.0.json"])
+    with pytest.raises(UnsupportedError, match="fast_tokenizer_files"):
+        read_tokenizer(copied)
 
 
 @pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer", "LlamaTokenizerFast"])
@@ -184,7 +228,7 @@ VALUES = st.recursive(
     | st.booleans()
     | st.integers()
     | st.floats()
-    | st.sampled_from(["<|im_end|>", "", "1", "<|x|>"]),
+    | st.sampled_from(["<|im_end|>", "", "1", "<|x|>", "\ud800"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
@@ -204,7 +248,8 @@ def test_any_settings_give_a_tokenizer_or_an_error_of_ours(
     small: Path, tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]
 ) -> None:
     folder = Path(shutil.copytree(small, tmp_path_factory.getbasetemp() / "any", dirs_exist_ok=True))
-    for name in ("tokenizer_config.json", "generation_config.json"):
+    older = ("special_tokens_map.json", "added_tokens.json")
+    for name in ("tokenizer_config.json", "generation_config.json", *older):
         (folder / name).write_text(json.dumps(changes))
     try:
         read_tokenizer(folder)

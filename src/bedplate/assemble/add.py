@@ -22,9 +22,11 @@ from bedplate.constants import Constant
 from bedplate.errors import AdapterError, RunError
 from bedplate.link.linker import Template, link
 from bedplate.model.adapter import Adapter, read_adapter
-from bedplate.model.adapter.text import SETTINGS, TEMPLATE, AdapterText, read_text
+from bedplate.model.adapter.text import AdapterText, read_text
 from bedplate.model.adapter.tokenizer import BaseTokenizer
+from bedplate.model.folder_template import TEMPLATE
 from bedplate.model.spec import spec_from_dict
+from bedplate.model.tokenizer_settings import SETTINGS
 from bedplate.quantize.joined import joined
 from bedplate.quantize.options import AdapterScheme
 from bedplate.quantize.recipe import default_adapter_scheme, recipe_from_dict

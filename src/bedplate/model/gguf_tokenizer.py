@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from bedplate.errors import CheckpointError, UnsupportedError
 from bedplate.model.fields import Fields
-from bedplate.model.tokenizer_source import SPECIAL, TokenizerSource, token_ids
+from bedplate.model.tokenizer_source import TokenizerSource, token_ids
 
 # What the table says is what the model's own tokenizer.json says, and llama.cpp does for the name.
 _PRE_TOKENIZERS = {
@@ -25,6 +25,8 @@ _PRE_TOKENIZERS = {
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
 }
+# Special tokens as a chat template names them, and as the fields of a GGUF do.
+_NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _USE_FOLDER = "use the model's Hugging Face folder, which has a tokenizer.json"
 _DAMAGED = "the file is damaged: download it again"
 
@@ -37,8 +39,7 @@ def read_fields(fields: Mapping[str, Any], path: Path) -> TokenizerSource:
     vocabulary = _vocabulary(found)
     tokenizer = _byte_level_bpe(found, vocabulary)
     ids = {
-        name: token_ids([found.get(f"ggml.{key}_token_id")], tokenizer, path)
-        for name, key in zip(SPECIAL, ("bos", "eos", "unknown", "padding"), strict=True)
+        name: token_ids([found.get(f"ggml.{key}_token_id")], tokenizer, path) for name, key in _NAMED.items()
     }
     special = {name: vocabulary.tokens[found_ids[0]] for name, found_ids in ids.items() if found_ids}
     bos_id = next(iter(ids["bos_token"]), None)

@@ -24,7 +24,7 @@ class TokenizerFiles:
     tokenizer_json: what `tokenizers.Tokenizer.from_str` reads; equal tokenizers are equal bytes.
     chat_template: Jinja source; None: the model has none.
     bos_id: None: the model has none.  eos_ids: every id that ends an answer, in the checkpoint's order.
-    special_tokens: of bos_token, eos_token, unk_token, pad_token those there are, as text.
+    special_tokens: every special token that has a name (`bos_token` …), as text.
     last_token, last_id: the token of the highest id.
     """
 

@@ -12,9 +12,6 @@ from tokenizers import Tokenizer
 from bedplate.errors import CheckpointError
 from bedplate.model.fields import shown
 
-# Those that a chat template may name.
-SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSource:

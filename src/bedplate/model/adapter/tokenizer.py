@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from bedplate.errors import AdapterError
 from bedplate.model.adapter.tensors import read_file
 from bedplate.model.adapter.types import AGAIN
+from bedplate.model.tokenizer_settings import Token
 
 _OTHER_IDS = "the adapter was trained on other ids than the bundle's: build a bundle from its own base model"
 _SAME = (
@@ -65,13 +66,11 @@ class BaseTokenizer:
             if ours["added"].get(text) != added.get(text):
                 raise _looked_for(text, file)
 
-    def check_tokens(
-        self, special: Collection[str], added: Mapping[int, Mapping[str, Any]], folder: Path
-    ) -> None:
+    def check_tokens(self, special: Collection[str], added: Mapping[int, Token], folder: Path) -> None:
         """AdapterError: a token is not the bundle's, or is looked for in text in another way.
 
         special: texts that are one token each wherever they stand.
-        added: by id, `content` and perhaps `lstrip`, `rstrip`, `single_word`, `normalized`, `special`.
+        added: by id.
         """
         for text in sorted(set(special) - set(self._special_tokens.values())):
             if text not in self._parts["vocab"]:
@@ -80,12 +79,12 @@ class BaseTokenizer:
                 what = f"its tokenizer takes {text!r} for one token wherever it stands; the bundle's does not"
                 raise AdapterError(what, where=folder, hint=_SAME)
         for number, token in sorted(added.items()):
-            text = str(token.get("content"))
+            text = token.content
             if text not in self._parts["vocab"]:
                 raise _further(text, folder)
             _check_id(text, number, self._parts["vocab"][text], folder)
             own = self._parts["added"].get(text)
-            if own is None or any(token[name] != own[name] for name in token.keys() & own.keys()):
+            if own is None or any(token.flags[name] != own[name] for name in token.flags.keys() & own.keys()):
                 raise _looked_for(text, folder)
 
 
