@@ -247,7 +247,7 @@ def test_a_place_that_is_taken(
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    with refused(NameTakenError, "there already", tmp_path):
+    with refused(NameTakenError, "exists already", tmp_path):
         build(bundle.path, force=False)
     for name in ("notes", "file"):
         with refused(NameTakenError, "is not a bundle", tmp_path):

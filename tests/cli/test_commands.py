@@ -238,7 +238,7 @@ def test_bad_input_to_build(
     failed(command("build", toy_model, "-o", out, "--target-kl", 0), "positive")
     failed(command("build", toy_model, "-o", out, "--max-context", 100_000), "--max-context")
     failed(
-        command("build", toy_model, "-o", toy_bundle.path, "--max-context", 128), "there already", "--force"
+        command("build", toy_model, "-o", toy_bundle.path, "--max-context", 128), "exists already", "--force"
     )
     failed(command("build", toy_model, "-o", tmp_path / "no" / "x", "--max-context", 128), "no such folder")
     assert list(tmp_path.iterdir()) == []

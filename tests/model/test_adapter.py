@@ -190,7 +190,7 @@ def test_a_config_without_a_type(folder: Path, spec: ModelSpec) -> None:
 def test_an_adapter_of_a_wider_model(folder: Path, spec: ModelSpec) -> None:
     wider = {FIRST: torch.zeros(4, 128)}
     edit_weights(folder, lambda tensors: tensors.update(wider))
-    says = r"lora_A of layers\.0\.self_attn\.q_proj has shape \(4, 128\), .* want \(4, 64\)"
+    says = r"lora_A of layers\.0\.self_attn\.q_proj has shape \(4, 128\), .* need \(4, 64\)"
     refused(folder, spec, AdapterError, says, file=WEIGHTS)
 
 

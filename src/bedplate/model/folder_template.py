@@ -40,7 +40,7 @@ def default_template(folder: Path, setting: Any) -> str | None:
 
 def _no_default(names: Iterable[str], where: Path) -> NoReturn:
     raise UnsupportedError(
-        f"no chat template is the default one; there is {', '.join(sorted(names)) or 'none'}",
+        f"no chat template is the default one; there is: {', '.join(sorted(names)) or 'none'}",
         where=where,
         hint=f"write the template that is to be used into {TEMPLATE}",
     )
