@@ -136,7 +136,7 @@ def test_a_template_that_does_not_compile(
 
 def test_a_template_that_is_no_text(bundle: Bundle, folder: Path, unit_cache: Path) -> None:
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    refused(bundle, folder, unit_cache, AdapterError, "cannot be read")
+    refused(bundle, folder, unit_cache, AdapterError, "is not UTF-8 text")
 
 
 def grown(tokenizer: Any) -> None:
