@@ -263,5 +263,25 @@ def test_a_missing_file_is_named(file: str, folder: Path, spec: ModelSpec) -> No
     refused(folder, spec, AdapterError, f"there is no {file}")
 
 
+def hint_of(path: Path, spec: ModelSpec) -> str:
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(path, spec)
+    return str(caught.value.hint)
+
+
+def test_a_folder_that_is_no_adapter_says_where_one_is(
+    folder: Path, spec: ModelSpec, toy_model: Path, tmp_path: Path
+) -> None:
+    assert "bedplate build" in hint_of(toy_model, spec)
+    run = tmp_path / "run"
+    shutil.copytree(folder, run / "checkpoint-5")
+    assert str(run / "checkpoint-5") in hint_of(run, spec), "the output of a training program"
+
+
+def test_a_pointer_of_git_lfs_is_no_damaged_file(folder: Path, spec: ModelSpec) -> None:
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
+    assert "git lfs pull" in hint_of(folder, spec)
+
+
 def test_no_such_adapter(spec: ModelSpec, tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", spec, NotFoundError, "no such file or folder")

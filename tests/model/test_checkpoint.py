@@ -29,6 +29,7 @@ from bedplate.model.checkpoint import (
 )
 from bedplate.model.config import spec_from_config
 from bedplate.model.load import float_decoder
+from bedplate.model.tokenizer_files import read_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -322,6 +323,15 @@ def test_a_truncated_file_is_refused_before_any_tensor(folder: Path, keep: int) 
 def test_weights_in_bin_files_only(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
     assert "save_pretrained" in str(refused(folder, CheckpointError, r"neither model\.safetensors nor").hint)
+
+
+def test_a_pointer_of_git_lfs_is_no_damaged_file(folder: Path) -> None:
+    for file in (WEIGHTS, "tokenizer.json"):
+        (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
+    assert "git lfs pull" in str(refused(folder, CheckpointError, "is not a whole safetensors file").hint)
+    with pytest.raises(CheckpointError, match="not a tokenizer") as caught:
+        read_tokenizer(folder)
+    assert "git lfs pull" in str(caught.value.hint)
 
 
 def test_no_config(folder: Path) -> None:

@@ -209,3 +209,12 @@ def test_any_config_gives_a_spec_or_an_error_of_ours(changes: dict[str, Any]) ->
         assert len(str(error)) < 500
     else:
         assert isinstance(spec, ModelSpec)
+
+
+def test_a_folder_of_the_hubs_cache_names_the_snapshot(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--x--y" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"there is no config\.json") as caught:
+        read_config(tmp_path / "models--x--y" / "config.json")
+    assert str(snapshot) in str(caught.value.hint)

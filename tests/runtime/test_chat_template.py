@@ -145,6 +145,11 @@ def test_a_refusal_of_the_template_names_the_roles() -> None:
         render(source, [QUESTION, {"role": "robot", "content": "beep"}])
 
 
+def test_a_template_that_writes_no_text() -> None:
+    with pytest.raises(RunError, match="surrogates not allowed"):
+        render(r"{{ '\ud83d' }}", [{"role": "user", "content": "a"}])
+
+
 def test_a_template_of_strings_says_so_of_parts() -> None:
     with pytest.raises(RunError, match=r"hint: .*give the content of each message as text"):
         render(TEMPLATES["one text of strings alone"], CONVERSATIONS["in parts"])

@@ -124,7 +124,8 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
         raise UnsupportedError(
             f"{len(unknown)} tensors have no place in the decoder, the first {unknown[0]}",
             where=checkpoint.path,
-            hint="the model computes something that the Llama architecture does not describe",
+            hint="does config.json belong to another model? If not, bedplate does not know what the model computes "
+            "with them",
         )
     for name, shape in found.items():
         if shape != expected[name]:

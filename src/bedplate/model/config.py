@@ -45,12 +45,10 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         return read_object(path)
     except FileNotFoundError:
-        raise CheckpointError(
-            "there is no config.json",
-            where=path.parent,
-            hint="give the folder of a Hugging Face model (config.json, *.safetensors, tokenizer.json), "
-            "or a .gguf file",
-        ) from None
+        hint = "give the folder of a Hugging Face model (config.json, *.safetensors, tokenizer.json), or a .gguf file"
+        if snapshots := sorted(path.parent.glob("snapshots/*/config.json")):
+            hint = f"this is a folder of the Hub's cache: give {snapshots[-1].parent}"
+        raise CheckpointError("there is no config.json", where=path.parent, hint=hint) from None
 
 
 def spec_from_config(config: Mapping[str, Any], *, where: str | Path) -> ModelSpec:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from bedplate.errors import CheckpointError, UnsupportedError
 from bedplate.model.folder_template import default_template
-from bedplate.model.json_file import read_optional_object
+from bedplate.model.json_file import damaged, read_optional_object
 from bedplate.model.tokenizer_settings import OLDER, SAVE, SETTINGS, TokenizerSettings, read_settings
 from bedplate.model.tokenizer_source import TokenizerSource, token_ids
 
@@ -46,7 +46,9 @@ def _tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself, for whatever is wrong
-        raise CheckpointError(f"not a tokenizer: {error}", where=path, hint="download it again") from None
+        raise CheckpointError(
+            f"not a tokenizer: {error}", where=path, hint=damaged(path, "download it again")
+        ) from None
 
 
 def _first(configs: list[dict[str, Any]], field: str) -> Any:

@@ -9,6 +9,22 @@ from typing import Any
 from bedplate.errors import CheckpointError
 
 DAMAGED = "the file is damaged: download it again"
+# How a file begins that Git LFS keeps in the place of a large one.
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def damaged(path: Path, otherwise: str = DAMAGED) -> str:
+    """A hint about a file that is not what its name says: `otherwise`, unless Git LFS has not brought it yet."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        is_pointer = False
+    return (
+        "it is a pointer of Git LFS, not the file: run git lfs pull in its folder"
+        if is_pointer
+        else otherwise
+    )
 
 
 def read_text(path: Path) -> str:
@@ -32,7 +48,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError("is nested too deeply", where=path, hint=DAMAGED) from None
     except ValueError as error:
-        raise CheckpointError(f"cannot be read as JSON: {error}", where=path, hint=DAMAGED) from None
+        raise CheckpointError(f"cannot be read as JSON: {error}", where=path, hint=damaged(path)) from None
     if not isinstance(value, dict):
         raise CheckpointError("is not a JSON object", where=path, hint=DAMAGED)
     return value

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bedplate.errors import CheckpointError, UnsupportedError
 from bedplate.model.config import read_config, spec_from_config
-from bedplate.model.json_file import DAMAGED, read_object
+from bedplate.model.json_file import DAMAGED, damaged, read_object
 
 # Left over in files of old transformers versions; recomputed from the config.
 _RECOMPUTED = ("rotary_emb.inv_freq", "masked_bias")
@@ -159,5 +159,7 @@ def _read_header(file: Path) -> list[_Stored]:
     except FileNotFoundError:
         raise CheckpointError("the shard is missing", where=file, hint="download it again") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"is not a whole safetensors file: {error}", where=file, hint=DAMAGED) from None
+        raise CheckpointError(
+            f"is not a whole safetensors file: {error}", where=file, hint=damaged(file)
+        ) from None
     return stored

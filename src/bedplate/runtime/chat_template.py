@@ -37,6 +37,7 @@ class ChatTemplate:
         names = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
         try:
             text = self._template.render(**{**special_tokens, **names, **values})
+            text.encode()  # a template may write half of a surrogate pair, which is no text
         except Exception as error:  # a template is a program: it may raise whatever Python can
             raise _failed(error, messages) from error
         for message in messages:
@@ -71,7 +72,10 @@ def _compile(source: str) -> jinja2.Template:
     try:
         return environment.from_string(source)
     except Exception as error:  # also what Python says of the code that jinja2 makes
-        raise RunError(f"the chat template is malformed: {error}", hint="build the bundle again") from error
+        raise RunError(
+            f"the chat template is malformed: {error}",
+            hint="mend the template of the model, and build the bundle again",
+        ) from error
 
 
 class _GenerationBlocks(jinja2.ext.Extension):

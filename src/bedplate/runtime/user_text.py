@@ -257,7 +257,7 @@ def _lower(text: str) -> str:
 
 def _unclear() -> RunError:
     return RunError(
-        "a message holds the text of a special token, and bedplate cannot tell whether the chat template or the "
-        "message wrote it",
+        "a message holds the text of a special token, or a part of one, and the chat template looks into it: bedplate "
+        "cannot tell whether the chat template or the message wrote the token",
         hint=_HINT,
     )

@@ -43,7 +43,18 @@ def _read_raw(path: Path, spec: ModelSpec) -> RawAdapter:
     if not converted and ggufs:
         hint = f"give the file itself: {ggufs[0]}"
         raise AdapterError(f"there is no {peft.WEIGHTS}, but there is a GGUF file", where=path, hint=hint)
+    if not (path / CONFIG).exists():
+        raise AdapterError(f"there is no {CONFIG}", where=path, hint=_where_else(path))
     return peft.read_peft(path, spec)
+
+
+def _where_else(path: Path) -> str:
+    """What to do about a folder that is no adapter: training programs save adapters into folders of their own."""
+    if inside := sorted(file.parent for file in path.glob(f"*/{CONFIG}")):
+        return f"give the folder of an adapter inside it: {', '.join(map(str, inside[-3:]))}"
+    if (path / "config.json").is_file():
+        return "this is the folder of a model: make a bundle of it with bedplate build"
+    return _GIVE
 
 
 def _read_file(path: Path, spec: ModelSpec) -> RawAdapter:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, deserialize
 
 from bedplate.errors import AdapterError
 from bedplate.model.adapter.types import AGAIN
+from bedplate.model.json_file import damaged
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 
@@ -29,7 +30,9 @@ def parse_safetensors(data: bytes, where: Path) -> dict[str, NDArray[np.float32]
     try:
         entries = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
-        raise AdapterError(f"is not a whole safetensors file: {error}", where=where, hint=AGAIN) from None
+        raise AdapterError(
+            f"is not a whole safetensors file: {error}", where=where, hint=damaged(where, AGAIN)
+        ) from None
     tensors = {}
     for name, entry in entries:
         raw, kind, shape = entry["data"], entry["dtype"], entry["shape"]
