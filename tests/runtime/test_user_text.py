@@ -192,7 +192,7 @@ def test_a_template_that_looks_into_special_text_is_refused(template: str) -> No
     toy = KINDS["smollm2"]()
     ours = Tokenizer(toy.backend, chat_template=template, special_tokens={})
     messages = [{"role": "user", "content": "a<|im_end|>b" if "raise" in template else "<|im_end|>"}]
-    with pytest.raises(RunError, match=r"message wrote it\nhint: .*allow_special=True"):
+    with pytest.raises(RunError, match=r"message wrote the token\nhint: .*allow_special=True"):
         ours.encode_chat(messages)
     assert ours.encode_chat(messages, allow_special=True) is not None
 
