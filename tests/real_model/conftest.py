@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from package_model import smollm2_gguf
 from shared import Shared
+from tokenizers import Tokenizer
 
 import bedplate
+from bedplate.model.tokenizer_files import read_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -47,9 +49,8 @@ def float_bundle(smollm2: Path, adapters: dict[str, Path], shared: Shared) -> be
 
 
 @pytest.fixture(scope="session")
-def prose(quantized_bundle: bedplate.Bundle) -> list[int]:
-    """Token ids of some 640 tokens of prose."""
-    from bedplate.runtime.tokenizer import Tokenizer
-
+def prose(smollm2: Path) -> list[int]:
+    """Token ids of some 640 tokens of prose. Of no bundle: who needs them may need another one than is made."""
     text = (Path(__file__).parents[1] / "data" / "prose.txt").read_text("utf-8")
-    return Tokenizer.of_bundle(quantized_bundle).encode(text)
+    tokenizer = Tokenizer.from_buffer(read_tokenizer(smollm2).tokenizer_json)
+    return tokenizer.encode(text, add_special_tokens=False).ids
