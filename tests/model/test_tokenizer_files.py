@@ -196,7 +196,7 @@ def test_the_chat_template_in_tokenizer_config(edited: Path) -> None:
     write(edited / "tokenizer_config.json", chat_template=templates)
     assert read_tokenizer(edited).chat_template == "two"
     write(edited / "tokenizer_config.json", chat_template=templates[:1])
-    with pytest.raises(UnsupportedError, match="there is tool_use"):
+    with pytest.raises(UnsupportedError, match="there is: tool_use"):
         read_tokenizer(edited)
 
 
