@@ -15,7 +15,7 @@ from torch import Tensor
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from bedplate.errors import RecipeError
-from bedplate.quantize.recipe import Scheme
+from bedplate.quantize.recipe import WEIGHT_ONLY, Scheme
 from bedplate.quantize.rows import quantize_rows
 from bedplate.quantize.weights import quantize_weight
 
@@ -164,3 +164,12 @@ def test_a_single_column() -> None:
     codes, scales = quantize_rows(weight)
     assert codes.tolist() == [[127], [-128], [0]]
     np.testing.assert_array_equal(scales[:2], np.abs(weight[:2]) / np.float32(127.5))
+
+
+def test_a_matrix_of_one_column_has_a_scale_for_each_row() -> None:
+    """The offsets of a whole row are such a matrix."""
+    weight = torch.tensor([[0.5], [-2.0], [0.0], [3e-3]])
+    quantized = quantize_weight(weight, WEIGHT_ONLY)
+    codes, scales = quantize_rows(weight.numpy())
+    assert quantized.codes.tolist() == codes.tolist() and quantized.scales.tolist() == scales.tolist()
+    torch.testing.assert_close(quantized.dequantize(), weight, rtol=1 / 250, atol=0)

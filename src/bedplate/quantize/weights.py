@@ -122,6 +122,12 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
 
 
 def _quantize_block(weight: Tensor, scheme: Scheme, group_size: int) -> tuple[Tensor, Tensor]:
+    if (
+        group_size == 1
+    ):  # torchao would take one scale for the whole matrix: a zero beside each number changes nothing
+        with_zeros = torch.stack((weight, torch.zeros_like(weight)), dim=-1).flatten(1)
+        codes, scales = _quantize_block(with_zeros, scheme, 2)
+        return codes[:, ::2], scales
     four, eight = torch.int4, torch.int8  # type: ignore[attr-defined]  # torch's stubs lack int4
     target = four if scheme.bits == 4 else eight
     method = scheme.method if scheme.bits == 4 else "plain"
