@@ -6,14 +6,14 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # A worker for each core; each takes 1 to 3 GB.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8
-NATIVE := $(wildcard native/*.cpp native/*.h native/CMakeLists.txt)
+NATIVE := $(wildcard native/*.cpp native/*.h native/CMakeLists.txt native/oracle/*)
 
 # Where bytecode is not written, every process would compile torch's sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast sanitize check format clean
+.PHONY: help demo test test-fast test-arm sanitize check format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -29,6 +29,11 @@ test-fast: $(VENV)/.extension ## Run the tests that take no more than seconds ea
 
 sanitize: $(VENV)/.extension ## Run the tests of the extension under AddressSanitizer
 	$(BIN)/python tests/sanitized.py address tests/native
+
+test-arm: ## Check the kernels for Arm under an emulator (Debian: g++-aarch64-linux-gnu qemu-user)
+	native/check/build.sh aarch64-linux-gnu-g++ build/arm "baseline:" "dotprod:-march=armv8.2-a+dotprod"
+	qemu-aarch64 -cpu max build/arm/kernels_check
+	qemu-aarch64 -cpu cortex-a53 build/arm/kernels_check
 
 check: $(VENV)/.extension ## Lint, check formatting and types
 	$(BIN)/ruff check
@@ -52,9 +57,8 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# All that pyproject.toml names, installed before bedplate itself: its extension is linked against the executorch
-# that stays in the environment, not against one in a build environment of pip's. --no-compile: most of the
-# modules are never imported.
+# All that pyproject.toml names, installed before bedplate itself: the oracle is linked against the executorch that
+# stays in the environment, and without one it would be left out. --no-compile: most of the modules are never imported.
 $(VENV)/.packages: pyproject.toml $(VENV)/.created
 	@$(BIN)/python -c 'import tomllib; \
 	  project = tomllib.load(open("pyproject.toml", "rb")); \

@@ -1,8 +1,8 @@
-"""Resident memory of one process as base and adapters load, with XNNPACK's weight cache on and off.
+"""Resident memory of one process as base and adapters load.
 
     python benchmarks/memory.py BUNDLE
 
-Each setting runs in a process of its own. Prints a Markdown table and writes memory.json beside this file.
+Prints a Markdown table, in which the engine says how large weights are, and writes memory.json beside this file.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from pathlib import Path
 MEASURE = """
 import json, sys
 from bedplate import Bundle, Engine
-from bedplate.runtime.programs import resident_bytes
-engine = Engine(Bundle.open(sys.argv[1]), weight_cache=sys.argv[2] == "on")
-rows = {"empty": resident_bytes()}
+engine = Engine(Bundle.open(sys.argv[1], check=False))
+memory = engine.memory()
+rows = [{"loaded": "nothing", "process": memory.process, "weights": 0}]
 for name in (None, *engine.bundle.adapters):
-    engine.session(name).generate("The", max_tokens=4)
-    rows[name or "base"] = resident_bytes()
+    session = engine.session(name)
+    session.generate("The", max_tokens=4)
+    session.reset()
+    memory = engine.memory()
+    weights = memory.adapters[name] if name else memory.foundation
+    rows.append({"loaded": name or "base", "process": memory.process, "weights": weights})
 print(json.dumps(rows))
 """
 
@@ -29,17 +33,13 @@ print(json.dumps(rows))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    bundle = parser.parse_args().bundle
-    result: dict[str, dict[str, int]] = {}
-    for cache in ("on", "off"):
-        command = [sys.executable, "-c", MEASURE, str(bundle), cache]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        result[cache] = json.loads(done.stdout)
-    (Path(__file__).parent / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
-    print("| resident MB after loading | weight cache on | off |")
-    print("|---|---|---|")
-    for name in result["on"]:
-        print(f"| {name} | {result['on'][name] / 1e6:.0f} | {result['off'][name] / 1e6:.0f} |")
+    command = [sys.executable, "-c", MEASURE, str(parser.parse_args().bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = json.loads(done.stdout)
+    (Path(__file__).parent / "memory.json").write_text(json.dumps(rows, indent=2) + "\n")
+    print("| loaded | process, MB | its weights, MB |\n|---|---|---|")
+    for row in rows:
+        print(f"| {row['loaded']} | {row['process'] / 1e6:.1f} | {row['weights'] / 1e6:.1f} |")
 
 
 if __name__ == "__main__":

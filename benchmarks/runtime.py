@@ -46,6 +46,11 @@ def decode(session, start, count):
     session.reset()
     session.step(PROMPT[:start])
     return speed(moments(lambda token: session.step([token]), count))
+# Tokens of all sessions together: each step takes one of each.
+def batch(names, count=200):
+    sessions = [engine.session(name) for name in names]
+    engine.step([(one, PROMPT[:16]) for one in sessions])
+    return len(sessions) * speed(moments(lambda token: engine.step([(one, [token]) for one in sessions]), count))
 session = engine.session()
 found = {"load_ms": 1e3 * seconds(lambda: engine.load(None))}
 session.step(PROMPT[:16])
@@ -66,6 +71,10 @@ for _ in range(100):  # in turns, so that what else the machine does hits all al
         steps[name] += [seconds(lambda: one.step([PROMPT[i]])) for i in range(8)]
 quartile = {name: sorted(times)[len(times) // 4] for name, times in steps.items()}
 for key in ("float32", "8bit"): found[f"decode_{key}_ratio"] = quartile["base"] / quartile[key]
+eight = [None] * 8
+for key, names in (("base", eight), ("float32", [adapter] * 8), ("8bit", [adapter8] * 8)):
+    found[f"decode_8_{key}"] = max(batch(names) for _ in range(2))
+found["decode_8_mixed"] = max(batch([None, adapter, adapter8, None] * 2) for _ in range(2))
 session.reset()
 found["switch_ms"] = 1e3 * min(seconds(lambda: session.use(name)) for name in (adapter, adapter8) * 50)
 print(json.dumps(found))
@@ -141,8 +150,7 @@ def last(): print(resident())
 """
 BEDPLATE_GENERATES = """
 import bedplate
-path, packed = sys.argv[1:]
-engine = bedplate.Engine(bedplate.Bundle.open(path, check=False), threads=2, packed_cache=packed or None)
+engine = bedplate.Engine(bedplate.Bundle.open(sys.argv[1], check=False), threads=2)
 session = engine.session()
 session.generate("Hello", max_tokens=1)
 first()
@@ -192,17 +200,15 @@ def main() -> None:
     parser.add_argument("--openvino", type=Path)
     options = parser.parse_args()
     bundle = options.bundle.absolute()
-    packed = tempfile.TemporaryDirectory()
     ours, other = sys.executable, str(options.other)
     systems: dict[str, list[str]] = {
         "bedplate": [ours, BEDPLATE, str(bundle), options.adapter, options.adapter8],
-        "ExecuTorch's runtime, bedplate's files": [
-            *(ours, STOCK, str(bundle / "base.pte"), str(bundle / "foundation.ptd"))
-        ],
     }
+    if (bundle / "base.pte").exists():
+        files = (str(bundle / "base.pte"), str(bundle / "foundation.ptd"))
+        systems["ExecuTorch's runtime, bedplate's files"] = [ours, STOCK, *files]
     generators: dict[str, list[str]] = {
-        "bedplate": [ours, BEDPLATE_GENERATES, str(bundle), ""],
-        "bedplate, packed weights on disk": [ours, BEDPLATE_GENERATES, str(bundle), packed.name],
+        "bedplate": [ours, BEDPLATE_GENERATES, str(bundle)],
     }
     if options.stock:
         name = "ExecuTorch's export_llm and runtime"
@@ -223,9 +229,8 @@ def main() -> None:
     for key, name in (("float32", options.adapter), ("8bit", options.adapter8)):
         found = best([figures(ours, BEDPLATE_ADAPTER, [str(bundle), name]) for _ in range(ROUNDS)])
         rows["bedplate"] |= {f"adapter_{key}_{figure}": value for figure, value in found.items()}
-    with packed:
-        for name, found in generations(generators).items():
-            rows.setdefault(name, {}).update(found)
+    for name, found in generations(generators).items():
+        rows.setdefault(name, {}).update(found)
     file = Path(__file__).parent / "runtime.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     results[options.machine] = {"date": time.strftime("%Y-%m-%d"), "rows": rows}
@@ -262,7 +267,7 @@ def generations(systems: dict[str, list[str]]) -> dict[str, dict[str, float]]:
         for name, (python, script, *arguments) in systems.items():
             start = time.clock_gettime(time.CLOCK_MONOTONIC)
             first, resident = map(float, output(python, COMMON + GENERATION + script, arguments)[-2:])
-            if number:  # the first time, files are read from the disk, and packed weights written to it
+            if number:  # the first time, files are read from the disk
                 found[name].append({"first_token_ms": 1e3 * (first - start), "generated_mb": resident})
     return {name: best(rounds) for name, rounds in found.items()}
 

@@ -23,8 +23,8 @@ from bedplate.assemble.report import Reporter
 from bedplate.cli.output import progress_bars, reported_errors, size, stderr
 from bedplate.errors import BundleError, NotFoundError
 from bedplate.model.adapter import read_adapter
-from bedplate.model.spec import spec_from_dict
 from bedplate.quantize.recipe import make_recipe, recipe_from_dict
+from bedplate.spec import spec_from_dict
 
 BUNDLE = Path("smollm2.bundle")
 ADAPTERS = Path(__file__).resolve().parent / "adapters"

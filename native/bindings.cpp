@@ -1,22 +1,19 @@
 // The module bedplate._native: conversions, ownership and the GIL; nothing is computed here.
 //
-// The GIL is given up before a Turn is taken, and nothing that has its turn asks for the GIL.
-#include <executorch/runtime/platform/runtime.h>
+// Whatever a step uses is held by shared pointers while it runs, so Python may forget it meanwhile.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/variant.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
+#include <cstring>
 
-#include "attention.h"
-#include "operators.h"
-#include "program.h"
-#include "workers.h"
+#include "decoder.h"
+#include "instruction_sets.h"
+#include "logits.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -24,137 +21,192 @@ using namespace bedplate;
 
 namespace {
 
-using Heads = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
-using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Matrix = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
-using Output = nb::ndarray<nb::numpy, float, nb::ndim<4>>;
+using Buffer = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+// rows, columns, bits, group, codes, scales: see bedplate::Constants
+using Part = std::tuple<std::int64_t, std::int64_t, int, std::int64_t, Buffer, Buffer>;
+// rank, group, unit, codes, scales: see bedplate::Offsets
+using OffsetPart = std::tuple<std::int64_t, std::int64_t, float, Buffer, Buffer>;
+// weights and correction of one place of a layer
+using PlacePart = std::tuple<std::vector<std::shared_ptr<Matrix>>, std::shared_ptr<Branch>>;
+// token, position, session, adapter, scale, whether its logits are wanted
+using RowPart =
+    std::tuple<std::int64_t, std::int64_t, std::shared_ptr<Kv>, std::shared_ptr<Adapter>, float, bool>;
 
-// Runs `work` without the GIL, as the only one in the process that computes.
-template <class Work>
-auto alone(const Work& work) {
-    nb::gil_scoped_release released;
-    const Turn turn;
-    return work();
+Bytes bytes(const Buffer& buffer) { return {buffer.data(), buffer.size()}; }
+
+Constants constants(const Part& part) {
+    const auto& [rows, columns, bits, group, codes, scales] = part;
+    return {rows, columns, bits, group, bytes(codes), bytes(scales)};
 }
 
-// Hands a buffer to numpy, which frees it.
-nb::capsule owner_of(std::unique_ptr<float[]> data) {
-    return nb::capsule(data.release(), [](void* p) noexcept { delete[] static_cast<float*>(p); });
+std::vector<float> floats(const Buffer& buffer) {
+    require(buffer.size() % 4 == 0, "bytes that are no float32 numbers");
+    std::vector<float> values(buffer.size() / 4);
+    if (!values.empty()) std::memcpy(values.data(), buffer.data(), buffer.size());
+    return values;
 }
 
-struct LoadedProgram {  // frees its program as the only one that computes
-    std::unique_ptr<Program> program;
-    ~LoadedProgram() {
-        alone([&] {
-            program.reset();
-            trim_heap();
-        });
+std::shared_ptr<Matrix> make_matrix(const std::vector<Part>& parts,
+                                    const std::optional<OffsetPart>& offset_part,
+                                    const std::optional<Buffer>& bias_part) {
+    std::vector<Constants> all;
+    for (const auto& part : parts) all.push_back(constants(part));
+    std::optional<Offsets> offsets;
+    if (offset_part) {
+        const auto& [rank, group, unit, codes, scales] = *offset_part;
+        offsets = Offsets{rank, group, unit, bytes(codes), bytes(scales)};
     }
-};
-
-Logits step(LoadedProgram& self, const std::string& method, const std::vector<std::int64_t>& tokens,
-            std::int64_t pos, KvCache& kv) {
-    return alone([&] { return self.program->step(method, tokens.data(), tokens.size(), pos, kv); });
+    std::optional<Bytes> bias;
+    if (bias_part) bias = bytes(*bias_part);
+    const nb::gil_scoped_release released;
+    if (all.size() == 1) return std::make_shared<Matrix>(all[0], offsets, bias);
+    require(!offsets && !bias, "offsets and bias belong to a matrix of one part");
+    return std::make_shared<Matrix>(all);
 }
 
-Output attend(const Heads& q, const Heads& k, const Heads& v, std::int64_t start_pos) {
-    std::int32_t shapes[3][4];
-    const Heads* arrays[] = {&q, &k, &v};
-    for (int i = 0; i < 3; ++i)
-        for (int d = 0; d < 4; ++d) shapes[i][d] = static_cast<std::int32_t>(arrays[i]->shape(d));
-    std::unique_ptr<float[]> out(new float[q.size()]);
-    alone([&] {
-        check(call_custom_sdpa(q.data(), shapes[0], k.data(), shapes[1], v.data(), shapes[2], start_pos,
-                               out.get()),
-              "cannot compute attention");
-    });
-    float* data = out.get();
-    return Output(data, {q.shape(0), q.shape(1), q.shape(2), q.shape(3)}, owner_of(std::move(out)));
+void fill_places(Layer& layer, const std::vector<PlacePart>& places) {
+    require(places.size() == kPlaces, "a layer has four places");
+    for (std::size_t i = 0; i < places.size(); ++i) {
+        const auto& [weights, correction] = places[i];
+        layer.places[i].weights.assign(weights.begin(), weights.end());
+        layer.places[i].correction = correction;
+    }
 }
 
-void bind_memory(nb::module_& m) {
-    nb::class_<Activations>(m, "Activations")
-        .def(nb::init<>())
-        .def_prop_ro("nbytes", [](const Activations& self) { return self.memory.size(); })
-        .def_prop_ro("resident", [](const Activations& self) { return self.memory.resident(); });
-    nb::class_<KvCache>(m, "KvCache")
-        .def(nb::init<std::size_t>(), "nbytes"_a)
-        .def("release", [](KvCache& self) { alone([&] { self.memory.release(); }); })
-        .def_prop_ro("nbytes", [](const KvCache& self) { return self.memory.size(); })
-        .def_prop_ro("resident", [](const KvCache& self) { return self.memory.resident(); });
+std::shared_ptr<Adapter> make_adapter(const std::vector<std::vector<std::shared_ptr<Branch>>>& layers) {
+    auto adapter = std::make_shared<Adapter>();
+    for (const auto& places : layers) {
+        require(places.size() == kPlaces, "a layer has four places");
+        adapter->layers.emplace_back();
+        for (std::size_t i = 0; i < places.size(); ++i) adapter->layers.back().places[i] = places[i];
+    }
+    return adapter;
+}
+
+Logits step(Decoder& self, const std::vector<RowPart>& parts) {
+    std::vector<Row> rows;
+    std::size_t wanted = 0;
+    for (const auto& [token, position, kv, adapter, scale, is_wanted] : parts) {
+        rows.push_back({token, position, kv.get(), adapter.get(), scale, is_wanted});
+        wanted += is_wanted;
+    }
+    const auto vocab = static_cast<std::size_t>(self.model().vocab);
+    const nb::gil_scoped_release released;
+    Logits logits{std::unique_ptr<float[]>(new float[wanted * vocab]), wanted, vocab};
+    self.step(rows, logits.data.get());
+    return logits;
+}
+
+void bind_weights(nb::module_& m) {
+    nb::class_<Matrix>(m, "Matrix")
+        .def(nb::new_(&make_matrix), "parts"_a, "offsets"_a = nb::none(), "bias"_a = nb::none())
+        .def_prop_ro("nbytes", &Matrix::bytes);
+    m.def(
+        "unit_of_groups",
+        [](const Part& part, std::int64_t groups) { return unit_of_groups(constants(part), groups); },
+        "part"_a, "groups"_a);
+    nb::class_<BackMatrix>(m, "BackMatrix")
+        .def(nb::new_([](const Part& part, std::int64_t column, std::int64_t rank, std::int64_t linear,
+                         std::int64_t narrow) {
+                 return std::make_shared<BackMatrix>(constants(part), column, rank, linear, narrow);
+             }),
+             "part"_a, "column"_a, "rank"_a, "linear"_a, "narrow"_a);
+    nb::class_<Table>(m, "Table")
+        .def(nb::new_([](const Part& part) { return std::make_shared<Table>(constants(part)); }), "part"_a);
+    nb::class_<Branch>(m, "Branch")
+        .def(nb::new_(
+                 [](std::shared_ptr<Matrix> narrow, const std::vector<std::shared_ptr<BackMatrix>>& backs) {
+                     require(narrow != nullptr, "a branch without its narrow half");
+                     for (const auto& back : backs)
+                         require(back != nullptr, "a branch without one of its wide halves");
+                     return std::make_shared<Branch>(Branch{std::move(narrow), {backs.begin(), backs.end()}});
+                 }),
+             "narrow"_a, "backs"_a);
+    nb::class_<Adapter>(m, "Adapter")
+        .def(nb::new_(&make_adapter), "layers"_a)
+        .def_prop_ro("nbytes", &Adapter::bytes);
+    nb::class_<Layer>(m, "Layer")
+        .def(nb::new_([](const Buffer& attention_norm, const Buffer& mlp_norm,
+                         const std::vector<PlacePart>& places) {
+                 auto layer = std::make_shared<Layer>();
+                 layer->attention_norm = floats(attention_norm);
+                 layer->mlp_norm = floats(mlp_norm);
+                 fill_places(*layer, places);
+                 return layer;
+             }),
+             "attention_norm"_a, "mlp_norm"_a, "places"_a);
+}
+
+void bind_decoder(nb::module_& m) {
+    nb::class_<Kv>(m, "Kv").def_prop_ro("nbytes", &Kv::bytes);
+    nb::class_<Decoder>(m, "Decoder")
+        .def(nb::new_([](std::int64_t dim, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
+                         std::int64_t hidden, std::int64_t vocab, std::int64_t max_positions, float norm_eps,
+                         const std::vector<float>& inverse_frequencies, std::shared_ptr<Table> embedding,
+                         std::shared_ptr<Matrix> head, const Buffer& norm,
+                         const std::vector<std::shared_ptr<Layer>>& layers, int threads) {
+                 Model model{dim,
+                             heads,
+                             kv_heads,
+                             head_dim,
+                             hidden,
+                             vocab,
+                             max_positions,
+                             norm_eps,
+                             inverse_frequencies,
+                             std::move(embedding),
+                             std::move(head),
+                             floats(norm),
+                             {}};
+                 for (const auto& layer : layers) {
+                     require(layer != nullptr, "a layer that is none");
+                     model.layers.push_back(*layer);
+                 }
+                 require(threads >= 1 && threads <= 1024, "threads must be 1 to 1024");
+                 return std::make_shared<Decoder>(std::move(model), threads);
+             }),
+             "dim"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "hidden"_a, "vocab"_a, "max_positions"_a,
+             "norm_eps"_a, "inverse_frequencies"_a, "embedding"_a.none(), "head"_a, "norm"_a, "layers"_a,
+             "threads"_a)
+        .def(
+            "kv", [](const Decoder& self, bool half) { return std::make_shared<Kv>(self.kv_shape(half)); },
+            "half"_a)
+        .def(
+            "check", [](const Decoder& self, const Adapter& adapter) { check(adapter, self.model()); },
+            "adapter"_a)
+        .def("step", &step, "rows"_a)
+        .def_prop_ro("threads", &Decoder::threads)
+        .def_prop_ro("nbytes", [](const Decoder& self) { return self.model().bytes(); });
 }
 
 // numpy is imported when an array is asked for, not before.
 void bind_logits(nb::module_& m) {
     nb::class_<Logits>(m, "Logits")
-        .def(
-            "__init__",
-            [](Logits* self, const Rows& values) {
-                std::unique_ptr<float[]> data(new float[values.size()]);
-                std::copy_n(values.data(), values.size(), data.get());
-                new (self) Logits{std::move(data), values.shape(0), values.shape(1)};
-            },
-            "values"_a)
         .def("likeliest", &Logits::likeliest)
         .def_prop_ro("array", [](nb::handle_t<Logits> self) {
             const auto& logits = nb::cast<const Logits&>(self);
-            return Matrix(logits.data.get(), {logits.rows, logits.columns}, self);
+            return Floats(logits.data.get(), {logits.rows, logits.columns}, self);
         });
-}
-
-void bind_program(nb::module_& m) {
-    nb::class_<LoadedProgram>(m, "Program")
-        .def(
-            "__init__",
-            [](LoadedProgram* self, const std::string& path, const std::vector<std::string>& data_files,
-               std::shared_ptr<Activations> activations, bool weight_cache, std::string packed_cache) {
-                auto program = alone([&] {
-                    return std::make_unique<Program>(path, data_files, std::move(activations),
-                                                     PackedWeights{weight_cache, std::move(packed_cache)});
-                });
-                new (self) LoadedProgram{std::move(program)};
-            },
-            "path"_a, "data_files"_a, "activations"_a, "weight_cache"_a, "packed_cache"_a = "")
-        .def("method_names", [](LoadedProgram& self) { return self.program->method_names(); })
-        .def("constants",
-             [](LoadedProgram& self) { return alone([&] { return self.program->constants(); }); })
-        .def(
-            "load",
-            [](LoadedProgram& self, const std::string& method) {
-                alone([&] { self.program->load(method); });
-            },
-            "method"_a)
-        .def(
-            "kv_bytes",
-            [](LoadedProgram& self, const std::string& method) {
-                return alone([&] { return self.program->kv_bytes(method); });
-            },
-            "method"_a)
-        .def("step", &step, "method"_a, "tokens"_a, "pos"_a, "kv"_a);
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
-    executorch::runtime::runtime_init();
     static nb::object native_error =
-        nb::borrow(PyErr_NewException("bedplate._native.NativeError", nullptr, nullptr));
+        nb::borrow(PyErr_NewException("bedplate._native.NativeError", PyExc_ValueError, nullptr));
     m.attr("NativeError") = native_error;
     nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
         try {
             std::rethrow_exception(thrown);
-        } catch (const NativeError& error) {  // args: (name of the error code, text)
-            PyErr_SetObject(native_error.ptr(), nb::make_tuple(error.code(), error.what()).ptr());
+        } catch (const InvalidError& error) {
+            PyErr_SetString(native_error.ptr(), error.what());
         }
     });
-    bind_memory(m);
+    bind_weights(m);
+    bind_decoder(m);
     bind_logits(m);
-    bind_program(m);
-    m.attr("EXECUTORCH_VERSION") = BEDPLATE_EXECUTORCH_VERSION;
-    m.def("attention", &attend, "q"_a, "k"_a, "v"_a, "start_pos"_a);
     m.def("instruction_sets", &instruction_sets);
-    m.def("instruction_set", &instruction_set);
+    m.def("instruction_set", [] { return std::string(current_kernels().name); });
     m.def("use_instruction_set", &use_instruction_set, "name"_a);
-    m.def("threads", [] { return alone([] { return threads(); }); });
-    m.def("set_threads", [](std::uint32_t count) { alone([&] { set_threads(count); }); }, "count"_a);
 }

@@ -33,6 +33,7 @@ float highest(const float* values, std::size_t count) {
 }  // namespace
 
 std::optional<std::size_t> Logits::likeliest() const {
+    if (rows == 0) return std::nullopt;
     const float* row = data.get() + (rows - 1) * columns;
     const float* found = std::find(row, row + columns, highest(row, columns));  // NaN equals nothing
     if (found == row + columns) return std::nullopt;

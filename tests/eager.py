@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from bedplate.bundle.store import Bundle
@@ -83,3 +86,26 @@ def eager_logits(decoder: Decoder, tokens: list[int]) -> torch.Tensor:
     with torch.no_grad():
         ids = torch.tensor([tokens])
         return decoder(ids, torch.tensor([0]), torch.zeros(len(tokens)))[0]  # type: ignore[no-any-return]
+
+
+def check_quantized(ours: NDArray[np.float32], decoder: Decoder, tokens: list[int]) -> None:
+    """Logits [T, vocab] are as near to what the quantized weights of `decoder` alone cost as its own are.
+
+    The decoder rounds each row of activations to 8 bits, as XNNPACK does. bedplate rounds groups of them, which costs
+    about the same in rows as narrow as the toy's.
+    """
+    rows, exact = eager_logits(decoder, tokens).numpy(), eager_logits(_exact(decoder), tokens).numpy()
+    cost = np.abs(rows - exact)
+    assert 0 < np.median(cost) < 0.05 * exact.std()
+    assert np.median(np.abs(ours - exact)) < 1.2 * np.median(cost)
+    kept = [(one.argmax(axis=1) == exact.argmax(axis=1)).mean() for one in (ours, rows)]
+    assert kept[0] > kept[1] - 0.1
+
+
+def _exact(decoder: Decoder) -> Decoder:
+    """The decoder with its quantized weights, and activations as they are."""
+    decoder = copy.deepcopy(decoder)
+    for module in decoder.modules():
+        if isinstance(module, QuantizedLinear):
+            module.weight_only = True
+    return decoder

@@ -1,9 +1,8 @@
 """Tests of the runtime with the extension built under a sanitizer.
 
-    python tests/sanitized.py address|thread [PYTEST ARGUMENTS]
+    python tests/sanitized.py address|thread [PYTEST ARGUMENTS | fuzz ARGUMENTS OF tests/fuzz.py]
 
-What the sanitizer sees is our own code: ExecuTorch's libraries come as they are, so memory that they hand around is
-known only where it is allocated, and their threads' own locks not at all. Linux with GCC.
+Linux with GCC.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ["tests/native", "tests/runtime"]
-# Python frees little at exit; leaks of ours are what test_soak measures. The threads that ExecuTorch's pool had
-# before ours end, once a process, without anybody who could join them.
+TESTS = ["tests/native", "tests/runtime", "tests/test_fuzz.py"]
+# Python frees little at exit; leaks of ours are what test_soak measures.
 OPTIONS = {
     "address": {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1"},
-    "thread": {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1:report_thread_leaks=0"},
+    "thread": {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1"},
 }
 # The sanitized module takes the place of the installed one before anything imports that.
 RUN = """
@@ -29,6 +27,11 @@ path, *arguments = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("bedplate._native", path)
 sys.modules["bedplate._native"] = native = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(native)
+if arguments[:1] == ["fuzz"]:
+    sys.path.insert(0, "tests")
+    import fuzz
+    sys.argv = arguments
+    sys.exit(fuzz.main())
 sys.exit(pytest.main(["-p", "no:cacheprovider", *arguments]))
 """
 
@@ -59,7 +62,7 @@ def build(sanitizer: str) -> Path:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for arguments in (
         ["-S", ROOT / "native", "-B", folder, *definitions],
-        ["--build", folder, "--parallel", "2"],
+        ["--build", folder, "--target", "_native", "--parallel", "2"],
     ):
         subprocess.run(["cmake", *arguments], check=True, env=environment)
     return next(folder.glob("_native*.so"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bedplate.model.spec import ModelSpec, RopeSpec
+from bedplate.spec import ModelSpec, RopeSpec
 
 SPEC = ModelSpec(
     architecture="LlamaForCausalLM",

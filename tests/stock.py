@@ -13,7 +13,7 @@ from executorch.extension.pybindings.portable_lib import _load_for_executorch
 from torch import Tensor
 from torch.export import Dim
 
-from bedplate.compile.xnnpack import partitioner
+from bedplate.executorch_1_5 import partitioner
 from bedplate.model.decoder import Decoder
 
 

@@ -456,7 +456,7 @@ def test_requests_that_cannot_be_met(toy_bundle: bedplate.Bundle) -> None:
     folder = toy_bundle.path
     with refused(RunError, "threads", folder):
         bedplate.Engine(toy_bundle, threads=0)
-    with bedplate.Engine(toy_bundle, threads=1) as engine:
+    with bedplate.Engine(toy_bundle, threads=1, max_context=128) as engine:
         with refused(NotFoundError, "no adapter 'none'", folder):
             engine.session("none")
         session = engine.session("all")

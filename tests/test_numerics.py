@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eager import eager_decoder, eager_logits
+from eager import check_quantized, eager_decoder, eager_logits
 from safetensors.torch import load_file, save_file
 from toy import BuildToy, reference, save_adapter, save_toy_model, toy_config
 
 from bedplate import Bundle, Engine
 from bedplate.bundle.ptd import read_ptd
-from bedplate.bundle.usage import sharing
+from bedplate.bundle.usage import BASE, sharing
+from bedplate.oracle import stock_program
 
 # tests/quantize/test_choice.py builds the same structure.
 RECOVERED = {"recovery_rank": 4, "overrides": {"layers.*.self_attn.v_proj": "8da8w"}}
@@ -29,7 +30,7 @@ def test_float_bundle_equals_transformers_and_peft(
     model = reference(toy_model, None if name is None else toy_adapters[name])
     with torch.no_grad():
         expected = model(torch.tensor([TOKENS])).logits[0].numpy()
-    with Engine(float_bundle, threads=1) as engine:
+    with Engine(float_bundle, threads=1, kv="float32") as engine:
         prefilled = engine.session(name).logits(TOKENS)
         session = engine.session(name)
         stepped = np.stack([session.step([token]) for token in TOKENS])
@@ -45,14 +46,16 @@ def test_quantized_bundle_equals_eager_quantized_model(
 ) -> None:
     quantize = "8w" if name == "all8" else "none"
     adapter = None if name is None else toy_adapters[name.removesuffix("8")]
-    expected = eager_logits(eager_decoder(toy_model, toy_bundle, adapter, quantize), TOKENS).numpy()
-    with Engine(toy_bundle, threads=1) as engine:
-        logits = engine.session(name).logits(TOKENS)
+    decoder = eager_decoder(toy_model, toy_bundle, adapter, quantize)
+    expected = eager_logits(decoder, TOKENS).numpy()
+    logits = stock_program(toy_bundle, name or BASE).logits(TOKENS)
     # Both quantize activations to 8 bits, and where one lies on the border of two codes they may choose
     # differently: rare steps of 1/255 of a row's range, of which a few get through.
     difference = np.abs(logits - expected)
     assert np.median(difference) < 0.02 * expected.std()
     assert (logits.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.9
+    with Engine(toy_bundle, threads=1) as engine:
+        check_quantized(engine.session(name).logits(TOKENS), decoder, TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +75,14 @@ def test_recovery_stands_beside_adapters(
     adapter = None if name is None else toy_adapters[name]
     assert any("correction" in c.name for c in recovered.foundation_info.constants)
     assert not any("correction" in c.name for e in recovered.adapters.values() for c in e.info.constants)
-    expected = eager_logits(eager_decoder(toy_model, recovered, adapter), TOKENS).numpy()
-    with Engine(recovered, threads=1) as engine:
-        logits = engine.session(name).logits(TOKENS)
+    decoder = eager_decoder(toy_model, recovered, adapter)
+    expected = eager_logits(decoder, TOKENS).numpy()
+    logits = stock_program(recovered, name or BASE).logits(TOKENS)
     # As above: both quantize activations to 8 bits, and where one lies between two codes they may choose differently.
     assert np.median(np.abs(logits - expected)) < 0.02 * expected.std()
     assert (logits.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.9
+    with Engine(recovered, threads=1) as engine:
+        check_quantized(engine.session(name).logits(TOKENS), decoder, TOKENS)
 
 
 @pytest.mark.slow
@@ -96,7 +101,7 @@ def test_a_recovered_foundation_is_the_same_built_twice(
 def test_adapters_whose_b_differs_by_a_factor_give_what_they_give_alone(
     build_toy: BuildToy, toy_adapters: dict[str, Path], unit_cache: Path, tmp_path: Path
 ) -> None:
-    """Equal codes, different scales: XNNPACK's weight cache must not take one for the other."""
+    """Equal codes, different scales: one must not be taken for the other."""
     quadruple = tmp_path / "quadruple"
     shutil.copytree(toy_adapters["all"], quadruple)
     weights = load_file(quadruple / "adapter_model.safetensors")
@@ -162,7 +167,7 @@ def test_identical_bytes_on_both_sides_of_the_border_load_and_run(
     assert sharing(bundle).programs[1].from_foundation > 0
     with torch.no_grad():
         expected = reference(tmp_path / "model", adapter)(torch.tensor([TOKENS])).logits[0].numpy()
-    with Engine(bundle) as engine:
+    with Engine(bundle, kv="float32") as engine:
         logits = engine.session("border").logits(TOKENS)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 

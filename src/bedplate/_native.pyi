@@ -1,86 +1,131 @@
-"""The C++ extension (native/): programs, their memory, and attention. Everything here gives up the GIL while
-it computes, and one call of the process computes at a time.
+"""The C++ extension (native/): weights as kernels read them, and steps of a decoder over them.
+
+Constants come as bytes and sizes, which are checked before they are used. Whatever computes gives up the GIL.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Buffer
 
-EXECUTORCH_VERSION: str
-"""What this was built against."""
+Part = tuple[int, int, int, int, Buffer, Buffer]
+"""rows, columns, bits (4, 8, or 32 for floats), group (columns that share a scale; 0: a scale for each row), codes,
+scales: as `bedplate.quantize.packing` lays them out.
+"""
+Offsets = tuple[int, int, float, Buffer, Buffer]
+"""rank, group, unit, codes, scales: int8 [rows, rank] of which the first columns / group are divided by `unit`."""
 
-class NativeError(Exception):
-    """ExecuTorch failed. args: the name of its error code; what was being done, and what it logged."""
+class NativeError(ValueError):
+    """What was given does not fit; the text says what."""
 
-class Activations:
-    """Buffer for intermediate values, shared by the programs of an engine. Untouched pages cost nothing."""
+class Matrix:
+    """Weights [rows, columns]. parts: their rows one below the other, all of one kind; of one part alone there may be
+    offsets, and a bias float32 [rows].
+    """
 
-    def __init__(self) -> None: ...
+    def __init__(
+        self, parts: Sequence[Part], offsets: Offsets | None = None, bias: Buffer | None = None
+    ) -> None: ...
     @property
     def nbytes(self) -> int: ...
-    @property
-    def resident(self) -> int:
-        """Bytes of it in memory."""
 
-class KvCache:
-    """Keys and values of one conversation. Untouched pages cost nothing."""
+class BackMatrix:
+    """The wide half of a branch: columns [column, column + rank) of a part of 8 bits or floats.
 
-    def __init__(self, nbytes: int) -> None: ...
-    def release(self) -> None:
-        """Give the memory back; what it held is zero from now on."""
+    It adds to the outputs of the place's linear number `linear`, and takes narrow values from number `narrow` on.
+    """
+
+    def __init__(self, part: Part, column: int, rank: int, linear: int, narrow: int) -> None: ...
+
+class Branch:
+    """y += B (A x): narrow is A [ranks, columns], backs are B of linears of the place."""
+
+    def __init__(self, narrow: Matrix, backs: Sequence[BackMatrix]) -> None: ...
+
+class Table:
+    """Rows to look up, [rows, columns]; 4 bits lie as an embedding's do, the even column in the high half."""
+
+    def __init__(self, part: Part) -> None: ...
+
+class Layer:
+    """Norms float32 [dim], and four places: (weights, correction) of what reads the attention's input, of its output,
+    of what reads the MLP's input, and of its output.
+    """
+
+    def __init__(
+        self,
+        attention_norm: Buffer,
+        mlp_norm: Buffer,
+        places: Sequence[tuple[Sequence[Matrix], Branch | None]],
+    ) -> None: ...
+
+class Adapter:
+    """Branches of each layer's four places; None: none there."""
+
+    def __init__(self, layers: Sequence[Sequence[Branch | None]]) -> None: ...
     @property
     def nbytes(self) -> int: ...
+
+class Kv:
+    """Keys and values of one session, in blocks that come as they are needed."""
+
     @property
-    def resident(self) -> int:
-        """Bytes of it in memory."""
+    def nbytes(self) -> int:
+        """Memory that it takes now."""
+
+Row = tuple[int, int, Kv, Adapter | None, float, bool]
+"""token, position, session, adapter (None: the base), its scale, whether the row's logits are wanted."""
 
 class Logits:
-    """What a step gives. values: float32 [rows, vocab], at least one row; copied."""
+    """What a step gives: float32 [wanted rows, vocab]."""
 
-    def __init__(self, values: NDArray[np.float32]) -> None: ...
     def likeliest(self) -> int | None:
-        """The column of the highest value of the last row, the first of equal ones; None: one is NaN."""
+        """The column of the highest value of the last row, the first if several are equal. None: NaN or no row."""
     @property
     def array(self) -> NDArray[np.float32]:
         """float32 [rows, vocab], not copied. Imports numpy."""
 
-class Program:
-    """A .pte with its data files, mapped; methods load when first used. Raises NativeError throughout."""
+class Decoder:
+    """A model. embedding None: its rows are the head's. Raises NativeError if sizes do not fit each other."""
 
     def __init__(
         self,
-        path: str,
-        data_files: list[str],
-        activations: Activations,
-        weight_cache: bool,
-        packed_cache: str = "",
-    ) -> None:
-        """weight_cache: weights that programs share are packed once. packed_cache: file of those that were packed, for
-        all programs that name it; ExecuTorch writes it where none is, and it only then grows.
+        *,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        hidden: int,
+        vocab: int,
+        max_positions: int,
+        norm_eps: float,
+        inverse_frequencies: Sequence[float],
+        embedding: Table | None,
+        head: Matrix,
+        norm: Buffer,
+        layers: Sequence[Layer],
+        threads: int,
+    ) -> None: ...
+    def kv(self, half: bool) -> Kv:
+        """An empty session; half: float16, else float32."""
+    def check(self, adapter: Adapter) -> None:
+        """NativeError: it is of another model."""
+    def step(self, rows: Sequence[Row]) -> Logits:
+        """Compute rows of any sessions. Keys and values of the positions before each are there, or are of this step.
+        NativeError: a row is out of bounds; nothing has changed then.
         """
-    def method_names(self) -> list[str]: ...
-    def constants(self) -> dict[str, list[bool | int | float]]:
-        """What the methods without inputs return, by their names."""
-    def load(self, method: str) -> None:
-        """Resolve every constant and pack weights, unless that is done."""
-    def kv_bytes(self, method: str) -> int:
-        """Size of the KvCache that `step` wants."""
-    def step(self, method: str, tokens: Sequence[int], pos: int, kv: KvCache) -> Logits:
-        """Run tokens at positions pos … pos + S - 1: logits of the last one, or of every one of method `logits`."""
+    @property
+    def threads(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
 
-def attention(
-    q: NDArray[np.float32], k: NDArray[np.float32], v: NDArray[np.float32], start_pos: int
-) -> NDArray[np.float32]:
-    """llama::custom_sdpa.out as programs call it: q and the result [1, S, H, D], k and v [1, C, K, D]."""
+def unit_of_groups(part: Part, groups: int) -> float | None:
+    """The number that row g of a 4-bit matrix holds in the columns of group g, if it is one and all else is zero."""
 
 def instruction_sets() -> list[str]:
-    """What attention is compiled for and this CPU can run, best first."""
+    """What kernels are compiled for and this CPU can run, the best first."""
 
 def instruction_set() -> str: ...
-def use_instruction_set(name: str) -> None: ...
-def threads() -> int: ...
-def set_threads(count: int) -> None:
-    """Threads of the whole process's pool, XNNPACK's included. The first call decides how many there can be: one for
-    each core or `count`, whichever is more. NativeError: there are fewer than `count`.
-    """
+def use_instruction_set(name: str) -> None:
+    """Of decoders that are made from here on. NativeError: the CPU lacks it."""

@@ -17,6 +17,7 @@ from bedplate.quantize.options import METHOD, RECOVERY_RANK, AdapterScheme, Meth
 if TYPE_CHECKING:
     from bedplate.assemble.evaluate import Evaluation
     from bedplate.compile.cache import UnitCache
+    from bedplate.runtime.weights import Precision
 
 
 class Bundle(store.Bundle):
@@ -30,6 +31,7 @@ class Bundle(store.Bundle):
         quantize: AdapterScheme | None = None,
         exact_rank: bool = False,
         allow_noop: bool = False,
+        programs: bool = True,
         unit_cache: str | Path | None = None,
         reporter: Reporter = SILENT,
     ) -> store.AdapterEntry:
@@ -42,6 +44,7 @@ class Bundle(store.Bundle):
         exact_rank: compile for the adapter's own rank, even if there are compiled units of a higher rank.
         allow_noop: add the adapter even if it changes nothing. Without it, the adapter is compared with the base on a
             short text.
+        programs: if False, the adapter gets no program for ExecuTorch. It never gets one if the base has none.
         unit_cache: folder of compiled units. None: the user's cache folder.
         Raises a BedplateError if something does not fit. The bundle is then as it was before.
         """
@@ -50,6 +53,7 @@ class Bundle(store.Bundle):
             quantize=quantize,
             exact_rank=exact_rank,
             allow_noop=allow_noop,
+            programs=programs,
             unit_cache=unit_cache,
             reporter=reporter,
         )
@@ -62,6 +66,7 @@ class Bundle(store.Bundle):
         quantize: AdapterScheme | None = None,
         exact_rank: bool = False,
         allow_noop: bool = False,
+        programs: bool = True,
         unit_cache: str | Path | None = None,
         reporter: Reporter = SILENT,
     ) -> list[store.AdapterEntry]:
@@ -75,6 +80,7 @@ class Bundle(store.Bundle):
             quantize=quantize,
             exact_rank=exact_rank,
             allow_noop=allow_noop,
+            programs=programs,
             cache=open_cache(unit_cache, reporter),
             reporter=reporter,
         )
@@ -92,7 +98,7 @@ class Bundle(store.Bundle):
 
         self_contained: put the adapter's constants into the file. It then needs only `foundation.ptd`.
         with_foundation: put the foundation's constants into the file. It then does not need `foundation.ptd`.
-        NotFoundError: there is no such adapter, or the folder of `out` does not exist.
+        NotFoundError: there is no such adapter, it has no program, or the folder of `out` does not exist.
         """
         from bedplate.assemble.export import export_program
 
@@ -120,6 +126,7 @@ def build(
     target_kl: float | None = None,
     calibration: str | Path | None = None,
     max_context: int | None = None,
+    programs: bool = True,
     unit_cache: str | Path | None = None,
     reporter: Reporter = SILENT,
     force: bool = False,
@@ -133,7 +140,10 @@ def build(
         first where 4 bits cost most on the calibration text. The weights take at most this many bytes each on average,
         or the mean KL to the float model is at most this.
     calibration: a text file on which choices and recovery are measured. None: bedplate's own text.
-    max_context: how many positions a session can hold. None: 2,048, or what the model has, if that is less.
+    max_context: how many positions the programs can hold. None: 2,048, or what the model has, if that is less.
+        bedplate's own runtime has no such limit.
+    programs: if False, the bundle has no programs for ExecuTorch. ExecuTorch is then not needed, and nothing is
+        compiled. `foundation.ptd` is the same. The bundle runs here, but `export` does not work.
     unit_cache: folder of compiled units. None: the user's cache folder.
     force: replace a bundle at `out`. Its adapters are lost.
     Raises a BedplateError if something is wrong. `out` is then as it was before.
@@ -160,6 +170,7 @@ def build(
         goal=goal,
         calibration=None if calibration is None else Path(calibration),
         max_context=max_context,
+        programs=programs,
         cache=open_cache(unit_cache, reporter),
         reporter=reporter,
         force=force,
@@ -173,18 +184,28 @@ def evaluate(
     text: str | Path,
     *,
     adapters: Sequence[str] | None = None,
+    programs: bool = False,
+    kv: Precision = "float16",
     threads: int | None = None,
     reporter: Reporter = SILENT,
 ) -> list[Evaluation]:
-    """Measure what quantization costs. This compares the programs with the float model on a text file.
+    """Measure what quantization costs. This compares the bundle with the float model on a text file.
 
     model: the model that the bundle was built from. adapters: names of adapters to measure beside the base. None: all
-    of them. Raises a BedplateError if something is wrong.
+    of them. programs: if True, measure the programs in ExecuTorch's own runtime instead of bedplate's runtime.
+    kv: how bedplate's runtime stores keys and values, see Engine. Raises a BedplateError if something is wrong.
     """
     from bedplate.assemble.evaluate import evaluate_bundle
 
     return evaluate_bundle(
-        bundle, Path(model), Path(text), adapters=adapters, threads=threads, reporter=reporter
+        bundle,
+        Path(model),
+        Path(text),
+        adapters=adapters,
+        programs=programs,
+        kv=kv,
+        threads=threads,
+        reporter=reporter,
     )
 
 

@@ -1,4 +1,4 @@
-"""`evaluate`: programs against the float checkpoint."""
+"""`evaluate`: a bundle against the float checkpoint."""
 
 from __future__ import annotations
 
@@ -19,13 +19,43 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_float_bundle_loses_nothing(float_bundle: bedplate.Bundle, toy_model: Path, text: Path) -> None:
-    found = bedplate.evaluate(float_bundle, toy_model, text)
+    found = bedplate.evaluate(float_bundle, toy_model, text, kv="float32")
     assert [one.name for one in found] == ["base", "all", "qv"]
     assert len({one.float_nll for one in found}) == 3, "each adapter has a reference of its own"
     for one in found:
         assert one.positions > 100
         assert abs(one.mean_kl) < 1e-6 and abs(one.nll - one.float_nll) < 1e-4 and one.top1 > 0.99
         assert one.perplexity == pytest.approx(one.float_perplexity, rel=1e-3)
+
+
+def test_keys_and_values_of_16_bits_cost_next_to_nothing(
+    float_bundle: bedplate.Bundle, toy_model: Path, text: Path
+) -> None:
+    exact, rounded = (
+        bedplate.evaluate(float_bundle, toy_model, text, adapters=[], kv=kv)[0]
+        for kv in ("float32", "float16")
+    )
+    assert exact.mean_kl < rounded.mean_kl < 1e-5
+
+
+@pytest.mark.parametrize("bundle", ["float_bundle", "toy_bundle"])
+def test_programs_in_executorchs_own_runtime(
+    bundle: str, toy_model: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    opened: bedplate.Bundle = request.getfixturevalue(bundle)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT[:200])  # which fits the context of the programs
+    ours, stock = (
+        bedplate.evaluate(opened, toy_model, text, adapters=["all"], programs=programs)
+        for programs in (False, True)
+    )
+    assert [one.name for one in stock] == ["base", "all"]
+    for one, other in zip(ours, stock, strict=True):
+        assert one.float_nll == pytest.approx(other.float_nll, abs=1e-6) and one.mean_kl != other.mean_kl
+        if bundle == "float_bundle":
+            assert abs(other.mean_kl) < 1e-6
+        else:  # both have the same weights, and round activations otherwise
+            assert one.mean_kl < 2 * other.mean_kl and other.mean_kl < 2 * one.mean_kl
 
 
 def test_quantization_costs_something(toy_bundle: bedplate.Bundle, toy_model: Path, text: Path) -> None:

@@ -54,13 +54,12 @@ ADAPTER = AdapterInfo(
     name="one",
     foundation="3" * 64,
     rank=4,
-    unit_rank=4,
+    ranks={"mlp.up_proj": 4, "self_attn.q_proj": 2},
     alpha=8.0,
-    targets=("q_proj", "v_proj"),
     dtype="8da8w",
     source="5" * 64,
-    structure="6" * 64,
     constants=(CONSTANT,),
+    shared=(CONSTANT,),
 )
 DOCUMENTS = [BUNDLE, ADAPTER, FoundationInfo(constants=(CONSTANT, CONSTANT))]
 
@@ -127,7 +126,7 @@ def test_what_is_not_a_document_is_refused(data: bytes) -> None:
         (BUNDLE, lambda f: f.pop("recipe"), "x.json: the field 'recipe' is missing"),
         (BUNDLE, lambda f: f["model"].pop("head_dim"), "x.json.model: the field 'head_dim' is None"),
         (BUNDLE, lambda f: f["model"].update(dim=1.5), "x.json.model: the field 'dim' is 1.5"),
-        (BUNDLE, lambda f: f["files"].pop("base.pte"), "x.json.files: it does not list base.pte"),
+        (BUNDLE, lambda f: f["files"].pop("foundation.ptd"), "x.json.files: it does not list foundation.ptd"),
         (
             BUNDLE,
             lambda f: f["files"]["base.pte"].update(mode=1),
@@ -150,7 +149,7 @@ def test_what_is_not_a_document_is_refused(data: bytes) -> None:
         (ADAPTER, lambda f: f.update(rank=True), "x.json.rank: expected int, found True"),
         (ADAPTER, lambda f: f.update(alpha="8"), "x.json.alpha: expected float, found '8'"),
         (ADAPTER, lambda f: f["constants"][0].pop("key"), "x.json.constants[0]: the field 'key' is missing"),
-        (ADAPTER, lambda f: f["targets"].append(None), "x.json.targets[2]: expected str, found None"),
+        (ADAPTER, lambda f: f["ranks"].update(x=None), "x.json.ranks.x: expected int, found None"),
     ],
 )
 def test_a_field_that_does_not_fit_is_named(document: Any, edit: Any, says: str) -> None:
@@ -158,6 +157,15 @@ def test_a_field_that_does_not_fit_is_named(document: Any, edit: Any, says: str)
         manifest.load(type(document), edited(document, edit), "x.json")
     assert says in str(caught.value)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("whose", ["the base's", "an adapter's"])
+def test_programs_may_be_there_or_not(whose: str) -> None:
+    def edit(fields: Any) -> None:
+        files = fields["files"] if whose == "the base's" else fields["adapters"]["one"]["files"]
+        del files["base.pte" if whose == "the base's" else "program.pte"]
+
+    assert manifest.load(Manifest, edited(BUNDLE, edit), "x.json") != BUNDLE
 
 
 def test_a_whole_number_is_a_float_too() -> None:

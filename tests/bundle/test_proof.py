@@ -20,7 +20,8 @@ from bedplate.bundle.ptd import read_ptd, write_ptd
 from bedplate.bundle.store import Bundle, BundleFacts, create_bundle
 from bedplate.constants import Constant
 from bedplate.errors import BundleError
-from bedplate.quantize.joined import DIAGONAL, ROWS, Way, join, joined_name
+from bedplate.names import DIAGONAL, ROWS, Way, joined_name
+from bedplate.quantize.joined import join
 from bedplate.quantize.packing import pack_embedding, pack_float, pack_linear
 
 RNG = np.random.default_rng(0)

@@ -9,6 +9,7 @@ import pytest
 from toy_bundle import FOUNDATION, NORM, Q_PROJ, ZEROS, adapter_writer, constant, program
 
 from bedplate.bundle import usage
+from bedplate.bundle.fit import program_keys
 from bedplate.bundle.ptd import write_ptd
 from bedplate.bundle.store import Bundle
 from bedplate.bundle.usage import ProgramUse, Sharing
@@ -20,11 +21,11 @@ def test_keys_are_found_in_a_program_and_nothing_else_is(tmp_path: Path) -> None
     path = tmp_path / "a.pte"
     lookalikes = [b"a" * 64, b"\x40\0\0\0" + b"b" * 64 + b"b\0", b"\x41\0\0\0" + b"c" * 64 + b"\0"]
     path.write_bytes(b"".join([program([NORM]), *lookalikes, program([ZEROS, NORM])]))
-    assert usage.program_keys(path) == {NORM.key, ZEROS.key}
+    assert program_keys(path) == {NORM.key, ZEROS.key}
 
 
 def test_constants_are_listed_with_who_holds_and_who_uses_them(bundle: Bundle) -> None:
-    rows = {(row.owner, row.name): row for row in bundle.constants()}
+    rows = {(row.owner, row.name): row for row in usage.constants(bundle)}
     assert len(rows) == 3 + 2 + 2
     norm = rows["foundation", "norm.weight"]
     assert (norm.dtype, norm.shape, norm.nbytes, norm.key) == ("uint8", (8,), 8, NORM.key)

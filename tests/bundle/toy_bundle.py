@@ -72,13 +72,12 @@ def adapter_writer(
             name=name,
             foundation=foundation or bundle.foundation_sha256,
             rank=4,
-            unit_rank=4,
+            ranks={"q_proj": 4},
             alpha=8.0,
-            targets=("q_proj",),
             dtype="float32",
             source="a" * 64,
-            structure="b" * 64,
             constants=infos,
+            shared=(),
         )
         return AdapterFacts(info=info, special_tokens=special_tokens)
 

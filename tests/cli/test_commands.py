@@ -18,6 +18,7 @@ from shared import Shared
 from toy import toy_config
 
 import bedplate
+from bedplate.bundle import usage
 
 
 @pytest.fixture
@@ -94,12 +95,12 @@ def test_list_as_a_table(command: Command, toy_bundle: bedplate.Bundle) -> None:
     assert title.strip() == f"{toy_bundle.path}: 3 adapters"
     assert head.split() == ["name", "rank", "alpha", "dtype", "size", "targets"]
     assert [row.split()[0] for row in rows] == ["all", "all2", "all8"]
-    assert all("gate_proj" in row and row.rstrip().endswith("down_proj") for row in rows)
+    assert all("gate_proj" in row and "down_proj" in row for row in rows)
 
 
 def test_inspect_lists_every_constant_in_full(command: Command, toy_bundle: bedplate.Bundle) -> None:
     constants = command("inspect", toy_bundle.path, "--json").json()
-    assert len(constants) == len(toy_bundle.constants())
+    assert len(constants) == len(usage.constants(toy_bundle))
     for constant in constants:
         assert constant.keys() == {"name", "dtype", "shape", "nbytes", "key", "owner", "users"}
         assert len(constant["key"]) == 64 and constant["users"]
@@ -179,7 +180,7 @@ def test_chat_switches_adapters_and_outlives_mistakes(command: Command, toy_bund
         "the fox",
         "/use nosuch",
         "/what",
-        "dog " * 200,
+        "dog " * 400,
         "the dog",
         "/quit",
     )
@@ -197,8 +198,82 @@ def test_chat_switches_adapters_and_outlives_mistakes(command: Command, toy_bund
             history.append({"role": "assistant", "content": answers[-1]})
     assert result.out == "".join(answer + "\n" for answer in answers)
     assert "no adapter 'nosuch'" in result.err and "hint: the bundle has: all, all2, all8" in result.err
-    assert "do not fit the context of 128" in result.err
+    assert "do not fit the context of 256" in result.err
     assert "/use NAME switches to an adapter" in result.err
+
+
+# --- Without programs, and with them in ExecuTorch's own runtime ------------------------------------------------
+
+
+def test_a_bundle_without_programs(
+    command: Command,
+    toy_model: Path,
+    toy_adapters: dict[str, Path],
+    toy_bundle: bedplate.Bundle,
+    tmp_path: Path,
+) -> None:
+    out, units = tmp_path / "new.bundle", tmp_path / "units"
+    rest = ("--no-programs", "--unit-cache", units)
+    assert command("build", toy_model, "-o", out, "--max-context", 128, *rest).code == 0
+    assert (out / "foundation.ptd").read_bytes() == toy_bundle.foundation.read_bytes()
+    added = command("add", out, toy_adapters["all"], toy_adapters["qv"], *rest)
+    assert added.code == 0 and "added qv: rank 8, " in added.err and "compile" not in added.err
+    assert not units.exists() and not list(out.rglob("*.pte"))
+    assert [one["name"] for one in command("list", out, "--json").json()] == ["all", "qv"]
+    assert all(one["users"] == [] for one in command("inspect", out, "--json").json())
+    verified = command("verify", out)
+    assert verified.code == 0 and verified.out.endswith(", no programs\nOK\n")
+    answer = command("run", out, "-p", "the fox", "--adapter", "qv", "--max-tokens", 4)
+    assert answer.code == 0 and "generated" in answer.err
+    again = f"bedplate build MODEL -o {out} --force, and bedplate add for each adapter"
+    for args in (("export", out, "-o", tmp_path / "x.pte"), ("verify", out, "--programs")):
+        failed(command(*args), f"{out}: the bundle has no program: it was made without", again)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox")
+    failed(command("eval", out, text, "--model", toy_model, "--programs"), "has no program", again)
+    assert command("remove", out, "all").code == 0
+    assert not (tmp_path / "x.pte").exists()
+
+
+@pytest.mark.parametrize("bundle", ["float_bundle", "toy_bundle"])
+def test_verify_runs_the_programs(command: Command, bundle: str, request: pytest.FixtureRequest) -> None:
+    opened: bedplate.Bundle = request.getfixturevalue(bundle)
+    verdict = command("verify", opened.path, "--programs", "--json").json()
+    names = ["base", *opened.adapters]
+    assert verdict["ok"] and [one["name"] for one in verdict["programs"]] == names
+    for one in verdict["programs"]:
+        assert one["from_ours"]["max_difference"] > 0
+        assert one["from_ours"]["mean_kl"] < (1e-4 if bundle == "float_bundle" else 0.2)
+        assert (one["effect"] is None) == (one["name"] == "base")
+        assert one["effect"] is None or one["effect"]["mean_kl"] > 0.01
+    table = command("verify", opened.path, "--programs").out
+    assert "programs in ExecuTorch's own runtime" in table and table.endswith("\nOK\n")
+    assert "programs" not in command("verify", opened.path, "--json").json()
+
+
+def test_eval_runs_the_programs(
+    command: Command, toy_bundle: bedplate.Bundle, toy_model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 5)
+    arguments = ("eval", toy_bundle.path, text, "--model", toy_model, "--adapter", "all8", "--json")
+    ours, stock = command(*arguments).json(), command(*arguments, "--programs").json()
+    assert [one["name"] for one in ours] == [one["name"] for one in stock] == ["base", "all8"]
+    assert all(one["mean_kl"] != other["mean_kl"] for one, other in zip(ours, stock, strict=True))
+
+
+@pytest.mark.parametrize("kv", ["float16", "float32"])
+def test_run_takes_the_choices_of_the_engine(command: Command, toy_bundle: bedplate.Bundle, kv: str) -> None:
+    with bedplate.Engine(toy_bundle, kv=kv) as engine:  # type: ignore[arg-type]
+        expected = engine.session("all").generate("the fox", max_tokens=8)
+    options = ("--raw", "--adapter", "all", "--max-tokens", 8, "--kv", kv)
+    assert command("run", toy_bundle.path, "-p", "the fox", *options).out == expected + "\n"
+    failed(
+        command("run", toy_bundle.path, "-p", "the fox", *options, "--max-context", 1),
+        "do not fit the context of 1",
+        "max_context",
+    )
+    failed(command("run", toy_bundle.path, "-p", "x", "--max-context", 257), "the model has 256 positions")
 
 
 # --- Mistakes -------------------------------------------------------------------------------------------------
@@ -256,7 +331,7 @@ def test_bad_input_to_add(
 
 
 def test_bad_input_to_run(command: Command, toy_bundle: bedplate.Bundle) -> None:
-    failed(command("run", toy_bundle.path, "-p", "dog " * 200), "do not fit the context of 128")
+    failed(command("run", toy_bundle.path, "-p", "dog " * 400), "do not fit the context of 256")
     failed(command("run", toy_bundle.path, "-p", "x", "--temperature", -1), "temperature")
     failed(command("run", toy_bundle.path, "-p", "x", "--max-tokens", 0), "max_tokens")
     failed(command("run", toy_bundle.path, "-p", "x", "--threads", 0), "threads")
@@ -345,7 +420,7 @@ def test_the_context_is_what_the_model_has_where_that_is_less(
     built = bedplate.Bundle.open(tmp_path / "b")
     assert built.manifest.model["max_context"] == 128
     with bedplate.Engine(built) as engine:
-        assert engine.limits().max_context == 128
+        assert engine.limits.max_context == 128
 
 
 def test_a_full_disk_behind_stdout_is_an_error(toy_bundle: bedplate.Bundle) -> None:

@@ -13,7 +13,7 @@ from stock import StockProgram
 from torch import Tensor, nn
 
 from bedplate.compile.delegate_graph import lean_delegates, share_conversions
-from bedplate.compile.xnnpack import partitioner
+from bedplate.executorch_1_5 import partitioner
 from bedplate.quantize.modules import QuantizedLinear
 from bedplate.quantize.recipe import EIGHT_BIT, Scheme
 from bedplate.quantize.weights import quantize_weight

@@ -21,13 +21,13 @@ from bedplate.compile.graph_editor import inputs, tensor_of
 from bedplate.compile.join_heads import join_heads
 from bedplate.compile.join_linears import join_linears
 from bedplate.compile.symbols import executorch_keys
-from bedplate.compile.xnnpack import partitioner
+from bedplate.executorch_1_5 import partitioner
 from bedplate.model.decoder import Rope
-from bedplate.model.spec import RopeSpec
 from bedplate.quantize.foundation import pack_quantized
 from bedplate.quantize.modules import QuantizedLinear
 from bedplate.quantize.recipe import Scheme
 from bedplate.quantize.weights import quantize_weight
+from bedplate.spec import RopeSpec
 
 HEAD_DIM, DIM = 16, 64
 HEADS = {"q_proj": 4, "k_proj": 2, "v_proj": 2}

@@ -17,7 +17,7 @@ from bedplate.compile.graph_editor import tensor_of
 from bedplate.compile.join_linears import join_linears
 from bedplate.compile.symbols import executorch_keys
 from bedplate.compile.units import placeholder
-from bedplate.compile.xnnpack import partitioner
+from bedplate.executorch_1_5 import partitioner
 from bedplate.model.lora import LoRALinear
 from bedplate.quantize.foundation import pack_quantized
 from bedplate.quantize.modules import QuantizedLinear

@@ -11,8 +11,8 @@ from bedplate.compile.units import Structure
 from bedplate.compile.xnnpack import lower
 from bedplate.errors import LoweringError
 from bedplate.model.decoder import RMSNorm
-from bedplate.model.spec import ModelSpec, RopeSpec
 from bedplate.quantize.recipe import make_recipe
+from bedplate.spec import ModelSpec, RopeSpec
 
 
 def small_structure() -> Structure:

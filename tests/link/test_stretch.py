@@ -17,8 +17,8 @@ from bedplate.compile.lowering import compile_structure, lowered_units
 from bedplate.link.stretch import stretch
 from bedplate.link.template import template_of
 from bedplate.model.adapter import read_adapter
-from bedplate.model.spec import spec_from_dict
 from bedplate.quantize.options import AdapterScheme
+from bedplate.spec import spec_from_dict
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +90,8 @@ def test_stretched_units_name_what_the_whole_graph_names(
     assert {name: len(at) for name, at in linked.holes.items()} == {
         name: len(at) for name, at in whole.holes.items()
     }
-    assert [(c.name, c.key, c.data.tobytes()) for c in linked.fixed_constants()] == [
-        (c.name, c.key, c.data.tobytes()) for c in whole.fixed_constants()
+    held = [
+        {name: (constant.key, constant.data.tobytes()) for name, constant in template.fixed.items()}
+        for template in (linked, whole)
     ]
+    assert held[0] == held[1]

@@ -29,7 +29,7 @@ from bedplate.errors import AdapterError, BedplateError, NotFoundError, Unsuppor
 from bedplate.model.adapter import Adapter, read_adapter
 from bedplate.model.checkpoint import open_checkpoint
 from bedplate.model.decoder import LAYER_LINEARS, Decoder
-from bedplate.model.spec import ModelSpec, linear_shapes
+from bedplate.spec import ModelSpec, linear_shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

@@ -74,7 +74,7 @@ def test_each_format_imports_only_what_reads_it(
 import json, sys
 from pathlib import Path
 from bedplate.model.adapter import read_adapter
-from bedplate.model.spec import spec_from_dict
+from bedplate.spec import spec_from_dict
 assert len(list(read_adapter(Path(sys.argv[1]), spec_from_dict(json.loads(sys.argv[2]))).matrices())) == 21
 print(*sorted({"torch", "gguf"} & sys.modules.keys()))
 """

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 from bedplate.errors import BedplateError, CheckpointError, UnsupportedError
 from bedplate.model.config import read_config, spec_from_config
-from bedplate.model.spec import ModelSpec, RopeSpec
+from bedplate.spec import ModelSpec, RopeSpec
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

@@ -13,7 +13,7 @@ from bedplate.model.checkpoint import open_checkpoint
 from bedplate.model.decoder import LAYER_LINEARS, Decoder
 from bedplate.model.load import float_decoder
 from bedplate.model.lora import LoRALinear
-from bedplate.model.spec import ModelSpec
+from bedplate.spec import ModelSpec
 
 RANKS = dict.fromkeys(LAYER_LINEARS, 2)
 TOKENS = torch.tensor([[5, 1, 300, 7, 7, 42]])

@@ -18,7 +18,7 @@ from bedplate.errors import BedplateError, CheckpointError, UnsupportedError
 from bedplate.model.decoder import rope_table
 from bedplate.model.fields import Fields
 from bedplate.model.rope_config import rope_spec
-from bedplate.model.spec import Llama3Scaling, RopeSpec
+from bedplate.spec import Llama3Scaling, RopeSpec
 
 LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from small_spec import SPEC
 
-from bedplate.model.spec import Llama3Scaling, RopeSpec, spec_from_dict
+from bedplate.spec import Llama3Scaling, RopeSpec, spec_from_dict
 
 
 def test_a_dict_of_the_spec_gives_it_back() -> None:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bedplate.constants import Constant
-from bedplate.quantize.joined import DIAGONAL, ROWS, Way, join, joined, joined_name, kin, parts_of
+from bedplate.names import DIAGONAL, ROWS, Way, joined_name, kin, parts_of
+from bedplate.quantize.joined import join, joined
 from bedplate.quantize.packing import pack_float, pack_linear
 
 NAMES = [f"layers.3.self_attn.{one}_proj" for one in "qkv"]

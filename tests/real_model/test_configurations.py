@@ -11,8 +11,8 @@ import torch
 from stock import StockProgram
 
 from bedplate import Bundle, Engine
+from bedplate.bundle.fit import program_keys
 from bedplate.bundle.ptd import read_ptd
-from bedplate.bundle.usage import program_keys
 from bedplate.runtime.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.real_model

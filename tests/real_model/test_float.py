@@ -27,7 +27,7 @@ def test_logits_are_within_a_thousandth_of_transformers_and_peft(
         model = PeftModel.from_pretrained(model, adapters[name]).eval()
     with torch.no_grad():
         expected = model(torch.tensor([prose])).logits[0].numpy()
-    with Engine(float_bundle) as engine:
+    with Engine(float_bundle, kv="float32") as engine:
         prefilled = engine.session(name).logits(prose)
         session = engine.session(name)
         stepped = np.stack([session.step([token]) for token in prose])

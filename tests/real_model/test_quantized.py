@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from eager import eager_decoder, eager_logits
+from grouped import grouped
 
 from bedplate import Bundle, Engine
 from bedplate.model.checkpoint import open_checkpoint
 from bedplate.model.load import float_decoder
+from bedplate.oracle import stock_program
 from bedplate.quantize.eager import quantize_decoder
 from bedplate.quantize.recipe import make_recipe
 
@@ -46,11 +48,28 @@ def test_whole_model_stays_with_the_eager_quantized_model(
     prose: list[int],
     activation_kl: float,
 ) -> None:
+    """With that whose inputs are quantized as ours are, and with the stock program, whose inputs are a row at once."""
     adapter = None if name is None else adapters[name.removesuffix("8")]
     quantize = "8w" if name == "extract8" else "none"
-    expected = eager_logits(eager_decoder(smollm2, quantized_bundle, adapter, quantize), prose)
+    eager = eager_decoder(smollm2, quantized_bundle, adapter, quantize)
+    expected = eager_logits(grouped(eager), prose)
     with Engine(quantized_bundle) as engine:
         logits = torch.from_numpy(np.array(engine.session(name).logits(prose)))
+    stock = torch.from_numpy(stock_program(quantized_bundle, name or "base").logits(prose))
     assert len(prose) >= 500
-    assert nll(logits, prose) == pytest.approx(nll(expected, prose), rel=0.01)
-    assert mean_kl(expected, logits) <= 1.5 * activation_kl
+    assert nll(logits, prose) == pytest.approx(nll(expected, prose), rel=0.005)
+    assert mean_kl(expected, logits) <= 0.5 * activation_kl
+    assert nll(stock, prose) == pytest.approx(nll(eager_logits(eager, prose), prose), rel=0.01)
+    assert mean_kl(eager_logits(eager, prose), stock) <= 1.5 * activation_kl
+    assert nll(logits, prose) == pytest.approx(nll(stock, prose), rel=0.02)
+    assert mean_kl(logits, stock) <= 2 * activation_kl
+
+
+def test_it_is_nearer_to_the_float_model_than_the_stock_program(
+    quantized_bundle: Bundle, smollm2: Path, prose: list[int]
+) -> None:
+    expected = eager_logits(float_decoder(open_checkpoint(smollm2), max_context=1024), prose)
+    with Engine(quantized_bundle) as engine:
+        logits = torch.from_numpy(np.array(engine.session().logits(prose)))
+    stock = torch.from_numpy(stock_program(quantized_bundle).logits(prose))
+    assert mean_kl(expected, logits) < 0.7 * mean_kl(expected, stock)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bedplate import _native
 from bedplate.errors import RunError
 from bedplate.runtime.sampling import Sampling, chooser, draw, probabilities
 
@@ -21,6 +21,17 @@ SAMPLINGS = st.builds(
     top_p=st.floats(0.01, 1),
     top_k=st.integers(0, 50),
 )
+
+
+@dataclass
+class Given:
+    """Logits, as a step of the native layer gives them."""
+
+    array: NDArray[np.float32]
+
+    def likeliest(self) -> int | None:
+        row = self.array[-1]
+        return None if np.isnan(row).any() else int(row.argmax())
 
 
 @given(logits=LOGITS, sampling=SAMPLINGS)
@@ -61,14 +72,14 @@ def test_a_seed_decides_and_only_kept_tokens_are_drawn(
 @given(logits=LOGITS)
 def test_greedy_takes_the_likeliest(logits: NDArray[np.float32]) -> None:
     greedy = Sampling(temperature=0, top_p=1, top_k=0)
-    assert chooser(greedy, 0)(_native.Logits(logits[None])) == logits.argmax()
+    assert chooser(greedy, 0)(Given(logits[None])) == logits.argmax()
 
 
 @given(logits=LOGITS, sampling=SAMPLINGS, seed=st.integers(0, 100))
 def test_a_chooser_draws_from_the_last_row(
     logits: NDArray[np.float32], sampling: Sampling, seed: int
 ) -> None:
-    rows = _native.Logits(np.stack((logits[::-1], logits)))
+    rows = Given(np.stack((logits[::-1], logits)))
     assert chooser(sampling, seed)(rows) == draw(logits, sampling, np.random.default_rng(seed))
 
 
@@ -88,7 +99,7 @@ def test_next_to_temperature_0_the_likeliest_is_drawn() -> None:
 def test_logits_that_are_no_numbers_are_refused(temperature: float) -> None:
     choose = chooser(Sampling(temperature=temperature, top_p=1, top_k=0), 0)
     with pytest.raises(RunError, match="not numbers"):
-        choose(_native.Logits(np.array([[1, np.nan]], np.float32)))
+        choose(Given(np.array([[1, np.nan]], np.float32)))
 
 
 @pytest.mark.parametrize(

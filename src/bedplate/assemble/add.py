@@ -10,29 +10,29 @@ from typing import Any
 
 import numpy as np
 
-from bedplate import _native
-from bedplate.assemble.report import Reporter
+from bedplate.assemble.report import Reporter, load_writer
 from bedplate.assemble.templates import Templates
 from bedplate.bundle import files, manifest
-from bedplate.bundle.ptd import write_ptd
+from bedplate.bundle.ptd import describe, write_ptd
 from bedplate.bundle.store import AdapterFacts, Bundle
 from bedplate.compile.cache import UnitCache
-from bedplate.compile.units import Structure, versions
+from bedplate.compile.units import Structure
 from bedplate.constants import Constant
 from bedplate.errors import AdapterError, RunError
-from bedplate.link.linker import Template, link
+from bedplate.link.linker import link
 from bedplate.model.adapter import Adapter, read_adapter
 from bedplate.model.adapter.text import AdapterText, read_text
 from bedplate.model.adapter.tokenizer import BaseTokenizer
 from bedplate.model.folder_template import TEMPLATE
-from bedplate.model.spec import spec_from_dict
 from bedplate.model.tokenizer_settings import SETTINGS
-from bedplate.quantize.joined import joined
+from bedplate.quantize.joined import joined, joined_names
 from bedplate.quantize.options import AdapterScheme
-from bedplate.quantize.recipe import default_adapter_scheme, recipe_from_dict
+from bedplate.quantize.recipe import Scheme, default_adapter_scheme, recipe_from_dict
 from bedplate.quantize.rows import pack_branch
 from bedplate.runtime.effect import without_effect
 from bedplate.runtime.engine import Engine
+from bedplate.runtime.model_spec import read_spec
+from bedplate.spec import linear_shapes
 
 # Zeros are computed with like any number: a rank is at most doubled for want of units, or raised to this.
 SMALL_RANK = 16
@@ -45,6 +45,7 @@ def add_adapters(
     quantize: AdapterScheme | None,
     exact_rank: bool,
     allow_noop: bool,
+    programs: bool,
     cache: UnitCache,
     reporter: Reporter,
 ) -> None:
@@ -53,12 +54,14 @@ def add_adapters(
     quantize: None: the default for the bundle's recipe.
     exact_rank: compile for the adapter's own rank, even if there are units of a higher rank.
     allow_noop: also add an adapter that changes nothing. Without it, base and adapters run on a short text.
+    programs: add programs too, if the base has one. If False, nothing is compiled, and ExecuTorch is not needed.
     Raises AdapterError, UnsupportedError, NameTakenError, NotFoundError, LoweringError. After an error, the
     bundle is as it was before.
     """
     for name in sources:
         bundle.check_name(name)
-    spec = spec_from_dict(bundle.manifest.model)
+    load_writer()
+    spec = read_spec(bundle)
     adapters = {name: read_adapter(source, spec) for name, source in sources.items()}
     tokenizer = bundle.manifest.tokenizer
     base = BaseTokenizer(bundle.tokenizer_file, tokenizer.special_tokens)
@@ -68,7 +71,7 @@ def add_adapters(
             reporter.notice(warning)
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
     scheme = quantize or default_adapter_scheme(recipe_from_dict(bundle.manifest.recipe))
-    packer = _Packer(bundle, scheme, templates, exact_rank)
+    packer = _Packer(bundle, scheme, exact_rank, templates if programs and bundle.base_program else None)
     bundle.add_adapters(
         {name: partial(packer.write, name, adapters[name], texts[name]) for name in sources},
         check=_check_nothing if allow_noop else partial(_check_effect, sources),
@@ -102,8 +105,7 @@ def _check_nothing(drafts: Bundle) -> None:
 
 
 def _check_effect(sources: Mapping[str, Path], drafts: Bundle) -> None:
-    # As many threads as there are: those of the process are not for `add` to choose.
-    with Engine(drafts, threads=_native.threads()) as engine:
+    with Engine(drafts) as engine:
         idle = without_effect(engine)
     if idle:
         raise AdapterError(
@@ -114,40 +116,44 @@ def _check_effect(sources: Mapping[str, Path], drafts: Bundle) -> None:
 
 
 class _Packer:
-    """Packs adapters for one bundle."""
+    """Packs adapters for one bundle. templates: None: they get no programs."""
 
     def __init__(
-        self, bundle: Bundle, quantize: AdapterScheme, templates: Templates, exact_rank: bool
+        self, bundle: Bundle, quantize: AdapterScheme, exact_rank: bool, templates: Templates | None
     ) -> None:
         self._bundle, self._quantize = bundle, quantize
         self._templates, self._exact_rank = templates, exact_rank
         self._foundation = {constant.name: constant.key for constant in bundle.foundation_info.constants}
 
     def write(self, name: str, adapter: Adapter, text: AdapterText, folder: Path) -> AdapterFacts:
-        """Write `weights.ptd`, `program.pte` and, if there is one, `chat_template.jinja` into `folder`."""
+        """Write `weights.ptd`, and `program.pte` and `chat_template.jinja`, if it has them, into `folder`."""
         structure = adapter_structure(self._bundle, adapter.ranks, self._quantize)
-        if not self._exact_rank:
+        if self._templates is not None and not self._exact_rank:
             structure = _at_unit_rank(structure, self._templates)
-        template = self._templates.get(structure)
-        keys = dict(self._foundation)
-        branches = joined(pack_adapter(adapter, structure, template), template.holes.keys() - keys.keys())
-        packed = _noting(branches, keys)
+        template = None if self._templates is None else self._templates.get(structure)
+        together = joined_names(_branch_schemes(structure))
+        infos: list[manifest.ConstantInfo] = []
+        packed = _noting(joined(pack_adapter(adapter, structure), together), infos)
         in_foundation = frozenset(self._foundation.values())
         constants = write_ptd(folder / manifest.ADAPTER_WEIGHTS, packed, leave_out=in_foundation)
-        files.write(folder / manifest.ADAPTER_PROGRAM, link(template, keys))
+        keys = self._foundation | {info.name: info.key for info in infos}
+        if template is not None:
+            assert template.joined() - self._foundation.keys() == together, (
+                "what is joined follows from the ranks"
+            )
+            files.write(folder / manifest.ADAPTER_PROGRAM, link(template, keys))
         if text.chat_template is not None:
             (folder / manifest.CHAT_TEMPLATE).write_text(text.chat_template, "utf-8", newline="\n")
         info = manifest.AdapterInfo(
             name=name,
             foundation=self._bundle.foundation_sha256,
             rank=adapter.rank,
-            unit_rank=max(structure.ranks.values()),
+            ranks=dict(structure.ranks),
             alpha=adapter.alpha,
-            targets=tuple(adapter.ranks),
             dtype="float32" if self._quantize == "none" else self._quantize,
             source=adapter.fingerprint,
-            structure=structure.fingerprint(versions(), any_depth=False),
             constants=constants,
+            shared=tuple(sorted((i for i in infos if i.key in in_foundation), key=lambda info: info.name)),
         )
         return AdapterFacts(info=info, special_tokens=text.special_tokens)
 
@@ -156,7 +162,7 @@ def adapter_structure(bundle: Bundle, ranks: Mapping[str, int], quantize: Adapte
     """The structure of an adapter's program: the bundle's own, with branches."""
     model: dict[str, Any] = bundle.manifest.model
     return Structure(
-        spec=spec_from_dict(model),
+        spec=read_spec(bundle),
         recipe=recipe_from_dict(bundle.manifest.recipe).for_adapter(quantize),
         max_context=model["max_context"],
         max_chunk=model["max_chunk"],
@@ -174,8 +180,20 @@ def _at_unit_rank(structure: Structure, templates: Templates) -> Structure:
     return structure
 
 
-def pack_adapter(adapter: Adapter, structure: Structure, template: Template) -> Iterator[Constant]:
-    """Constants of an adapter's branches, and those that its program's structure fixes.
+def _branch_schemes(structure: Structure) -> dict[str, Scheme]:
+    """The scheme of each half of each branch, by module path."""
+    scheme = structure.recipe.adapter_scheme()
+    linears = [name for name in linear_shapes(structure.spec) if name in structure.ranks]
+    return {
+        f"layers.{layer}.{name}.{half}": scheme
+        for layer in range(structure.spec.n_layers)
+        for name in linears
+        for half in ("lora_a", "lora_b")
+    }
+
+
+def pack_adapter(adapter: Adapter, structure: Structure) -> Iterator[Constant]:
+    """Constants of an adapter's branches.
 
     A structure of a higher rank gets rows of zeros below A and columns of zeros beside B: they add nothing.
     """
@@ -185,10 +203,9 @@ def pack_adapter(adapter: Adapter, structure: Structure, template: Template) -> 
         zeros = unit_rank - len(a)
         yield from pack_branch(f"{path}.lora_a.weight", np.pad(a, ((0, zeros), (0, 0))), scheme)
         yield from pack_branch(f"{path}.lora_b.weight", np.pad(b, ((0, 0), (0, zeros))), scheme)
-    yield from template.fixed_constants()
 
 
-def _noting(constants: Iterable[Constant], keys: dict[str, str]) -> Iterator[Constant]:
+def _noting(constants: Iterable[Constant], infos: list[manifest.ConstantInfo]) -> Iterator[Constant]:
     for constant in constants:
-        keys[constant.name] = constant.key
+        infos.append(describe(constant))
         yield constant

@@ -17,13 +17,15 @@ from bedplate.compile.cache import UnitCache
 from bedplate.compile.units import Structure
 from bedplate.constants import Constant
 from bedplate.errors import UnsupportedError
-from bedplate.link.linker import Template, link
+from bedplate.link.linker import link
 from bedplate.model.config import check_exists
-from bedplate.model.spec import corrected_together
-from bedplate.quantize.joined import joined
+from bedplate.quantize.joined import joined, joined_names
 from bedplate.quantize.recipe import Goal, Recipe, Scheme
+from bedplate.spec import corrected_together
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bedplate.model.checkpoint import Checkpoint
     from bedplate.model.tokenizer_files import TokenizerFiles
     from bedplate.quantize.calibration import Statistics
@@ -45,15 +47,17 @@ def build_bundle(
     goal: Goal | None,
     calibration: Path | None,
     max_context: int | None,
+    programs: bool,
     cache: UnitCache,
     reporter: Reporter,
     force: bool,
 ) -> Bundle:
     """Quantize and pack a checkpoint, compile its program, and publish both as a bundle.
 
+    programs: if False, no program is compiled, and ExecuTorch is not needed. All other files have the same bytes.
     goal: how to choose 8 bits where the recipe has 4 by default. None: the recipe is used as it is.
     calibration: a text for the choice and for the recovery. None: the text that comes with bedplate.
-    max_context: None: `DEFAULT_CONTEXT`, or what the model has, if that is less.
+    max_context: of the program. None: `DEFAULT_CONTEXT`, or what the model has, if that is less.
     Raises CheckpointError, UnsupportedError, RecipeError, CalibrationError, LoweringError, NameTakenError,
     NotFoundError. After an error, `out` is as it was before.
     """
@@ -80,15 +84,18 @@ def build_bundle(
         max_chunk=min(MAX_CHUNK, max_context),
         ranks={},
     )
-    schemes = plan(named, structure.recipe)
+    schemes = plan(expected_model(checkpoint.spec, structure.corrections), structure.recipe)
+    together = joined_names(schemes, _with_bias(named))
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
 
     def write(folder: Path) -> BundleFacts:
-        template = templates.get(structure)
-        packed = _foundation(checkpoint, structure, schemes, measured.statistics, template, reporter)
-        constants = write_ptd(folder / manifest.FOUNDATION, joined(packed, template.holes))
-        keys = {constant.name: constant.key for constant in constants}
-        files.write(folder / manifest.BASE_PROGRAM, link(template, keys))
+        template = templates.get(structure) if programs else None
+        packed = _foundation(checkpoint, structure, schemes, measured.statistics, reporter)
+        constants = write_ptd(folder / manifest.FOUNDATION, joined(packed, together))
+        if template is not None:
+            assert template.joined() == together, "what is joined follows from the recipe"
+            keys = {constant.name: constant.key for constant in constants}
+            files.write(folder / manifest.BASE_PROGRAM, link(template, keys))
         files.write(folder / manifest.TOKENIZER, tokenizer.tokenizer_json)
         if tokenizer.chat_template is not None:
             files.write(folder / manifest.CHAT_TEMPLATE, tokenizer.chat_template.encode())
@@ -128,12 +135,11 @@ def _foundation(
     structure: Structure,
     schemes: Mapping[str, Scheme],
     statistics: Statistics,
-    template: Template,
     reporter: Reporter,
 ) -> Iterator[Constant]:
     from bedplate.model.checkpoint import checked_tensor, tied_names
     from bedplate.quantize.correction import quantize_corrected
-    from bedplate.quantize.foundation import pack_corrected, pack_tensor
+    from bedplate.quantize.foundation import fixed_constants, pack_corrected, pack_tensor
 
     corrections = structure.corrections
     together = corrected_together(structure.spec.n_layers, corrections)
@@ -159,7 +165,12 @@ def _foundation(
         yield from pack_corrected(place, corrected)
         done += len(paths)
     reporter.progress("quantize and pack", done, len(names))
-    yield from template.fixed_constants()
+    yield from fixed_constants(structure.spec, structure.max_context).values()
+
+
+def _with_bias(model: nn.Module) -> set[str]:
+    """The modules that have a bias, by path."""
+    return {name.removesuffix(".bias") for name, _ in model.named_parameters() if name.endswith(".bias")}
 
 
 @dataclass(frozen=True, kw_only=True)

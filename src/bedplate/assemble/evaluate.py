@@ -1,4 +1,4 @@
-"""What quantization costs: compares the programs of a bundle with the float model on a text."""
+"""What quantization costs: compares a bundle with the float model on a text."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from bedplate.assemble.report import Reporter, load_torch
 from bedplate.bundle.manifest import ConstantInfo
 from bedplate.bundle.ptd import read_ptd
 from bedplate.bundle.store import AdapterEntry, Bundle
+from bedplate.bundle.usage import BASE
 from bedplate.errors import CheckpointError, NotFoundError, RunError
-from bedplate.model.spec import linear_shapes
-from bedplate.quantize.joined import parts_of
+from bedplate.names import parts_of
+from bedplate.oracle import stock_program
 from bedplate.runtime.effect import log_softmax
 from bedplate.runtime.engine import Engine
+from bedplate.runtime.weights import Precision
+from bedplate.spec import linear_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,10 +35,10 @@ SEQUENCE = 512  # tokens that are a text of their own, so that all is read with 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The result for one program (`base`, or the name of an adapter) over the positions of a text.
+    """The result for `base` or for one adapter, over the positions of a text.
 
-    nll, float_nll: negative log-likelihood of the next token, nats, of the program and of the float model.
-    mean_kl: KL divergence of the program's next-token distribution from the float model's, nats.
+    nll, float_nll: negative log-likelihood of the next token, nats, of the bundle and of the float model.
+    mean_kl: KL divergence of the bundle's next-token distribution from the float model's, nats.
     top1: share of positions whose most likely token is that of the float model.
     """
 
@@ -61,6 +64,8 @@ def evaluate_bundle(
     text_file: Path,
     *,
     adapters: Sequence[str] | None,
+    programs: bool,
+    kv: Precision,
     threads: int | None,
     reporter: Reporter,
 ) -> list[Evaluation]:
@@ -68,18 +73,24 @@ def evaluate_bundle(
 
     The float model gets each adapter as the bundle stores it.
 
-    NotFoundError: there is no such file or adapter.  CheckpointError: the bundle was not built from this model.
+    programs: if True, run the programs in ExecuTorch's own runtime instead of bedplate's runtime. Its keys
+    and values are float32.
+    NotFoundError: there is no such file or adapter, or it has no program.  CheckpointError: the bundle was not built
+    from this model.  UnsupportedError: the installation lacks a package.
     RunError: the text is empty or not UTF-8.
     """
     names = list(bundle.adapters) if adapters is None else list(adapters)
-    with Engine(bundle, threads=threads) as engine:
-        for name in names:
+    with Engine(bundle, threads=threads, kv=kv) as engine:
+        for name in (None, *names):
             engine.check_adapter(name)
+            if programs:
+                bundle.program(name)
         tokens = engine.tokenizer.encode(_read(text_file))
         if len(tokens) < 2:
             raise RunError("holds no text", where=text_file, hint="give some thousand words of prose")
         load_torch(reporter)
         from bedplate.model.checkpoint import fingerprint, open_checkpoint
+        from bedplate.model.reference import sequences
 
         checkpoint = open_checkpoint(model)
         if fingerprint(checkpoint) != bundle.manifest.model["fingerprint"]:
@@ -88,35 +99,55 @@ def evaluate_bundle(
                 where=model,
                 hint="give the model that you gave to build",
             )
-        return [_evaluate(engine, checkpoint, name, tokens, reporter) for name in (None, *names)]
+        found = []
+        for name in (None, *names):
+            length, logits = engine.limits.max_context, engine.session(name).logits
+            if programs:
+                program = stock_program(bundle, name or BASE)
+                length, logits = program.limits.max_context, program.logits
+            found.append(
+                _evaluate(
+                    bundle, checkpoint, name, sequences(tokens, min(SEQUENCE, length)), logits, reporter
+                )
+            )
+        return found
 
 
 def _evaluate(
-    engine: Engine, checkpoint: Checkpoint, name: str | None, tokens: list[int], reporter: Reporter
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    name: str | None,
+    pieces: Sequence[list[int]],
+    ours_of: Callable[[list[int]], NDArray[np.float32]],
+    reporter: Reporter,
 ) -> Evaluation:
-    from bedplate.model.reference import head_weight, hidden_states, logits, sequences
+    """ours_of: logits float32 [T, vocab] of a text of its own."""
+    from bedplate.model.reference import head_weight, hidden_states, logits
 
     label = name or "base"
-    length = min(SEQUENCE, engine.limits(name).max_context)
     # A last piece of one token has no next token to be asked for.
-    texts = [text for text in sequences(tokens, length) if len(text) > 1]
-    entry = None if name is None else engine.bundle.adapters[name]
+    texts = [text for text in pieces if len(text) > 1]
+    entry = None if name is None else bundle.adapters[name]
     hidden = hidden_states(
         checkpoint,
         texts,
-        updates=(lambda path: None) if entry is None else _updates(entry, linear_shapes(checkpoint.spec)),
+        updates=(
+            (lambda path: None)
+            if entry is None
+            else _updates(entry, bundle.foundation, linear_shapes(checkpoint.spec))
+        ),
         progress=partial(reporter.progress, f"{label}: float model"),
     )
-    head, sums, session = head_weight(checkpoint), _Sums(), engine.session(name)
+    head, sums = head_weight(checkpoint), _Sums()
     for done, (text, states) in enumerate(zip(texts, hidden, strict=True)):
-        reporter.progress(f"{label}: program", done, len(texts))
-        ours = session.logits(text)
+        reporter.progress(f"{label}: bundle", done, len(texts))
+        ours = ours_of(text)
         at = 0
         for block in logits(states, head):
             rows = block.numpy()
             sums.add(rows, ours[at : at + len(rows)], text[at + 1 : at + 1 + len(rows)])
             at += len(rows)
-    reporter.progress(f"{label}: program", len(texts), len(texts))
+    reporter.progress(f"{label}: bundle", len(texts), len(texts))
     return sums.result(label)
 
 
@@ -151,7 +182,9 @@ class _Sums:
         )
 
 
-def _updates(entry: AdapterEntry, shapes: Mapping[str, tuple[int, int]]) -> Callable[[str], Tensor | None]:
+def _updates(
+    entry: AdapterEntry, foundation: Path, shapes: Mapping[str, tuple[int, int]]
+) -> Callable[[str], Tensor | None]:
     """Module path → B A of the adapter's branch there, float32 [out, in], as it is stored; None: it has none.
 
     shapes: of the linears of a layer, by their names in it.
@@ -159,13 +192,14 @@ def _updates(entry: AdapterEntry, shapes: Mapping[str, tuple[int, int]]) -> Call
     import torch
 
     infos: dict[str, list[ConstantInfo]] = {}
-    for info in entry.info.constants:
+    for info in (*entry.info.constants, *entry.info.shared):
         infos.setdefault(info.name.partition("#")[0], []).append(info)
     holder = {part: name for name in infos for part in parts_of(name)}
-    data = read_ptd(entry.weights)
+    own, shared = read_ptd(entry.weights), read_ptd(foundation)
 
     def matrix(name: str) -> NDArray[np.float32]:
-        parts = [data.data(info.key).view(info.dtype).reshape(info.shape) for info in infos[name]]
+        data = ((own if info.key in own.entries else shared).data(info.key) for info in infos[name])
+        parts = [of.view(info.dtype).reshape(info.shape) for of, info in zip(data, infos[name], strict=True)]
         # Of float32, or codes and the scales of their rows.
         return reduce(np.multiply, (part.astype(np.float32) for part in parts))
 

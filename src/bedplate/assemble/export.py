@@ -8,9 +8,9 @@ from pathlib import Path
 from bedplate.assemble.report import SILENT, load_exporter
 from bedplate.bundle import manifest
 from bedplate.bundle.files import replacing
+from bedplate.bundle.fit import program_keys
 from bedplate.bundle.ptd import read_ptd
 from bedplate.bundle.store import Bundle
-from bedplate.bundle.usage import program_keys
 from bedplate.constants import Constant
 from bedplate.errors import NotFoundError
 
@@ -19,18 +19,16 @@ def export_program(
     bundle: Bundle, out: Path, *, adapter: str | None, self_contained: bool, with_foundation: bool
 ) -> None:
     """Write a program of the bundle to `out`. Its own constants and those of the foundation go inside on request."""
-    if adapter is not None and adapter not in bundle.adapters:
-        known = ", ".join(sorted(bundle.adapters)) or "none"
-        raise NotFoundError(f"no adapter {adapter!r}", where=bundle.path, hint=f"the bundle has: {known}")
+    file = bundle.program(adapter)
     if not out.parent.is_dir():
         raise NotFoundError("no such folder", where=out.parent, hint="create it first")
     entry = None if adapter is None else bundle.adapters[adapter]
-    program = (bundle.base_program if entry is None else entry.program).read_bytes()
+    program = file.read_bytes()
     inside: dict[str, Constant] = {}
     if entry is not None and self_contained:
         inside |= _constants(entry.weights, entry.info.constants)
     if with_foundation:
-        named = program_keys(bundle.base_program if entry is None else entry.program)
+        named = program_keys(file)
         foundation = _constants(bundle.foundation, bundle.foundation_info.constants)
         inside |= {key: constant for key, constant in foundation.items() if key in named}
     if inside:
@@ -38,8 +36,8 @@ def export_program(
         from bedplate.link.embed import embed
 
         program = embed(program, inside)
-    with replacing(out) as file:
-        file.write(program)
+    with replacing(out) as draft:
+        draft.write(program)
 
 
 def _constants(file: Path, infos: Iterable[manifest.ConstantInfo]) -> dict[str, Constant]:

@@ -31,6 +31,11 @@ class Silent:
 SILENT: Reporter = Silent()
 
 
+def load_writer() -> None:
+    """Import what writes data files. UnsupportedError: it is not installed."""
+    _load(("flatbuffers",), "import flatbuffers", SILENT)
+
+
 def load_torch(reporter: Reporter) -> None:
     """Import torch and torchao, which quantize. UnsupportedError: they are not installed."""
     _load(("torch", "torchao"), "import torch", reporter)
@@ -42,7 +47,7 @@ def load_exporter(reporter: Reporter) -> None:
 
 
 def _load(modules: tuple[str, ...], stage: str, reporter: Reporter) -> None:
-    if all(module in sys.modules for module in modules):
+    if all(sys.modules.get(module) for module in modules):
         return
     from bedplate.quiet import import_modules  # logging, which a program that only runs does without
 

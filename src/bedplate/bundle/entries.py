@@ -6,10 +6,10 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from bedplate.bundle import manifest
-from bedplate.bundle.manifest import AdapterInfo, ConstantInfo
+from bedplate.bundle.manifest import AdapterInfo, AdapterRecord, ConstantInfo
 from bedplate.errors import BundleError
 
 
@@ -46,15 +46,27 @@ class ChatSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterEntry:
-    """An adapter of an open bundle. folder: where its files are. foundation: SHA-256 of the bundle's foundation."""
+    """An adapter of an open bundle.
+
+    folder: where its files are. foundation: SHA-256 of the bundle's foundation. program: None if it has no program.
+    """
 
     name: str
     folder: Path
     foundation: str
+    program: Path | None
+
+    @classmethod
+    def of(cls, name: str, folder: Path, foundation: str, record: AdapterRecord) -> Self:
+        """What `record` lists, in `folder`."""
+        has_program = manifest.ADAPTER_PROGRAM in record.files
+        program = folder / manifest.ADAPTER_PROGRAM if has_program else None
+        return cls(name=name, folder=folder, foundation=foundation, program=program)
 
     @property
-    def program(self) -> Path:
-        return self.folder / manifest.ADAPTER_PROGRAM
+    def nbytes(self) -> int:
+        """Of its program and weights."""
+        return sum(file.stat().st_size for file in (self.program, self.weights) if file is not None)
 
     @property
     def weights(self) -> Path:

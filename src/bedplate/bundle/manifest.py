@@ -69,22 +69,32 @@ class AdapterInfo:
     """`adapter.json`.
 
     foundation: SHA-256 of the `foundation.ptd` that it was packed against.
-    rank: the rank of the adapter. unit_rank: the rank of its program, which is higher if zeros fill it up.
-    dtype: how A and B are packed, "float32" or "8w".  targets: the suffixes of the modules that it adapts.
-    source, structure: fingerprints of the files it came from, and of the program's structure.
-    constants: what its `weights.ptd` holds.
+    rank: the rank of the adapter. ranks: the ranks of its matrices, by the suffix of the module that they adapt. They
+    are higher if zeros fill them up to the rank of a compiled program.
+    dtype: how A and B are packed, "float32" or "8w".
+    source: fingerprint of the files it came from.
+    constants: what its `weights.ptd` holds.  shared: its constants that the foundation holds, under the same keys.
     """
 
     name: str
     foundation: str
     rank: int
-    unit_rank: int
+    ranks: dict[str, int]
     alpha: float
-    targets: tuple[str, ...]
     dtype: str
     source: str
-    structure: str
     constants: tuple[ConstantInfo, ...]
+    shared: tuple[ConstantInfo, ...]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The suffixes of the modules that it adapts."""
+        return tuple(self.ranks)
+
+    @property
+    def unit_rank(self) -> int:
+        """The highest of its `ranks`."""
+        return max(self.ranks.values(), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +129,9 @@ class AdapterRecord:
 class Manifest:
     """`bundle.json`.
 
-    written_by: the version of bedplate that wrote it.  model: its dimensions, at least MODEL_FIELDS, and what else
-    its builder adds.  files: by path in the bundle. The files of adapters are listed with the adapters.
+    written_by: the version of bedplate that wrote it.  model: its dimensions, at least MODEL_FIELDS, and
+    what else its builder adds.  files: by path in the bundle. The files of adapters are listed with the adapters.
+    A bundle without programs lists none.
     """
 
     written_by: str
@@ -181,12 +192,12 @@ def _check(manifest: Manifest, where: str) -> None:
             raise BundleError(
                 f"the field {name!r} is {found!r}", where=f"{where}.model", hint=strict_json.DAMAGED
             )
-    _check_files(manifest.files, (FOUNDATION, FOUNDATION_INFO, BASE_PROGRAM, TOKENIZER), f"{where}.files")
+    _check_files(manifest.files, (FOUNDATION, FOUNDATION_INFO, TOKENIZER), f"{where}.files")
     for name, record in manifest.adapters.items():
         at = f"{where}.adapters.{name}"
         if not is_adapter_name(name):
             raise BundleError("not a name for an adapter", where=at, hint=strict_json.DAMAGED)
-        _check_files(record.files, (ADAPTER_PROGRAM, ADAPTER_WEIGHTS, ADAPTER_INFO), f"{at}.files")
+        _check_files(record.files, (ADAPTER_WEIGHTS, ADAPTER_INFO), f"{at}.files")
 
 
 def _check_files(files: dict[str, FileInfo], required: tuple[str, ...], where: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from bedplate.bundle import manifest
 from bedplate.bundle.flat_tensor import Layout
 from bedplate.bundle.manifest import ConstantInfo
 from bedplate.bundle.ptd import Ptd, read_ptd
@@ -31,9 +32,21 @@ def check_keys(bundle: Bundle) -> None:
     hint = f"build the bundle again: bedplate build MODEL -o {bundle.path} --force"
     _check_file(foundation, infos, {}, hint)
     shared = dict.fromkeys((info.key for info in infos), foundation)
+    held = {_what(info) for info in infos}
     for name, entry in bundle.adapters.items():
         hint = f"add the adapter again after bedplate remove {bundle.path} {name}"
         _check_file(read_ptd(entry.weights), entry.info.constants, shared, hint)
+        for info in entry.info.shared:
+            if _what(info) not in held:
+                raise BundleError(
+                    f"{info.name} is not in the foundation: no constant of this form has the key {info.key}",
+                    where=entry.folder / manifest.ADAPTER_INFO,
+                    hint=hint,
+                )
+
+
+def _what(info: ConstantInfo) -> tuple[object, ...]:
+    return info.key, info.dtype, info.shape, info.layout, info.nbytes
 
 
 def _check_file(ptd: Ptd, infos: Sequence[ConstantInfo], elsewhere: Mapping[str, Ptd], hint: str) -> None:

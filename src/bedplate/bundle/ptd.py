@@ -99,6 +99,19 @@ def write_ptd(
     return tuple(sorted(draft.infos, key=lambda info: (info.name, info.key)))
 
 
+def describe(constant: Constant) -> ConstantInfo:
+    """What a manifest says of a constant."""
+    return ConstantInfo(
+        name=constant.name,
+        key=constant.key,
+        dtype=constant.dtype,
+        shape=constant.shape,
+        layout=constant.layout,
+        scales=None if constant.scales is None else constant.scales.key,
+        nbytes=constant.nbytes,
+    )
+
+
 class _Draft:
     """What the index will say, gathered constant by constant."""
 
@@ -116,17 +129,7 @@ class _Draft:
             f"{constant.name}: the key {constant.key} names something else already"
         )
         assert layout is None or layout.nbytes == constant.nbytes, f"{constant.name}: {constant.nbytes} bytes"
-        self.infos.add(
-            ConstantInfo(
-                name=constant.name,
-                key=constant.key,
-                dtype=constant.dtype,
-                shape=constant.shape,
-                layout=constant.layout,
-                scales=None if constant.scales is None else constant.scales.key,
-                nbytes=constant.nbytes,
-            )
-        )
+        self.infos.add(describe(constant))
 
     def _number(self, data: NDArray[np.uint8], spool: IO[bytes]) -> int:
         """The segment that holds `data`, appended to the spool if it is new."""
@@ -164,7 +167,8 @@ def read_ptd(path: Path) -> Ptd:
         with path.open("rb") as file:
             return Ptd(path=path, entries=_read_index(file, path.stat().st_size))
     except FileNotFoundError as error:
-        raise NotFoundError("no such data file", where=path) from error
+        hint = "restore it from a copy, or write it again: bedplate build or bedplate add"
+        raise NotFoundError("no such data file", where=path, hint=hint) from error
     except flat_tensor.MalformedError as error:
         hint = "it is damaged or cut short: restore it from a copy, or write it again"
         raise BundleError(f"not a whole data file: {error}", where=path, hint=hint) from error

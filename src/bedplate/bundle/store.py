@@ -8,12 +8,13 @@ that `bundle.json` does not list. Nobody reads that one, and the next adapter of
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
-from bedplate.bundle import files, integrity, manifest, usage
+from bedplate.bundle import files, fit, integrity, manifest
 from bedplate.bundle.entries import AdapterEntry, AdapterFacts, BundleFacts, ChatSettings, check_foundation
 from bedplate.bundle.manifest import AdapterRecord, FoundationInfo, Manifest, TokenizerInfo
 from bedplate.errors import (
@@ -72,12 +73,35 @@ class Bundle:
 
     @property
     def foundation_info(self) -> FoundationInfo:
+        """The content of `foundation.json`. BundleError: it is not the file that the manifest lists."""
         path = self.path / manifest.FOUNDATION_INFO
-        return manifest.load(FoundationInfo, path.read_bytes(), str(path))
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[manifest.FOUNDATION_INFO].sha256:
+            hint = "the bundle was replaced or damaged: run bedplate verify BUNDLE, and open it again"
+            raise BundleError("its SHA-256 is not the one in bundle.json", where=path, hint=hint)
+        return manifest.load(FoundationInfo, data, str(path))
 
     @property
-    def base_program(self) -> Path:
-        return self.path / manifest.BASE_PROGRAM
+    def base_program(self) -> Path | None:
+        """None: the bundle was built without programs."""
+        return self.path / manifest.BASE_PROGRAM if manifest.BASE_PROGRAM in self.manifest.files else None
+
+    def program(self, adapter: str | None) -> Path:
+        """The program of an adapter (None: of the base). NotFoundError: there is no such adapter or no program."""
+        if adapter is not None and adapter not in self.adapters:
+            known = ", ".join(sorted(self.adapters)) or "none"
+            raise NotFoundError(f"no adapter {adapter!r}", where=self.path, hint=f"the bundle has: {known}")
+        found = self.base_program if adapter is None else self.adapters[adapter].program
+        if found is None:
+            again = f"bedplate build MODEL -o {self.path} --force, and bedplate add for each adapter"
+            if self.base_program is not None:
+                again = f"bedplate remove {self.path} {adapter}, and bedplate add"
+            who = "the bundle" if adapter is None else f"the adapter {adapter!r}"
+            hint = f"make it again without --no-programs: {again}"
+            raise NotFoundError(
+                f"{who} has no program: it was made without programs", where=self.path, hint=hint
+            )
+        return found
 
     @property
     def tokenizer_file(self) -> Path:
@@ -99,10 +123,6 @@ class Bundle:
                 special_tokens = record.special_tokens
         return ChatSettings(template_file=template, special_tokens=special_tokens)
 
-    def constants(self) -> tuple[usage.ConstantUse, ...]:
-        """Every constant by name: the foundation's, then each adapter's own."""
-        return usage.constants(self)
-
     def check_name(self, name: str) -> None:
         """AdapterError: this cannot be the name of an adapter.  NameTakenError: an adapter already has this name."""
         if not manifest.is_adapter_name(name):
@@ -120,8 +140,8 @@ class Bundle:
         *,
         check: Callable[[Bundle], None] = lambda drafts: None,
     ) -> None:
-        """Add adapters, all or none. Each writer puts `program.pte`, `weights.ptd` and, if the adapter has one of its
-        own, `chat_template.jinja` into the folder that it is given.
+        """Add adapters, all or none. Each writer puts `weights.ptd` into the folder that it gets, and, if the adapter
+        has them, `program.pte` and its own `chat_template.jinja`.
 
         check: gets this bundle with only the new adapters, before anybody else can see them. If it raises an error,
         they are not added. The lock is held only to publish, so several processes can write adapters at the same
@@ -137,7 +157,7 @@ class Bundle:
         with files.workspace(adapters, "add") as draft, files.naming(adapters, draft):
             try:
                 records = {name: self._write(name, write, draft / name) for name, write in writers.items()}
-                check(self._drafts(draft, writers))
+                check(self._drafts(draft, records))
                 files.sync_tree(draft)
                 self._publish_drafts(draft, records)
             except (FileNotFoundError, BedplateError) as error:
@@ -160,7 +180,7 @@ class Bundle:
                 where=f"adapter {name}",
                 hint="add the adapter again, to this bundle",
             )
-        usage.check_adapter(facts.info, folder, self.foundation)
+        fit.check_adapter(facts.info, folder, self.foundation)
         files.write(folder / manifest.ADAPTER_INFO, manifest.dump(facts.info))
         return AdapterRecord(
             foundation=facts.info.foundation,
@@ -168,17 +188,18 @@ class Bundle:
             special_tokens=facts.special_tokens,
         )
 
-    def _drafts(self, draft: Path, names: Iterable[str]) -> Bundle:
+    def _drafts(self, draft: Path, records: Mapping[str, AdapterRecord]) -> Bundle:
+        """The bundle with only these adapters, from the draft folder."""
         entries = {
-            name: AdapterEntry(name=name, folder=draft / name, foundation=self.foundation_sha256)
-            for name in names
+            name: AdapterEntry.of(name, draft / name, self.foundation_sha256, record)
+            for name, record in records.items()
         }
-        return Bundle(self.path, self.manifest, entries)
+        return Bundle(self.path, dataclasses.replace(self.manifest, adapters=dict(records)), entries)
 
     def _publish_drafts(self, draft: Path, records: Mapping[str, AdapterRecord]) -> None:
         adapters = self.path / manifest.ADAPTERS
         with files.locked(self.path):
-            self._refresh()
+            self.refresh()
             if any(record.foundation != self.foundation_sha256 for record in records.values()):
                 raise self._replaced()
             for name in records:
@@ -192,19 +213,20 @@ class Bundle:
             _write_manifest(
                 self.path, dataclasses.replace(self.manifest, adapters={**self.manifest.adapters, **records})
             )
-            self._refresh()
+            self.refresh()
 
     def remove_adapter(self, name: str) -> None:
         """Remove an adapter. The function `remove_adapter` does the same without an open bundle."""
         remove_adapter(self.path, name)
-        self._refresh()
+        self.refresh()
 
     def _replaced(self) -> BundleError:
         return BundleError(
             "the bundle was replaced at the same time", where=self.path, hint="add the adapter again"
         )
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Read the bundle again, as it is on disk now. Raises the same errors as `open`."""
         self.manifest, self.adapters = _read(self.path, _manifest_bytes(self.path), check=False)
 
 
@@ -224,7 +246,7 @@ def check_free(out: Path, *, replace: bool) -> None:
 
 
 def create_bundle(out: Path, write: Callable[[Path], BundleFacts], *, replace: bool = False) -> Bundle:
-    """Create a bundle: `write` puts the foundation, the base program, the tokenizer and, if there is one, the
+    """Create a bundle: `write` puts the foundation, the tokenizer and, if there are some, the base program and the
     chat template into the folder that it gets. `out` appears when all of it is on disk, or not at all.
 
     replace: if `out` is a bundle, replace it. Its adapters are lost. Anything else at `out` stays.
@@ -300,9 +322,7 @@ def _read(path: Path, data: bytes, check: bool) -> tuple[Manifest, dict[str, Ada
     adapters = {}
     for name, record in sorted(document.adapters.items()):
         foundation = document.files[manifest.FOUNDATION].sha256
-        adapters[name] = AdapterEntry(
-            name=name, folder=path / manifest.ADAPTERS / name, foundation=foundation
-        )
+        adapters[name] = AdapterEntry.of(name, path / manifest.ADAPTERS / name, foundation, record)
         check_foundation(adapters[name], record.foundation, adapters[name].folder / manifest.ADAPTER_INFO)
         if check:
             _ = adapters[name].info

@@ -6,6 +6,7 @@ The text is canonical (sorted keys, two spaces, a final newline), so equal value
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -72,8 +73,11 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     return _expect(kind, value, where)
 
 
+_hints = functools.cache(get_type_hints)  # they are asked for with every constant of a foundation
+
+
 def _decode_fields(kind: Any, value: dict[str, Any], where: str) -> Any:
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     for name in hints:
         if name not in value:
             raise BundleError(f"the field {name!r} is missing", where=where, hint=DAMAGED)
@@ -88,4 +92,10 @@ def _expect(kind: type, value: Any, where: str) -> Any:
     fits = type(value) in (int, float) if kind is float else type(value) is kind
     if not fits:
         raise BundleError(f"expected {kind.__name__}, found {value!r:.80}", where=where, hint=DAMAGED)
-    return float(value) if kind is float else value
+    if kind is not float:
+        return value
+    try:
+        return float(value)
+    except OverflowError as error:
+        what = f"a whole number of {len(str(value))} digits is too large"
+        raise BundleError(what, where=where, hint=DAMAGED) from error

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from bedplate.bundle.manifest import ADAPTER_PROGRAM, ADAPTER_WEIGHTS, AdapterInfo
+from bedplate.bundle.fit import program_keys
 from bedplate.bundle.ptd import Ptd, read_ptd
-from bedplate.errors import AdapterError, BundleError, LoweringError
-
-if TYPE_CHECKING:
-    from bedplate.bundle.store import Bundle
+from bedplate.bundle.store import Bundle
+from bedplate.errors import BundleError
 
 BASE = "base"
-# A key in a program is a flatbuffer string: its length, 64 hex characters, and a zero byte.
-_KEY = re.compile(rb"\x40\x00\x00\x00([0-9a-f]{64})\x00")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantUse:
-    """A constant of a bundle. owner: "foundation", or the adapter that holds it.  users: programs that name it."""
+    """A constant of a bundle. owner: "foundation", or the adapter that holds it.  users: the existing programs that
+    name it.
+    """
 
     name: str
     dtype: str
@@ -52,38 +47,6 @@ class Sharing:
     programs: tuple[ProgramUse, ...]
 
 
-def program_keys(program: Path) -> frozenset[str]:
-    """The keys that a `.pte` names."""
-    return frozenset(match.decode() for match in _KEY.findall(program.read_bytes()))
-
-
-def check_adapter(info: AdapterInfo, folder: Path, foundation: Path) -> None:
-    """Whether the files of an adapter and the foundation fit each other, as `info` says: before it is published.
-
-    AdapterError: they share a key.  LoweringError: its program names a constant that no file holds, or its file holds
-    one that the program does not name.
-    """
-    held, own = read_ptd(foundation).entries.keys(), read_ptd(folder / ADAPTER_WEIGHTS).entries.keys()
-    assert own == {constant.key for constant in info.constants}, (
-        "adapter.json must list what weights.ptd holds"
-    )
-    if shared := own & held:
-        names = sorted(constant.name for constant in info.constants if constant.key in shared)
-        raise AdapterError(
-            f"{len(shared)} of its constants are in the foundation already, {names[0]} among them",
-            where=f"adapter {info.name}",
-            hint="leave out what the foundation holds: ExecuTorch refuses two files that share a key",
-        )
-    named = program_keys(folder / ADAPTER_PROGRAM)
-    if wrong := sorted((named - own - held) | (own - named)):
-        raise LoweringError(
-            f"its program and its constants do not fit each other: {len(wrong)} keys are only in one of them, "
-            f"{wrong[0]} among them",
-            where=f"adapter {info.name}",
-            hint="compiled units are damaged: bedplate cache clear, then add it again",
-        )
-
-
 def constants(bundle: Bundle) -> tuple[ConstantUse, ...]:
     """Every constant by name: the foundation's, then each adapter's own."""
     named = _keys_by_program(bundle)
@@ -108,6 +71,8 @@ def constants(bundle: Bundle) -> tuple[ConstantUse, ...]:
 
 def sharing(bundle: Bundle) -> Sharing:
     """Prove that each program finds every key it names in exactly one of its data files, and count the bytes.
+
+    For what was made without programs, there is nothing to prove.
 
     BundleError: a key is in none or in both of them, or an adapter holds constants that its program does not
     name (it would have no effect). Constants are reported by name.
@@ -142,7 +107,7 @@ def sharing(bundle: Bundle) -> Sharing:
 
 def _keys_by_program(bundle: Bundle) -> dict[str, frozenset[str]]:
     programs = {BASE: bundle.base_program} | {name: entry.program for name, entry in bundle.adapters.items()}
-    return {name: program_keys(program) for name, program in programs.items()}
+    return {name: program_keys(program) for name, program in programs.items() if program is not None}
 
 
 def _problems(name: str, keys: frozenset[str], foundation: Ptd, own: Ptd | None) -> list[tuple[str, str]]:

@@ -18,6 +18,10 @@ BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of th
 CacheFolder = Annotated[
     Path | None, typer.Option(help="Folder of compiled units. Without this option: the user's cache folder.")
 ]
+KvPrecision = Annotated[
+    Literal["float16", "float32"],
+    typer.Option(help="How to keep keys and values: float32 takes twice the memory."),
+]
 Scheme = Literal["8da4w", "8da8w", "none"]
 
 
@@ -88,16 +92,24 @@ def build(
     max_context: Annotated[
         int | None,
         typer.Option(
-            help="How many positions a session can hold. Without this option: 2,048, or what the model has, if "
-            "that is less."
+            help="How many positions a program can hold. Without this option: 2,048, or what the model has, if "
+            "that is less. It does not limit run and chat."
         ),
     ] = None,
+    no_programs: Annotated[
+        bool,
+        typer.Option(
+            "--no-programs",
+            help="Leave out the programs for ExecuTorch. Nothing is compiled. The bundle runs here, but export does "
+            "not work.",
+        ),
+    ] = False,
     unit_cache: CacheFolder = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing bundle. Its adapters are lost.")
     ] = False,
 ) -> None:
-    """Build a bundle from a model. This quantizes and packs the weights and compiles the program."""
+    """Build a bundle from a model. This quantizes and packs the weights and compiles the program for ExecuTorch."""
     start = time.perf_counter()
     with progress_bars() as bars:
         bundle = api.build(
@@ -114,6 +126,7 @@ def build(
             target_kl=target_kl,
             calibration=calibration,
             max_context=max_context,
+            programs=not no_programs,
             unit_cache=unit_cache,
             reporter=bars,
             force=force,
@@ -157,6 +170,14 @@ def add(
     allow_noop: Annotated[
         bool, typer.Option("--allow-noop", help="Add an adapter even if it changes nothing.")
     ] = False,
+    no_programs: Annotated[
+        bool,
+        typer.Option(
+            "--no-programs",
+            help="Leave out the programs for ExecuTorch. Nothing is compiled. If the base has no program, the "
+            "adapters get none in any case.",
+        ),
+    ] = False,
     unit_cache: CacheFolder = None,
 ) -> None:
     """Add LoRA adapters to a bundle. If one of several does not fit, none is added."""
@@ -168,13 +189,13 @@ def add(
             quantize=quantize,
             exact_rank=exact_rank,
             allow_noop=allow_noop,
+            programs=not no_programs,
             unit_cache=unit_cache,
             reporter=bars,
         )
     for entry in entries:
-        files = entry.program.stat().st_size + entry.weights.stat().st_size
         filled = f", filled up to {entry.info.unit_rank}" if entry.info.unit_rank != entry.info.rank else ""
-        stderr.print(f"added {entry.name}: rank {entry.info.rank}{filled}, {size(files)}")
+        stderr.print(f"added {entry.name}: rank {entry.info.rank}{filled}, {size(entry.nbytes)}")
     count = "1 adapter" if len(entries) == 1 else f"{len(entries)} adapters"
     stderr.print(f"{count} in {time.perf_counter() - start:.1f} s")
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bedplate.bundle.store import Bundle
-from bedplate.cli.making import BundlePath
+from bedplate.cli.making import BundlePath, KvPrecision
 from bedplate.cli.output import print_error, print_json, show_prefill, stderr
 from bedplate.cli.reading import check_texts, decode, standard_input
 from bedplate.errors import BedplateError
@@ -25,11 +24,10 @@ Adapter = Annotated[
 Threads = Annotated[
     int | None, typer.Option(help="How many threads to use. Without this option: one for each physical core.")
 ]
-PackedCache = Annotated[
-    Path | None,
+MaxContext = Annotated[
+    int | None,
     typer.Option(
-        metavar="FOLDER",
-        help="Folder for the packed weights of the foundation. The next process that uses it starts sooner.",
+        help="How many positions a session can hold. Without this option: as many as the model has."
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(help="End after this many tokens.")]
@@ -70,7 +68,8 @@ def run(
     ] = False,
     allow_special: AllowSpecial = False,
     threads: Threads = None,
-    packed_cache: PackedCache = None,
+    kv: KvPrecision = "float16",
+    max_context: MaxContext = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print text and statistics as JSON.")] = False,
 ) -> None:
     """Answer one prompt. The text goes to stdout while it is made. Statistics go to stderr."""
@@ -78,7 +77,7 @@ def run(
 
     check_texts({"--prompt": prompt, "--system": system, "--stop": stop})
     text = decode(standard_input().read()) if prompt == "-" else prompt
-    with Engine(Bundle.open(bundle), threads=threads, packed_cache=packed_cache) as engine:
+    with Engine(Bundle.open(bundle), threads=threads, kv=kv, max_context=max_context) as engine:
         session = engine.session(adapter)
         pieces = session.generate(
             text if raw else _messages(system, text),
@@ -111,7 +110,8 @@ def chat(
     system: System = None,
     allow_special: AllowSpecial = False,
     threads: Threads = None,
-    packed_cache: PackedCache = None,
+    kv: KvPrecision = "float16",
+    max_context: MaxContext = None,
 ) -> None:
     """Talk with the model. /use NAME switches to an adapter. /use without a name switches back to the base. /reset
     forgets the conversation. /quit ends the program.
@@ -127,7 +127,7 @@ def chat(
         "top_k": top_k,
         "seed": seed,
     }
-    with Engine(Bundle.open(bundle), threads=threads, packed_cache=packed_cache) as engine:
+    with Engine(Bundle.open(bundle), threads=threads, kv=kv, max_context=max_context) as engine:
         session = engine.session(adapter)
         history = _messages(system, None)
         while data := _ask(session.adapter):

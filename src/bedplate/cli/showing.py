@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bedplate.bundle import proof, usage
+from bedplate.bundle import usage
 from bedplate.bundle.store import Bundle
-from bedplate.cli.making import BundlePath
+from bedplate.cli.making import BundlePath, KvPrecision
 from bedplate.cli.output import print_json, print_table, progress_bars, size, stdout
 
+if TYPE_CHECKING:
+    from bedplate.assemble.verify import Verdict
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Threads = Annotated[
+    int | None, typer.Option(help="How many threads to use. Without this option: one for each physical core.")
+]
 
 
 def list_adapters(bundle: BundlePath, as_json: Json = False) -> None:
     """List the adapters of a bundle."""
     entries = Bundle.open(bundle, check=False).adapters.values()
-    sizes = {entry.name: entry.program.stat().st_size + entry.weights.stat().st_size for entry in entries}
+    sizes = {entry.name: entry.nbytes for entry in entries}
     if as_json:
         print_json(
             [
@@ -48,7 +54,7 @@ def list_adapters(bundle: BundlePath, as_json: Json = False) -> None:
 
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """List every constant of a bundle: name, dtype, shape, bytes, key, file, and the programs that use it."""
-    constants = Bundle.open(bundle).constants()
+    constants = usage.constants(Bundle.open(bundle))
     if as_json:
         print_json(constants)
         return
@@ -70,31 +76,31 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
 
 def verify(
     bundle: BundlePath,
+    programs: Annotated[
+        bool,
+        typer.Option(
+            "--programs",
+            help="Also run every program in ExecuTorch's own runtime, on the same text. This needs the extra 'build'.",
+        ),
+    ] = False,
     as_json: Json = False,
-    threads: Annotated[
-        int | None,
-        typer.Option(help="How many threads to use. Without this option: one for each physical core."),
-    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Prove that a bundle is whole and shared. This hashes every file, computes every key again from its bytes, finds
     every key that a program names, and compares each adapter with the base.
 
     The exit code is 2 if something is damaged or missing, and 1 if an adapter changes nothing.
     """
-    from bedplate.runtime.effect import measure_effects
-    from bedplate.runtime.engine import Engine
+    from bedplate.assemble.verify import verify_bundle
 
     opened = Bundle.open(bundle)  # hashes every file
-    proof.check_keys(opened)
-    sharing = usage.sharing(opened)
-    with Engine(opened, threads=threads) as engine:
-        engine.load()
-        effects = measure_effects(engine)
-    idle = [effect.name for effect in effects if not effect.took_effect]
+    verdict = verify_bundle(opened, programs=programs, threads=threads)
+    idle = verdict.without_effect
     if as_json:
-        print_json({"ok": not idle, "sharing": sharing, "effects": effects, "without_effect": idle})
+        fields = {name: value for name, value in vars(verdict).items() if value is not None}
+        print_json({"ok": not idle, **fields, "without_effect": idle})
     else:
-        _show_verdict(opened, sharing, {effect.name: effect for effect in effects}, idle)
+        _show_verdict(opened, verdict, idle)
     if idle:
         raise typer.Exit(1)
 
@@ -112,10 +118,15 @@ def evaluate(
             help="Adapter to measure. You can give it more than once. Without this option: all.",
         ),
     ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(help="How many threads to use. Without this option: one for each physical core."),
-    ] = None,
+    programs: Annotated[
+        bool,
+        typer.Option(
+            "--programs",
+            help="Measure the programs in ExecuTorch's own runtime instead. This needs the extra 'build'.",
+        ),
+    ] = False,
+    kv: KvPrecision = "float16",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Measure what quantization costs. This compares base and adapters with the float model on a text."""
@@ -123,7 +134,14 @@ def evaluate(
 
     with progress_bars() as bars:
         found = api.evaluate(
-            Bundle.open(bundle), model, text, adapters=adapter, threads=threads, reporter=bars
+            Bundle.open(bundle),
+            model,
+            text,
+            adapters=adapter,
+            programs=programs,
+            kv=kv,
+            threads=threads,
+            reporter=bars,
         )
     if as_json:
         print_json(found)
@@ -144,23 +162,91 @@ def evaluate(
     print_table(f"{bundle} against {model}, {found[0].positions:,} positions of {text}", columns, rows)
 
 
-def _show_verdict(
-    opened: Bundle, sharing: usage.Sharing, effects: dict[str, object], idle: list[str]
+def bench(
+    bundle: BundlePath,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Adapter to measure. Without this option: the base.")
+    ] = None,
+    prompt: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="Length of a prompt. You can give this option more than once."),
+    ] = None,
+    answer: Annotated[
+        int, typer.Option(metavar="N", help="How many tokens to generate in each session.")
+    ] = 64,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="How many sessions step together. You can give it more than once."),
+    ] = None,
+    position: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="Position where answers begin. You can give it more than once."),
+    ] = None,
+    runs: Annotated[int, typer.Option(help="How many times to run each test. The best run counts.")] = 3,
+    threads: Threads = None,
+    as_json: Json = False,
 ) -> None:
-    from bedplate.runtime.effect import Effect
+    """Measure how fast a bundle runs: tokens per second of prompts and answers, by batch and by position."""
+    from bedplate.runtime.bench import measure_speed
+    from bedplate.runtime.engine import Engine
 
+    with Engine(Bundle.open(bundle), threads=threads) as engine:
+        speeds = list(
+            measure_speed(
+                engine,
+                adapter=adapter,
+                prompts=prompt or [16, 256],
+                answers=answer,
+                batches=batch or [1, 4, 8],
+                positions=position or [0, 512],
+                runs=runs,
+            )
+        )
+    if as_json:
+        print_json(speeds)
+        return
+    rows = [
+        [one.test, str(one.sessions), str(one.position), str(one.tokens), f"{one.tokens_per_second:.1f}"]
+        for one in speeds
+    ]
+    columns = ["test", ">sessions", ">position", ">tokens", ">tokens/s"]
+    print_table(f"{bundle}, {adapter or 'base'}", columns, rows)
+
+
+def _show_verdict(opened: Bundle, verdict: Verdict, idle: list[str]) -> None:
+    sharing = verdict.sharing
+    programs = {use.name: use for use in sharing.programs}
+    effects = {effect.name: effect for effect in verdict.effects}
     rows = []
-    for use in sharing.programs:
-        effect = effects.get(use.name)
-        changed = ["", ""]
-        if isinstance(effect, Effect):
-            changed = [f"{effect.mean_kl:.4f}", f"{effect.top1_changed:.0%}"]
-        rows.append([use.name, str(use.keys), size(use.from_foundation), size(use.own), *changed])
-    columns = ["program", ">keys", ">from foundation", ">own", ">mean KL to base", ">top-1 changed"]
+    for name in (usage.BASE, *opened.adapters):
+        use, effect = programs.get(name), effects.get(name)
+        row = [name, size(verdict.own.get(name, 0))]
+        row += ["–", "–"] if use is None else [str(use.keys), size(use.from_foundation)]
+        row += ["", ""] if effect is None else [f"{effect.mean_kl:.4f}", f"{effect.top1_changed:.0%}"]
+        rows.append(row)
+    columns = [
+        "name",
+        ">own",
+        ">keys of its program",
+        ">from foundation",
+        ">mean KL to base",
+        ">top-1 changed",
+    ]
     print_table(f"{opened.path}: every file as it was written, every key proven and resolved", columns, rows)
-    stdout.print(
-        f"foundation {size(sharing.foundation)}, of which {size(sharing.shared)} serve two programs or more"
-    )
+    shared = f", of which {size(sharing.shared)} serve two programs or more" if programs else ", no programs"
+    stdout.print(f"foundation {size(sharing.foundation)}{shared}")
+    if verdict.programs is not None:
+        rows = [
+            [one.name, f"{one.from_ours.mean_kl:.4f}", f"{one.from_ours.top1_changed:.0%}"]
+            + (
+                ["", ""]
+                if one.effect is None
+                else [f"{one.effect.mean_kl:.4f}", f"{one.effect.top1_changed:.0%}"]
+            )
+            for one in verdict.programs
+        ]
+        columns = ["program", ">mean KL to bedplate", ">top-1 other", ">mean KL to base", ">top-1 changed"]
+        print_table("programs in ExecuTorch's own runtime", columns, rows)
     if idle:
         stdout.print(f"NOT OK: without effect: {', '.join(idle)}")
     else:

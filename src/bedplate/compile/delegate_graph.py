@@ -11,16 +11,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from executorch.backends.xnnpack import xnnpack_preprocess
-from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
-    XNNConvert,
-    XNNFullyConnected,
-    XNNGraph,
-)
-
 from bedplate.compile.graph_editor import tensor_of
 from bedplate.compile.join_heads import join_heads
 from bedplate.compile.join_linears import join_linears
+from bedplate.executorch_1_5 import XNNConvert, XNNFullyConnected, XNNGraph, delegate_graphs
 
 
 @contextmanager
@@ -29,20 +23,15 @@ def lean_delegates(symbol_of: Mapping[str, str]) -> Iterator[set[str]]:
 
     symbol_of: see `join_linears`.
     """
-    serialize = xnnpack_preprocess.serialize_xnnpack_binary
     joined: set[str] = set()
 
-    def serialize_lean(graph: XNNGraph, constant_data: bytearray) -> bytes:
+    def make_lean(graph: XNNGraph) -> None:
         share_conversions(graph)
         joined.update(join_linears(graph, symbol_of))
         join_heads(graph)
-        return serialize(graph, constant_data)  # type: ignore[no-any-return]
 
-    xnnpack_preprocess.serialize_xnnpack_binary = serialize_lean
-    try:
+    with delegate_graphs(make_lean):
         yield joined
-    finally:
-        xnnpack_preprocess.serialize_xnnpack_binary = serialize
 
 
 def share_conversions(graph: XNNGraph) -> None:

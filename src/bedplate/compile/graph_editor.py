@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import XNNGraph, XNNStaticSlice, XNode
-from executorch.backends.xnnpack.utils.xnnpack_constants import XNN_INVALID_VALUE_ID
+from bedplate.executorch_1_5 import XNN_INVALID_VALUE_ID, XNNGraph, XNNStaticSlice, XNode
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,9 @@ import copy
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
 
-from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
+from bedplate.compile.graph_editor import GraphEditor, Slice, inputs, slice_node, tensor_of
+from bedplate.executorch_1_5 import (
+    XNN_INVALID_VALUE_ID,
     XNNAdd,
     XNNFullyConnected,
     XNNGraph,
@@ -27,9 +29,6 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
     XNNStaticSlice,
     XNode,
 )
-from executorch.backends.xnnpack.utils.xnnpack_constants import XNN_INVALID_VALUE_ID
-
-from bedplate.compile.graph_editor import GraphEditor, Slice, inputs, slice_node, tensor_of
 
 _DIMS, _HEADS = 4, 2  # [1, S, heads, head_dim]
 _ALIKE = (

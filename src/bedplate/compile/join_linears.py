@@ -17,7 +17,11 @@ import copy
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
+from bedplate.compile.graph_editor import GraphEditor, Slice, quant_params, slice_node, tensor_of
+from bedplate.compile.units import placeholder
+from bedplate.executorch_1_5 import (
+    UINT64_MAX,
+    XNN_INVALID_VALUE_ID,
     ConstantDataOffset,
     PerChannelGroupQuant,
     XNNAdd,
@@ -25,11 +29,7 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
     XNNGraph,
     XNode,
 )
-from executorch.backends.xnnpack.utils.xnnpack_constants import UINT64_MAX, XNN_INVALID_VALUE_ID
-
-from bedplate.compile.graph_editor import GraphEditor, Slice, quant_params, slice_node, tensor_of
-from bedplate.compile.units import placeholder
-from bedplate.quantize.joined import DIAGONAL, ROWS, Way, joined_name, kin
+from bedplate.names import DIAGONAL, ROWS, Way, joined_name, kin
 
 
 def join_linears(graph: XNNGraph, symbol_of: Mapping[str, str]) -> set[str]:

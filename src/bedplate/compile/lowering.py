@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary, serialize_pte_binary
-
 from bedplate.compile.cache import Entry, UnitCache
 from bedplate.compile.stand_in import stand_in_decoder, structure_schemes
-from bedplate.compile.symbols import executorch_keys, fixed_constants, symbolize
+from bedplate.compile.symbols import executorch_keys, symbolize
 from bedplate.compile.units import LayersDifferError, Lowered, Structure, versions
 from bedplate.compile.xnnpack import lower
+from bedplate.executorch_1_5 import PTEFile, deserialize_pte_binary, serialize_pte_binary
+from bedplate.quantize.foundation import fixed_constants
 from bedplate.quantize.plan import layer_difference
 
 # A prologue, a body and an epilogue: all that the linker needs of a model whose layers are alike.
@@ -37,7 +37,7 @@ def lowered_units(structure: Structure, cache: UnitCache) -> Lowered:
 def compile_structure(structure: Structure, *, depth: int) -> Lowered:
     """Lower the structure at the given depth: about 10 s, and some seconds for each layer. Raises LoweringError."""
     decoder, constants = stand_in_decoder(structure, depth=depth)
-    fixed = fixed_constants(decoder)
+    fixed = fixed_constants(structure.spec, structure.max_context)
     symbol_of = executorch_keys({**constants, **fixed})
     raw = lower(decoder, max_chunk=structure.max_chunk, symbol_of=symbol_of)
     return symbolize(raw, constants, fixed)

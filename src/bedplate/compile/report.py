@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from executorch.exir.delegate import executorch_call_delegate
 
 from bedplate.errors import LoweringError
+from bedplate.executorch_1_5 import executorch_call_delegate
 
 # Operators that may stand between delegates (see docs/architecture.md).
 _ALLOWED = (

@@ -14,13 +14,13 @@ from bedplate.compile.units import Structure
 from bedplate.constants import Constant
 from bedplate.model.decoder import Decoder
 from bedplate.model.load import set_parameter
-from bedplate.model.spec import ModelSpec
 from bedplate.quantize.foundation import pack_quantized
 from bedplate.quantize.modules import QuantizedEmbedding, QuantizedLinear
 from bedplate.quantize.packing import pack_float
 from bedplate.quantize.plan import plan
 from bedplate.quantize.recipe import Scheme
 from bedplate.quantize.weights import QuantizedWeight
+from bedplate.spec import ModelSpec
 
 _LAYER = re.compile(r"^layers\.\d+\.")
 

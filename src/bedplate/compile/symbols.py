@@ -16,21 +16,7 @@ from bedplate.compile.units import Lowered, placeholder
 from bedplate.compile.xnnpack import RawProgram
 from bedplate.constants import KEY_LENGTH, Constant
 from bedplate.errors import LoweringError
-from bedplate.model.decoder import Decoder
-from bedplate.quantize.packing import pack_float
-
-# ExecuTorch's keys inside a delegate's flatbuffer: a length-prefixed, NUL-terminated string.
-_KEY = re.compile(rb"\x40\0\0\0([0-9a-f]{64})\0|\x46\0\0\0scale_([0-9a-f]{64})\0")
-
-
-def fixed_constants(decoder: Decoder) -> dict[str, Constant]:
-    """The constants that every decoder of a structure shares whatever its weights, by symbol."""
-    rope, norm = decoder.rope, decoder.norm
-    tables = [("rope.cos", rope.cos, True), ("rope.sin", rope.sin, True)]
-    rows = [("rms_norm.mean_row", norm.mean_row, False), ("rms_norm.eps", norm.eps, False)]
-    rows.append(("rope.rotation", rope.rotation, False))
-    packed = [pack_float(name, value.numpy(), is_tensor=tensor)[0] for name, value, tensor in tables + rows]
-    return {constant.name: constant for constant in packed}
+from bedplate.names import KEY_IN_PROGRAM
 
 
 def symbolize(raw: RawProgram, constants: Mapping[str, Constant], fixed: Mapping[str, Constant]) -> Lowered:
@@ -66,7 +52,7 @@ def executorch_keys(constants: Mapping[str, Constant]) -> dict[str, str]:
 
 def _rename_payload(payload: bytes, symbol_of: Mapping[str, str], used: dict[str, None]) -> bytes:
     def rename(match: re.Match[bytes]) -> bytes:
-        symbol = symbol_of.get((match[1] or match[2]).decode())
+        symbol = symbol_of.get(match[1].decode())
         if symbol is None:
             return match[0]
         used[symbol] = None
@@ -75,7 +61,7 @@ def _rename_payload(payload: bytes, symbol_of: Mapping[str, str], used: dict[str
         key = KEY_LENGTH.to_bytes(4, "little") + placeholder(symbol).encode()
         return key.ljust(len(match[0]), b"\0")
 
-    return _KEY.sub(rename, payload)
+    return KEY_IN_PROGRAM.sub(rename, payload)
 
 
 def _rename_tensors(plan: Any, known: Mapping[str, Constant], used: dict[str, None]) -> Any:

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from typing import Any
 
 from bedplate.constants import KEY_LENGTH, Constant
-from bedplate.model.spec import ModelSpec
 from bedplate.quantize.recipe import Recipe
+from bedplate.spec import ModelSpec
 
 # Rises when units of an older bedplate no longer fit the linker.
 UNIT_FORMAT = 6

@@ -1,8 +1,4 @@
-"""torch.export and lowering: the one place with partition policy.
-
-One XnnpackPartitioner with all its configs puts dynamically quantized linears and fp32 operators in the same
-delegate; the decoder is written so that nothing else is needed.
-"""
+"""torch.export and lowering to XNNPACK."""
 
 from __future__ import annotations
 
@@ -14,19 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
-from executorch.backends.xnnpack.partition.config.gemm_configs import LinearConfig
-from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.backends.xnnpack.utils.quant_utils import is_dequant
-from executorch.backends.xnnpack.utils.utils import get_input_node
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-from executorch.exir.backend.compile_spec_schema import CompileSpec
-from executorch.exir.backend.partitioner import DelegationSpec
+from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from torch.export import Dim, ExportedProgram
 
 from bedplate.compile.delegate_graph import lean_delegates
 from bedplate.compile.report import check_lowering
+from bedplate.executorch_1_5 import EDGE_CONFIG, emitted, partitioner
 from bedplate.model.decoder import Decoder, register_operators
 
 
@@ -54,45 +43,15 @@ def lower(decoder: Decoder, *, max_chunk: int, symbol_of: Mapping[str, str]) -> 
         edge = to_edge_transform_and_lower(
             exported,
             partitioner=[partitioner()],
-            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            compile_config=EDGE_CONFIG,
         )
         check_lowering(edge.exported_program().graph_module, n_layers=len(decoder.layers))
         # external_constants: weights outside of delegates get names instead of places in the file.
-        executorch = edge.to_executorch(
+        lowered = edge.to_executorch(
             ExecutorchBackendConfig(external_constants=True, emit_mutable_buffer_names=True)
         )
-    named = executorch._named_data
-    data = {key: named.buffers[entry.buffer_index] for key, entry in named.pte_data.items()}
-    program = executorch._emitter_output.program
+    program, data = emitted(lowered)
     return RawProgram(program=program, delegate_data=data, joined=frozenset(joined))
-
-
-class AnyLinearConfig(LinearConfig):  # type: ignore[misc]
-    """ExecuTorch's linears, and one more that XNNPACK computes: float32 inputs, weights of 8 bits."""
-
-    def _detect_precision(self, node: torch.fx.Node) -> ConfigPrecisionType:
-        if not is_dequant(get_input_node(node, self.act_idx)):
-            return ConfigPrecisionType.FP32
-        return super()._detect_precision(node)
-
-    def _get_weight_deps(
-        self, node: torch.fx.Node, ep: ExportedProgram, precision: ConfigPrecisionType
-    ) -> tuple[bool, list[torch.fx.Node]]:
-        weight = get_input_node(node, self.weight_idx)
-        if precision == ConfigPrecisionType.FP32 and is_dequant(weight):
-            return True, [weight, *weight.all_input_nodes]
-        return super()._get_weight_deps(node, ep, precision)  # type: ignore[no-any-return]
-
-
-def partitioner() -> XnnpackPartitioner:
-    """The partitioner of all programs: all of XNNPACK's configs, one preprocessing pass."""
-    chosen = XnnpackPartitioner(
-        [AnyLinearConfig if config is LinearConfig else config for config in ALL_PARTITIONER_CONFIGS]
-    )
-    # XNNPACK's preprocessing runs 17 passes over each delegate, of which our graphs need one: the spec asks for
-    # that one alone. The delegates are the same to the byte, in half the time.
-    chosen.delegation_spec = DelegationSpec("XnnpackBackend", [CompileSpec("dqlinear_partitioner", b"")])
-    return chosen
 
 
 def _export(decoder: Decoder, max_chunk: int) -> ExportedProgram:

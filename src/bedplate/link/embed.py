@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
-from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary, serialize_pte_binary
-from executorch.exir._serialize.data_serializer import DataEntry
-from executorch.exir.schema import Buffer, TensorDataLocation
-
 from bedplate.constants import Constant
+from bedplate.executorch_1_5 import (
+    Buffer,
+    DataEntry,
+    NamedDataStoreOutput,
+    PTEFile,
+    TensorDataLocation,
+    deserialize_pte_binary,
+    serialize_pte_binary,
+)
 
 _ALIGNMENT = 16  # what XNNPACK's serializer asks for its constants
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from bedplate.constants import KEY_LENGTH, Constant
+from bedplate.names import KEY_IN_PROGRAM, way_of
 
 # What a program's constant methods return, by name.
 Metadata = Mapping[str, int | bool | Sequence[int]]
-
-_HOLE = re.compile(rb"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,18 +24,18 @@ class Template:
     holes: Mapping[str, tuple[int, ...]]
     fixed: Mapping[str, Constant]
 
-    def fixed_constants(self) -> list[Constant]:
-        """The fixed constants, by name: a template from the cache holds them in another order than one just made."""
-        return [self.fixed[symbol] for symbol in sorted(self.fixed)]
+    def joined(self) -> frozenset[str]:
+        """Symbols of what is joined of several constants."""
+        return frozenset(symbol for symbol in self.holes if way_of(symbol) is not None)
 
     @classmethod
     def find_holes(cls, data: bytes, symbol_of: Mapping[str, str], *, fixed: Mapping[str, Constant]) -> Self:
         """Find every placeholder of `symbol_of` (placeholder → symbol) in `data`."""
         holes: dict[str, list[int]] = {symbol: [] for symbol in symbol_of.values()}
-        for match in _HOLE.finditer(data):
-            symbol = symbol_of.get(match[0].decode())
+        for match in KEY_IN_PROGRAM.finditer(data):
+            symbol = symbol_of.get(match[1].decode())
             if symbol is not None:
-                holes[symbol].append(match.start())
+                holes[symbol].append(match.start(1))
         missing = sorted(symbol for symbol, offsets in holes.items() if not offsets)
         assert not missing, f"symbols that the program does not name: {missing[:3]}"
         return cls(data=data, holes={symbol: tuple(at) for symbol, at in holes.items()}, fixed=fixed)

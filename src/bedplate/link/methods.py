@@ -12,8 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from executorch.exir.schema import Bool, Chain, ContainerMetadata, EValue, ExecutionPlan, Int, Null
-
+from bedplate.executorch_1_5 import Bool, Chain, ContainerMetadata, EValue, ExecutionPlan, Int, Null
 from bedplate.link.linker import Metadata
 from bedplate.link.memory import plan_memory
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bedplate.compile.units import LayersDifferError, Lowered, placeholder
+from bedplate.names import KEY_IN_PROGRAM
 
 _ATTENTION = ("llama::update_cache", "llama::update_cache", "llama::custom_sdpa")
 _LAYER = re.compile(r"^layers\.(\d+)\.")
-_KEY = re.compile(rb"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +148,12 @@ def _clone(
 
 def _shift_payload(payload: bytes, names: Mapping[str, str], shift: int) -> bytes:
     def shifted(match: re.Match[bytes]) -> bytes:
-        symbol = names.get(match[0].decode())
+        symbol = names.get(match[1].decode())
         if symbol is None or _LAYER.match(symbol) is None:
             return match[0]
-        return placeholder(_shift_name(symbol, shift)).encode()
+        return match[0].replace(match[1], placeholder(_shift_name(symbol, shift)).encode())
 
-    return _KEY.sub(shifted, payload)
+    return KEY_IN_PROGRAM.sub(shifted, payload)
 
 
 def _shift_name(name: str, shift: int) -> str:

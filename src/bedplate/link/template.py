@@ -61,8 +61,7 @@ def lowered_program(structure: Structure, cache: UnitCache, notice: Callable[[st
 
 def template_of(lowered: Lowered, metadata: Metadata) -> Template:
     """Serialize the methods of a lowered program of full depth, and find where each symbol's key goes."""
-    from executorch.exir._serialize._program import PTEFile, serialize_pte_binary
-
+    from bedplate.executorch_1_5 import PTEFile, serialize_pte_binary
     from bedplate.link.methods import forward_method, logits_method, metadata_methods
 
     program = copy.copy(lowered.program)

@@ -7,7 +7,7 @@ as a whole.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,7 @@ from bedplate.model.config import check_exists
 from bedplate.model.decoder import Decoder
 from bedplate.model.gguf_file import GgufFile
 from bedplate.model.safetensors_folder import SafetensorsFolder
-from bedplate.model.spec import ModelSpec
+from bedplate.spec import ModelSpec
 
 
 class Checkpoint(Protocol):
@@ -61,10 +61,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def expected_model(spec: ModelSpec) -> Decoder:
-    """The decoder of this spec, of names and shapes alone."""
+def expected_model(spec: ModelSpec, corrections: Mapping[str, int] | None = None) -> Decoder:
+    """The decoder of this spec, of names and shapes alone. corrections: see Decoder."""
     with torch.device("meta"):
-        return Decoder(spec, max_context=1)
+        return Decoder(spec, max_context=1, corrections=corrections)
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

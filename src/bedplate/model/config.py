@@ -11,7 +11,7 @@ from bedplate.errors import CheckpointError, NotFoundError, UnsupportedError
 from bedplate.model.families import llama
 from bedplate.model.fields import Fields, shown
 from bedplate.model.json_file import read_object
-from bedplate.model.spec import ModelSpec
+from bedplate.spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)

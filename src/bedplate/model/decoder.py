@@ -7,7 +7,6 @@ C max_context.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from importlib import import_module
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bedplate.model.lora import LoRALinear
-from bedplate.model.spec import ModelSpec, RopeSpec
+from bedplate.spec import ModelSpec, RopeSpec, rope_frequencies
 
 # The linears of a layer that an adapter can target, by their Hugging Face names.
 LAYER_LINEARS = (
@@ -80,20 +79,8 @@ class Rope(nn.Module):
 
 
 def rope_table(spec: RopeSpec, head_dim: int, max_context: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [1, C, 1, N], as transformers computes them (RoFormer; Llama 3.1's scaling)."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    inv_freq = 1.0 / (spec.theta**exponent)
-    if (scaling := spec.scaling) is not None:
-        wavelength = 2 * math.pi / inv_freq
-        low = scaling.original_max_position_embeddings / scaling.low_freq_factor
-        high = scaling.original_max_position_embeddings / scaling.high_freq_factor
-        smooth = (scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
-        blended = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
-        inv_freq = torch.where(
-            wavelength > low, inv_freq / scaling.factor, torch.where(wavelength < high, inv_freq, blended)
-        )
+    """cos and sin, float32 [1, C, 1, N], as transformers computes them."""
+    inv_freq = torch.tensor(rope_frequencies(spec, head_dim))
     angles = torch.arange(max_context).float()[:, None] * inv_freq[None, :]
     angles = torch.cat((angles, angles), dim=-1).view(1, max_context, 1, head_dim)
     return angles.cos(), angles.sin()

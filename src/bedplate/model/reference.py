@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bedplate.model.checkpoint import Checkpoint, checked_tensor
 from bedplate.model.decoder import rope_table
-from bedplate.model.spec import ModelSpec
+from bedplate.spec import ModelSpec
 
 # Called with the place of a correction (`self_attn.input_correction`) and the input of its linears, float32 [S, in].
 Note = Callable[[int, str, Tensor], None]

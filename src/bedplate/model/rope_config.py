@@ -6,7 +6,7 @@ from typing import Any
 
 from bedplate.errors import CheckpointError, UnsupportedError
 from bedplate.model.fields import Fields, shown
-from bedplate.model.spec import Llama3Scaling, RopeSpec
+from bedplate.spec import Llama3Scaling, RopeSpec
 
 _TYPES = ("default", "llama3")
 # What a section may hold; `type` is the older name of `rope_type`.

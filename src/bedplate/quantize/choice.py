@@ -17,13 +17,13 @@ from torch import Tensor
 from bedplate.errors import RecipeError
 from bedplate.model.checkpoint import Checkpoint
 from bedplate.model.reference import HiddenStates, head_weight, layer_weights, logits, sequences
-from bedplate.model.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes
 from bedplate.quantize.activations import eight_bit_rows
 from bedplate.quantize.calibration import SEQUENCE, Statistics
 from bedplate.quantize.correction import quantize_corrected
 from bedplate.quantize.plan import correction_scheme, head_scheme
 from bedplate.quantize.recipe import EIGHT_BIT, WEIGHT_ONLY, Goal, Recipe, Scheme
 from bedplate.quantize.weights import quantize_weight
+from bedplate.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes
 
 HEAD = "lm_head"
 _TOKENS = 2048  # of the text: a mean over so many positions tells linears apart, and more takes long

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from torch import nn
 
 from bedplate.model.decoder import Decoder
-from bedplate.model.spec import corrected_together
 from bedplate.quantize.calibration import Statistics
 from bedplate.quantize.correction import quantize_corrected
 from bedplate.quantize.modules import QuantizedEmbedding, QuantizedLinear
 from bedplate.quantize.plan import plan
 from bedplate.quantize.recipe import Recipe, Scheme
 from bedplate.quantize.weights import QuantizedWeight, quantize_weight
+from bedplate.spec import corrected_together
 
 
 def quantize_decoder(decoder: Decoder, recipe: Recipe, statistics: Statistics | None = None) -> Decoder:

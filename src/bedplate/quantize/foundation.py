@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from bedplate.constants import Constant
+from bedplate.model.decoder import RMSNorm, Rope
 from bedplate.quantize.correction import Corrected
 from bedplate.quantize.packing import pack_embedding, pack_float, pack_linear
 from bedplate.quantize.recipe import Scheme
 from bedplate.quantize.weights import QuantizedWeight, quantize_weight
+from bedplate.spec import ModelSpec
 
 
 def pack_tensor(names: Sequence[str], value: Tensor, schemes: Mapping[str, Scheme]) -> Iterator[Constant]:
@@ -31,6 +33,19 @@ def pack_tensor(names: Sequence[str], value: Tensor, schemes: Mapping[str, Schem
         if scheme not in quantized:
             quantized[scheme] = quantize_weight(value.detach(), scheme)
         yield from pack_quantized(name, quantized[scheme], is_embedding=is_embedding)
+
+
+def fixed_constants(spec: ModelSpec, max_context: int) -> dict[str, Constant]:
+    """The constants of programs that do not depend on weights, in the order of their names.
+
+    Every foundation holds them, so that it is the same with programs and without.
+    """
+    rope, norm = Rope(spec.rope, spec.head_dim, max_context), RMSNorm(spec.dim, spec.norm_eps)
+    tables = [("rope.cos", rope.cos, True), ("rope.sin", rope.sin, True)]
+    rows = [("rms_norm.mean_row", norm.mean_row, False), ("rms_norm.eps", norm.eps, False)]
+    rows.append(("rope.rotation", rope.rotation, False))
+    packed = [pack_float(name, value.numpy(), is_tensor=tensor)[0] for name, value, tensor in tables + rows]
+    return {constant.name: constant for constant in sorted(packed, key=lambda constant: constant.name)}
 
 
 def pack_corrected(place: str, corrected: Corrected) -> Iterator[Constant]:

@@ -8,41 +8,36 @@ wide results apart again costs a long prompt more than one product less gains.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bedplate.constants import Constant
-from bedplate.quantize.packing import CODES, SCALES
-
-Way = Literal["+", "&"]
-ROWS: Way = "+"
-DIAGONAL: Way = "&"
-
-_LINEAR = re.compile(r"(?<=\.)[qkv]_proj(?=\.)")
-_JOINED = re.compile(r"(?<=\.)[qkv]_proj(?:([+&])[qkv]_proj)+(?=\.)")
+from bedplate.names import CODES, DIAGONAL, ROWS, SCALES, joined_name, kin, parts_of, way_of
+from bedplate.quantize.recipe import Scheme
 
 
-def kin(name: str) -> str | None:
-    """What the names of constants that can be joined have in common; None: this one cannot be."""
-    return _LINEAR.sub("*", name) if len(_LINEAR.findall(name)) == 1 else None
+def joined_names(schemes: Mapping[str, Scheme], with_bias: Collection[str] = ()) -> frozenset[str]:
+    """The names of what is joined of linears, given by module path in the order of the model.
 
-
-def joined_name(names: Sequence[str], way: Way) -> str:
-    """The name of what is joined of constants that are kin: `a.q_proj.weight`, `a.k_proj.weight` …"""
-    linears = way.join(_LINEAR.findall(name)[0] for name in names)
-    return _LINEAR.sub(linears, names[0])
-
-
-def parts_of(name: str) -> tuple[str, ...]:
-    """The names of the constants that this one is joined of; its own name if it is not joined."""
-    match = _JOINED.search(name)
-    if match is None:
-        return (name,)
-    return tuple(name[: match.start()] + one + name[match.end() :] for one in match[0].split(match[1]))
+    with_bias: those that have one. Kin of one scheme are joined; `compile.join_linears` joins the same, and linking a
+    program shows it.
+    """
+    alike: dict[object, list[str]] = {}
+    for path, scheme in schemes.items():
+        if (family := kin(f"{path}.weight")) is not None:
+            alike.setdefault((family, scheme.bits, scheme.group_size, scheme.weight_only), []).append(path)
+    names: set[str] = set()
+    for paths in alike.values():
+        if len(paths) < 2:
+            continue
+        way = DIAGONAL if paths[0].endswith(".lora_b") else ROWS
+        parts = ("",) if schemes[paths[0]].bits is None else (CODES, SCALES)
+        names |= {joined_name([f"{path}.weight{part}" for path in paths], way) for part in parts}
+        if paths[0] in with_bias:
+            names.add(joined_name([f"{path}.bias" for path in paths], way))
+    return frozenset(names)
 
 
 def join(name: str, parts: Sequence[Constant]) -> Constant:
@@ -54,9 +49,7 @@ def join(name: str, parts: Sequence[Constant]) -> Constant:
     """
     rows = [part.data.reshape(part.shape[0], -1) for part in parts]
     columns = sum(part.shape[-1] for part in parts) if len(parts[0].shape) == 2 else 1
-    match = _JOINED.search(name)
-    assert match is not None, f"{name} is not joined"
-    on_diagonal = match[1] == DIAGONAL and len(parts[0].shape) == 2 and not name.endswith(SCALES)
+    on_diagonal = way_of(name) == DIAGONAL and len(parts[0].shape) == 2 and not name.endswith(SCALES)
     data = _diagonal(rows) if on_diagonal else np.concatenate(rows)
     first = parts[0]
     shape = (sum(part.shape[0] for part in parts), *((columns,) if on_diagonal else first.shape[1:]))

@@ -5,12 +5,12 @@ In eager mode they are the reference that a lowered program is compared with.
 
 from __future__ import annotations
 
-import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401  registers embedding_byte, _4bit
 import torch
 import torch.ao.quantization.fx._decomposed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bedplate.executorch_1_5  # noqa: F401  registers embedding_byte, embedding_4bit
 from bedplate.quantize.activations import eight_bit_rows
 from bedplate.quantize.packing import pack_nibbles
 from bedplate.quantize.weights import QuantizedWeight

@@ -9,9 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bedplate.constants import TENSOR, Constant
-
-# A constant is named by the module path and parameter it comes from, and by its part where there are several.
-CODES, SCALES = "#codes", "#scales"
+from bedplate.names import CODES, SCALES
 
 
 def pack_nibbles(codes: NDArray[np.int8], *, low_first: bool) -> NDArray[np.uint8]:

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from bedplate.errors import RecipeError
-from bedplate.model.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes
 from bedplate.quantize.options import METHOD, RECOVERY_RANK, AdapterScheme, Method
+from bedplate.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,13 @@ def flag(name: str, value: Any) -> bool:
     return instance(name, value, bool, "give True or False")
 
 
+def one_of(name: str, value: Any, allowed: tuple[_T, ...]) -> _T:
+    """One of some values."""
+    if value not in allowed:
+        _refuse(name, value, f"one of {', '.join(map(repr, allowed))}")
+    return allowed[allowed.index(value)]
+
+
 def function(name: str, value: Any, hint: str) -> None:
     """Something to call, or None."""
     if value is not None and not callable(value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from bedplate.runtime.engine import Engine
 
-# Any text does: an adapter that changes nothing here has a B of zeros, or is not in the program.
+# Any text works: an adapter that changes nothing here has a B of zeros.
 _TEXT = (
     "The weather was fine, so we walked to the market and bought bread, apples and a small bunch of flowers. "
     "On the way back I asked her what she thought of the plan, and she said: it depends on the price."
@@ -35,25 +36,31 @@ class Effect:
         return self.max_difference > 0.0
 
 
-def measure_effects(engine: Engine) -> list[Effect]:
-    """The effect of every adapter of the engine's bundle. RunError: a program cannot be loaded or run."""
-    room = min(engine.limits().max_context, 64)
-    ids = engine.tokenizer.encode(_TEXT)[:room]
-    base = engine.session().logits(ids)
-    return [_compare(name, base, engine.session(name).logits(ids)) for name in engine.bundle.adapters]
+def text_of_effects(engine: Engine) -> list[int]:
+    """The fixed text, as far as it fits."""
+    return engine.tokenizer.encode(_TEXT)[: min(engine.limits.max_context, 64)]
+
+
+def measure_effects(
+    names: Iterable[str], logits_of: Callable[[str | None], NDArray[np.float32]]
+) -> list[Effect]:
+    """The effect of each adapter. logits_of: logits float32 [T, vocab] of the text, by name (None: the base)."""
+    base = logits_of(None)
+    return [compare(name, base, logits_of(name)) for name in names]
 
 
 def without_effect(engine: Engine) -> list[str]:
     """The adapters that change no bit of the logits at the last position of the text. Faster than `measure_effects`.
 
-    RunError: a program cannot be loaded or run.
+    BundleError: an adapter's file is damaged.
     """
-    ids = engine.tokenizer.encode(_TEXT)[: min(engine.limits().max_seq_len, 8)]
+    ids = engine.tokenizer.encode(_TEXT)[: min(engine.limits.max_rows, 8)]
     base = engine.session().step(ids)
     return [name for name in engine.bundle.adapters if np.array_equal(base, engine.session(name).step(ids))]
 
 
-def _compare(name: str, base: NDArray[np.float32], adapted: NDArray[np.float32]) -> Effect:
+def compare(name: str, base: NDArray[np.float32], adapted: NDArray[np.float32]) -> Effect:
+    """The effect of an adapter, from logits float32 [T, vocab] of the base and of the adapter."""
     log_p, log_q = log_softmax(adapted), log_softmax(base)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
     return Effect(
@@ -66,6 +73,6 @@ def _compare(name: str, base: NDArray[np.float32], adapted: NDArray[np.float32])
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Of each row, [rows, vocab]."""
+    """Logarithm of the softmax of each row, [rows, vocab]."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # type: ignore[no-any-return]

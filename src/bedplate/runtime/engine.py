@@ -1,84 +1,97 @@
-"""Programs of a bundle, loaded into one process: the foundation once, each adapter beside it."""
+"""A bundle in one process: the foundation's weights once, each adapter's beside them, and steps of many sessions."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from bedplate import _native
 from bedplate.bundle.store import Bundle
-from bedplate.errors import NotFoundError, RunError
+from bedplate.errors import BundleError, NotFoundError, RunError
 from bedplate.runtime import arguments
-from bedplate.runtime.packed_weights import PackedWeights
-from bedplate.runtime.programs import Limits, LoadedProgram, load_program, resident_bytes
-from bedplate.runtime.session import Session
+from bedplate.runtime.model_spec import read_spec
+from bedplate.runtime.session import Host, Session
 from bedplate.runtime.tokenizer import Tokenizer
+from bedplate.runtime.weights import PRECISIONS, Limits, Precision, Weights, load_adapter, load_foundation
+from bedplate.spec import ModelSpec
 
-_MOST_THREADS = 4096  # no processor has more; of a number out of all reason the system would make what it can
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_MOST_THREADS = 1024  # no processor has more; of a number out of all reason the system would make what it can
+# The longest run of rows that one step takes. Longer prompts go in several; more than this gains no speed.
+MAX_ROWS = 256
+# What tells a file from any that stood, or will stand, under its name. None: there is none.
+_State = tuple[int, int, int, int] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
     """Memory in bytes.
 
-    process: resident memory of the process.  activations: memory that all programs share.  kv: keys and values of all
-    sessions.  programs: by name (`base` or the adapter's), how much the process grew when the program was loaded.
-    Packed weights that are mapped from a file do not count.
+    process: resident memory of the process.  foundation: its weights, 0 if they are not loaded.  adapters: by name,
+    the weights of each loaded adapter.  kv: keys and values of all sessions.
     """
 
     process: int
-    activations: int
+    foundation: int
+    adapters: dict[str, int]
     kv: int
-    programs: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Adapter:
+    """state: of the file that its weights were read from."""
+
+    weights: Weights
+    state: _State
 
 
 class Engine:
     """Runs a bundle: sessions on the base or on any adapter, in one process.
 
-    threads: how many threads compute, for all engines of the process. None: one for each physical core.
-    weight_cache: weights that several programs use are packed once. If False, each program packs its own.
-    packed_cache: a folder for the packed weights of the foundation (some MB more than the foundation has). The first
-        process writes them. Later processes map them instead of packing. You can delete them at any time.
+    threads: how many threads compute a step. None: one for each physical core.
+    kv: how keys and values are stored: `float16`, or `float32`, which is exact and takes twice the memory.
+    max_context: how many positions a session can hold. None: as many as the model has. A session takes memory only for
+        the positions that it holds.
 
     The steps of all sessions take turns. You can call a session from any thread.
-    RunError: an argument has a wrong type or value, the tokenizer cannot be read, the process cannot have so many
-    threads, or the folder cannot be used.
+    RunError: an argument has a wrong type or value, or the tokenizer cannot be read.  BundleError: the manifest
+    describes a model that cannot be.
     """
-
-    _serials = itertools.count()
 
     def __init__(
         self,
         bundle: Bundle,
         *,
         threads: int | None = None,
-        weight_cache: bool = True,
-        packed_cache: str | Path | None = None,
+        kv: Precision = "float16",
+        max_context: int | None = None,
     ) -> None:
         arguments.instance("bundle", bundle, Bundle, "give an open bundle: Bundle.open(path)")
-        count = _thread_count(threads)
-        arguments.flag("weight_cache", weight_cache)
-        if packed_cache is not None:
-            arguments.instance("packed_cache", packed_cache, (str, Path), "give the path of a folder")
-            if not weight_cache:
-                hint = "leave out weight_cache=False, or leave out packed_cache"
-                raise RunError("packed_cache needs the weight cache", hint=hint)
+        self._threads = _thread_count(threads)
+        self._kv: Precision = arguments.one_of("kv", kv, PRECISIONS)
+        self._spec = read_spec(bundle)
+        self.limits = Limits(
+            max_rows=MAX_ROWS,
+            max_context=_context(self._spec, max_context),
+            vocab=self._spec.vocab_size,
+        )
         self.bundle = bundle
-        # Before the tokenizer: they are hashed while that is read.
-        self._packed_weights = None if packed_cache is None else PackedWeights(Path(packed_cache), bundle)
         self.tokenizer = Tokenizer.of_bundle(bundle)
         self._tokenizers: dict[str | None, Tokenizer] = {None: self.tokenizer}
-        self._weight_cache = weight_cache
-        self._activations = _native.Activations()
-        self._programs: dict[str | None, LoadedProgram] = {}
+        self._foundation = bundle.foundation_sha256
+        self._base: Weights | None = None
+        self._adapters: dict[str, _Adapter] = {}
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._lock = threading.Lock()
-        _set_threads(count)
+        self._lock = threading.RLock()
 
     def __enter__(self) -> Engine:
         return self
@@ -89,17 +102,26 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Unload everything. If a session is used again, it loads what it needs."""
+        """Unload everything and end the threads. If a session is used again, it loads what it needs."""
+        # A step holds locks of sessions while it waits for the engine's. So this never holds both.
         with self._lock:
-            self._programs.clear()
-            if self._packed_weights is not None:
-                self._packed_weights.close()
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.reset()
+        self.unload()
 
     def session(self, adapter: str | None = None) -> Session:
         """Start a new conversation with the base (None) or an adapter. NotFoundError: there is no such adapter."""
         self.check_adapter(adapter)
-        session = Session(self, adapter)
-        self._sessions.add(session)
+        host = Host(
+            load=self.load,
+            tokenizer_of=self.tokenizer_of,
+            limits=self.limits,
+            end_ids=self.bundle.manifest.tokenizer.eos_ids,
+        )
+        session = Session(host, adapter)
+        with self._lock:
+            self._sessions.add(session)
         return session
 
     def check_adapter(self, name: str | None) -> None:
@@ -121,71 +143,122 @@ class Engine:
                 self._tokenizers[name] = self.tokenizer.of_adapter(self.bundle, name)
             return self._tokenizers[name]
 
-    def load(self, name: str | None = None) -> LoadedProgram:
-        """Load the base (None) or an adapter, if it is not loaded.
+    def load(self, name: str | None = None) -> Weights:
+        """Load the weights of the base (None) or of an adapter, if they are not loaded, and return them.
 
-        NotFoundError: there is no such adapter.  RunError: its program cannot be loaded. All others still work.
+        NotFoundError: there is no such adapter.  BundleError: its file is damaged, or the bundle was replaced by
+        another one. All other adapters still work after a damaged file.
         """
         self.check_adapter(name)
         with self._lock:
-            if name not in self._programs:
-                path, data = self.bundle.base_program, [self.bundle.foundation]
-                if name is not None:
-                    path = self.bundle.adapters[name].program
-                    data.append(self.bundle.adapters[name].weights)
-                self._programs[name] = self._load(path, data)
-            return self._programs[name]
+            if self._base is None:
+                self._check_foundation()
+                decoder = load_foundation(
+                    self.bundle, self._spec, threads=self._threads, max_context=self.limits.max_context
+                )
+                # Each load counts as a new foundation: it does not use the keys and values of an earlier one.
+                self._base = Weights(
+                    decoder=decoder, adapter=None, content=(object(), "base"), precision=self._kv
+                )
+            return self._base if name is None else self._load_adapter(self._base, name)
 
-    def _load(self, path: Path, data: list[Path]) -> LoadedProgram:
-        packed = None if self._packed_weights is None else self._packed_weights.path(self._pack)
-        return self._load_with(path, data, packed)
+    def _load_adapter(self, base: Weights, name: str) -> Weights:
+        there = self._adapters.get(name)
+        if there is not None and there.state == _state(self.bundle.adapters[name].weights):
+            return there.weights
+        if there is not None:  # the file behind the name has changed since it was loaded, or is gone
+            self.unload(name)
+            self.bundle.refresh()
+            self.check_adapter(name)
+        self._check_foundation()
+        state = _state(self.bundle.adapters[name].weights)
+        weights = load_adapter(base, self.bundle, name)
+        self._adapters[name] = _Adapter(weights=weights, state=state)
+        return weights
 
-    def _load_with(self, path: Path, data: list[Path], packed_cache: Path | None) -> LoadedProgram:
-        return load_program(
-            path,
-            data,
-            self._activations,
-            serial=next(self._serials),
-            weight_cache=self._weight_cache,
-            packed_cache=packed_cache,
-        )
-
-    def _pack(self, file: Path) -> None:
-        program = self._load_with(self.bundle.base_program, [self.bundle.foundation], file)
-        if program.uses is None:
-            raise RunError(
-                "another bundle is loaded, and its files hold other bytes under the same keys",
-                where=self.bundle.foundation,
-                hint="bedplate verify BUNDLE tells which bundle is wrong; or use one process for each bundle",
+    def _check_foundation(self) -> None:
+        if self.bundle.foundation_sha256 != self._foundation:
+            hint = "open the bundle again, and make a new engine with it"
+            raise BundleError(
+                "the bundle was replaced after the engine was made", where=self.bundle.path, hint=hint
             )
 
+    def step(self, parts: Sequence[tuple[Session, Sequence[int]]]) -> NDArray[np.float32]:
+        """Append tokens to several sessions in one step. Returns the logits of the last token of each session, float32
+        [sessions, vocab].
+
+        The logits of a session are the same bits as if it ran alone.
+        RunError: a session is given twice or belongs to another engine, its context is full, or token ids are not in
+        the vocabulary.  BundleError: the file of an adapter is damaged. After an error, no session has changed.
+        """
+        parts = self._checked_parts(parts)
+        with ExitStack() as stack:
+            # All callers lock in the same order, so no two wait for each other.
+            for session, _ in sorted(parts, key=lambda part: id(part[0])):
+                stack.enter_context(session.held())
+            return Session.step_together(parts)
+
+    def _checked_parts(self, parts: object) -> list[tuple[Session, Sequence[int]]]:
+        hint = "give a list of (session, token ids), each session of this engine at most once"
+        listed = list(arguments.instance("parts", parts, (list, tuple), hint))
+        for part in listed:
+            if not isinstance(part, tuple | list) or len(part) != 2 or not isinstance(part[0], Session):
+                raise RunError(f"{part!r} is not a pair of a session and token ids", hint=hint)
+        if not listed:
+            raise RunError("there are no parts", hint=hint)
+        sessions = [session for session, _ in listed]
+        with self._lock:
+            if not all(one in self._sessions for one in sessions):
+                raise RunError("a session belongs to another engine", hint=hint)
+        if len(set(map(id, sessions))) < len(sessions):
+            raise RunError("a session is given twice", hint=hint)
+        return listed
+
     def unload(self, name: str | None = None) -> None:
-        """Unload a program, if it is loaded. Its memory is free when the generations that use it have ended."""
+        """Unload weights, if they are loaded. If the base is unloaded (None), so are all adapters. The memory is free
+        when the generations that use it have ended.
+        """
         _check_name(name)  # the adapter itself may have been removed
         with self._lock:
-            self._programs.pop(name, None)
-            if name is not None:
+            if name is None:
+                self._adapters.clear()
+                self._base = None
+            else:
+                self._adapters.pop(name, None)
                 self._tokenizers.pop(name, None)
 
-    def limits(self, name: str | None = None) -> Limits:
-        """How much text a program takes. This loads the program."""
-        return self.load(name).limits
-
     def memory(self) -> MemoryUse:
-        """How much memory is in use now, and how much each program added when it was loaded."""
+        """How much memory is in use now."""
         with self._lock:
-            programs = {name or "base": program.growth for name, program in self._programs.items()}
-        return MemoryUse(
-            process=resident_bytes(),
-            activations=self._activations.resident,
-            kv=sum(session.kv_bytes for session in self._sessions),
-            programs=programs,
-        )
+            return MemoryUse(
+                process=resident_bytes(),
+                foundation=0 if self._base is None else self._base.decoder.nbytes,
+                adapters={name: adapter.weights.nbytes for name, adapter in self._adapters.items()},
+                kv=sum(session.kv_bytes for session in self._sessions),
+            )
+
+
+def _state(file: Path) -> _State:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _check_name(name: str | None) -> None:
     if name is not None:
         arguments.instance("the adapter's name", name, str, "give text, or None for the base")
+
+
+def _context(spec: ModelSpec, wanted: int | None) -> int:
+    most = spec.max_positions
+    if wanted is None:
+        return most
+    count = arguments.integer("max_context", wanted, least=1)
+    if count > most:
+        raise RunError(f"max_context is {count}", hint=f"the model has {most} positions")
+    return count
 
 
 def _thread_count(threads: int | None) -> int:
@@ -199,16 +272,6 @@ def _thread_count(threads: int | None) -> int:
     return count
 
 
-def _set_threads(count: int) -> None:
-    try:
-        _native.set_threads(count)
-    except _native.NativeError as error:
-        hint = (
-            "the first engine of a process decides how many threads there can be: at least one for each core"
-        )
-        raise RunError(error.args[1], hint=hint) from error
-
-
 def physical_cores() -> int:
     """Cores that this process may use; hardware threads of one share its arithmetic, so count once."""
     cores = set()
@@ -220,3 +283,8 @@ def physical_cores() -> int:
             package, core = "", str(cpu)
         cores.add((package, core))
     return len(cores)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bedplate.runtime import arguments
-from bedplate.runtime.programs import LoadedProgram
 from bedplate.runtime.sampling import Sampling
+from bedplate.runtime.weights import Weights
 
 FinishReason = Literal["stop", "length", "cancelled"]
 Progress = Callable[[int, int], None]
@@ -69,6 +69,6 @@ class Request:
     """A generation in progress: the session's `_running` as long as it may go on."""
 
     prompt: list[int]
-    program: LoadedProgram
+    weights: Weights
     wish: Wish
     stats: Statistics

@@ -5,22 +5,36 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, overload
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, overload
 
 from bedplate import _native
 from bedplate.errors import RunError
 from bedplate.runtime import arguments
 from bedplate.runtime.messages import Message
-from bedplate.runtime.programs import LoadedProgram, native_errors
 from bedplate.runtime.request import Request, Statistics, Wish
 from bedplate.runtime.sampling import chooser
 from bedplate.runtime.text import StopFilter, TextStream
+from bedplate.runtime.tokenizer import Tokenizer
+from bedplate.runtime.weights import Content, Limits, Weights
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from bedplate.runtime.engine import Engine
+_T = TypeVar("_T")
+_LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions take much memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """What a session needs of its engine. load, tokenizer_of: by the name of an adapter (None: of the base)."""
+
+    load: Callable[[str | None], Weights]
+    tokenizer_of: Callable[[str | None], Tokenizer]
+    limits: Limits
+    end_ids: Sequence[int]
 
 
 class Session:
@@ -29,12 +43,12 @@ class Session:
     last: statistics of the latest generation. None before the first. You can call `cancel` from any thread.
     """
 
-    def __init__(self, engine: Engine, adapter: str | None) -> None:
-        self._engine = engine
+    def __init__(self, host: Host, adapter: str | None) -> None:
+        self._host = host
         self._adapter = adapter
-        self._kv: _native.KvCache | None = None
+        self._kv: _native.Kv | None = None
         self._tokens: list[int] = []  # what the keys and values stand for
-        self._computed_by: int | None = None  # serial of the program that computed them
+        self._computed_by: Content | None = None  # what the weights are that computed them
         self._running: Request | None = None
         self._lock = threading.RLock()
         self.last: Statistics | None = None
@@ -51,13 +65,14 @@ class Session:
     @property
     def kv_bytes(self) -> int:
         """How many bytes its keys and values take now."""
-        return 0 if self._kv is None else self._kv.resident
+        kv = self._kv
+        return 0 if kv is None else kv.nbytes
 
     def use(self, adapter: str | None) -> None:
         """Switch to another adapter, or to the base (None). The keys and values so far are dropped, because another
         program computed them. NotFoundError: the bundle has no such adapter.
         """
-        self._engine.check_adapter(adapter)
+        self._host.tokenizer_of(adapter)
         with self._lock:
             if adapter != self._adapter:
                 self.reset()
@@ -68,40 +83,72 @@ class Session:
         with self._lock:
             self._running = None
             self._tokens.clear()
-            if self._kv is not None:
-                self._kv.release()
+            self._kv = self._computed_by = None
 
     def cancel(self) -> None:
         """End the running generation after its current step."""
         self._running = None
 
+    def held(self) -> AbstractContextManager[object]:
+        """A lock: while it is held, nothing else runs in this session."""
+        return self._lock
+
     def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Append tokens. Returns the logits of the last one, float32 [vocab]. RunError: the context is full."""
-        with self._lock:
-            self._running = None
-            held = list(self._tokens)
-            program = self._program()
-            ids = held[len(self._tokens) :] + self._checked(
-                token_ids
-            )  # what a reloaded program does not know
-            _check_room(program, len(self._tokens) + len(ids))
-            row: NDArray[np.float32] = self._append(program, "forward", ids)[-1].array[-1]
+        """Append tokens. Returns the logits of the last one, float32 [vocab].
+
+        RunError: the context is full, or token ids are not in the vocabulary. The session is then as it was before.
+        """
+        with self.held():
+            row: NDArray[np.float32] = self.step_together([(self, token_ids)])[0]
             return row
+
+    @staticmethod
+    def step_together(parts: Sequence[tuple[Session, Sequence[int]]]) -> NDArray[np.float32]:
+        """Append tokens to sessions whose lock the caller holds, see `Engine.step`."""
+        import numpy as np
+
+        # All parts are checked and loaded before any session changes.
+        wanted = [(session, session._checked(token_ids)) for session, token_ids in parts]
+        for session, ids in wanted:
+            session._check_room(len(session._tokens) + len(ids))
+        loaded = [session._load() for session, _ in wanted]
+        before = [list(session._tokens) for session, _ in wanted]
+        try:
+            rows = [
+                _Row(session, weights, token, wanted=at == len(ids) - 1)
+                for (session, new), weights, held in zip(wanted, loaded, before, strict=True)
+                # Keys and values that other weights computed are computed again.
+                for ids in [held[session._begin(weights) :] + new]
+                for at, token in enumerate(ids)
+            ]
+            most = parts[0][0]._host.limits.max_rows
+            return np.concatenate([_step(chunk).array for chunk in _chunks(rows, most)])
+        except BaseException:
+            for (session, _), tokens in zip(wanted, before, strict=True):
+                session._restore(tokens)
+            raise
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits at every position of a new text, float32 [T, vocab]. The session then holds this text only.
 
-        RunError: the text is longer than the context, or the program has no method `logits`.
+        RunError: the text is longer than the context.
         """
         import numpy as np
 
-        with self._lock:
-            self._running = None
-            program = self._program()
+        with self.held():
             ids = self._checked(token_ids)
-            _check_room(program, len(ids))
-            self._tokens.clear()
-            return np.concatenate([part.array for part in self._append(program, "logits", ids)])
+            self._check_room(len(ids))
+            weights, before = self._load(), list(self._tokens)
+            try:
+                self._begin(weights)
+                self._tokens.clear()
+                rows = [
+                    self._append(weights, chunk, every=True).array for chunk in _chunks(ids, _LOGITS_ROWS)
+                ]
+                return np.concatenate(rows)
+            except BaseException:
+                self._restore(before)
+                raise
 
     @overload
     def generate(
@@ -177,11 +224,11 @@ class Session:
         )
         arguments.flag("stream", stream)
         with self._lock:
-            ids = self._encode(prompt, arguments.flag("allow_special", allow_special))
-            program = self._program()
-            _check_room(program, len(self._checked(ids)))
+            ids = self._checked(self._encode(prompt, arguments.flag("allow_special", allow_special)))
+            self._check_room(len(ids))
             stats = Statistics(prompt_tokens=len(ids))
-            request = Request(prompt=ids, program=program, wish=wish, stats=stats)
+            request = Request(prompt=ids, weights=self._load(), wish=wish, stats=stats)
+            self._begin(request.weights)
             self._running, self.last = request, request.stats
         pieces = self._generate(request)
         return pieces if stream else "".join(pieces)
@@ -189,13 +236,13 @@ class Session:
     def _encode(self, prompt: str | Sequence[Message], allow_special: bool) -> list[int]:
         hint = 'give text, or a list of messages: [{"role": "user", "content": "…"}]'
         arguments.instance("prompt", prompt, (str, Sequence), hint)
-        tokenizer = self._engine.tokenizer_of(self._adapter)
+        tokenizer = self._host.tokenizer_of(self._adapter)
         if isinstance(prompt, str):
             return tokenizer.encode(prompt)
         return tokenizer.encode_chat(prompt, allow_special=allow_special)
 
     def _generate(self, request: Request) -> Iterator[str]:
-        text, stops = TextStream(self._engine.tokenizer.decode), StopFilter(request.wish.stop)
+        text, stops = TextStream(self._host.tokenizer_of(None).decode), StopFilter(request.wish.stop)
         stats = request.stats
         try:
             for token in self._choose_tokens(request):
@@ -210,13 +257,16 @@ class Session:
         finally:
             if stats.finish_reason is None:
                 stats.finish_reason = "cancelled"
+            with self._lock:
+                if self._running is request:
+                    self._running = None  # which holds the weights
 
     def _choose_tokens(self, request: Request) -> Iterator[int]:
         stats, wish = request.stats, request.wish
         choose = chooser(wish.sampling, wish.seed)
-        end_tokens = self._engine.bundle.manifest.tokenizer.eos_ids
+        end_tokens = self._host.end_ids
         # The keys and values of the last token are not needed: it may stand just beyond the context.
-        room = request.program.limits.max_context - len(request.prompt) + 1
+        room = self._host.limits.max_context - len(request.prompt) + 1
         logits = self._prefill(request)
         while logits is not None:
             token = choose(logits)
@@ -243,7 +293,7 @@ class Session:
             del self._tokens[shared:]
         request.stats.reused_tokens = shared
         logits, done = None, shared
-        for chunk in _chunks(request.prompt[shared:], request.program.limits.max_seq_len):
+        for chunk in _chunks(request.prompt[shared:], self._host.limits.max_rows):
             logits = self._continue(request, chunk)
             if logits is None:
                 return None
@@ -253,36 +303,39 @@ class Session:
         request.stats.prefill_seconds = time.perf_counter() - start
         return logits
 
-    def _continue(self, request: Request, ids: list[int]) -> _native.Logits | None:
+    def _continue(self, request: Request, ids: Sequence[int]) -> _native.Logits | None:
         """Logits of the last of some more tokens; None: cancelled."""
         with self._lock:
             if self._running is not request:
                 return None
-            return self._append(request.program, "forward", ids)[-1]
+            return self._append(request.weights, ids)
 
-    def _program(self) -> LoadedProgram:
-        """The adapter's program, loaded. Keys and values that another one computed are dropped."""
-        program = self._engine.load(self._adapter)
-        if self._computed_by != program.serial:
+    def _load(self) -> Weights:
+        """The weights that compute the next tokens of the session."""
+        return self._host.load(self._adapter)
+
+    def _begin(self, weights: Weights) -> int:
+        """End the running generation and drop keys and values of other weights. Returns how many positions remain."""
+        self._running = None
+        if self._kv is None or self._computed_by != weights.content:
             self._tokens.clear()
-            self._computed_by = program.serial
-            if self._kv is None or self._kv.nbytes != program.kv_bytes:
-                self._kv = _native.KvCache(program.kv_bytes)
-        return program
+            self._kv, self._computed_by = weights.new_kv(), weights.content
+        return len(self._tokens)
 
-    def _append(self, program: LoadedProgram, method: str, ids: list[int]) -> list[_native.Logits]:
-        """Run tokens after those that the session holds, in chunks. The session keeps those that succeeded."""
-        assert self._kv is not None, "_program() comes first"
-        limits, results = program.limits, []
-        for chunk in _chunks(ids, limits.max_logits_len if method == "logits" else limits.max_seq_len):
-            with native_errors(program.path):
-                results.append(program.native.step(method, chunk, len(self._tokens), self._kv))
-            self._tokens.extend(chunk)
-        return results
+    def _restore(self, tokens: list[int]) -> None:
+        """Hold these tokens again, as before the step that failed."""
+        if self._tokens[: len(tokens)] != tokens:
+            self._computed_by = None  # their keys and values are gone: the next step computes them
+        self._tokens[:] = tokens
+
+    def _append(self, weights: Weights, ids: Sequence[int], *, every: bool = False) -> _native.Logits:
+        """Compute tokens after those that the session holds. Returns the logits of the last one, or of every one."""
+        last = len(ids) - 1
+        return _step([_Row(self, weights, token, every or at == last) for at, token in enumerate(ids)])
 
     def _checked(self, token_ids: Sequence[int]) -> list[int]:
         ids = arguments.token_ids(token_ids)
-        vocab = self._engine.bundle.manifest.model["vocab_size"]
+        vocab = self._host.limits.vocab
         wrong = next((token for token in ids if not 0 <= token < vocab), None)
         if wrong is not None:
             raise RunError(f"token {wrong} is not in the vocabulary", hint=f"token ids are 0 … {vocab - 1}")
@@ -290,16 +343,43 @@ class Session:
             raise RunError("there are no tokens", hint="give at least one token: is the prompt empty?")
         return ids
 
+    def _check_room(self, count: int) -> None:
+        limit = self._host.limits.max_context
+        if count > limit:
+            hint = "shorten the text, reset the session, or give the engine a larger max_context"
+            raise RunError(f"{count} tokens do not fit the context of {limit}", hint=hint)
 
-def _check_room(program: LoadedProgram, count: int) -> None:
-    limit = program.limits.max_context
-    if count > limit:
-        hint = "shorten the text, reset the session, or build the bundle with a larger --max-context"
-        raise RunError(f"{count} tokens do not fit the context of {limit}", hint=hint)
+
+class _Row(NamedTuple):
+    """A token to compute next in a session. wanted: return its logits."""
+
+    session: Session
+    weights: Weights
+    token: int
+    wanted: bool
 
 
-def _chunks(ids: list[int], size: int) -> Iterator[list[int]]:
-    return (ids[at : at + size] for at in range(0, len(ids), size))
+def _step(rows: Sequence[_Row]) -> _native.Logits:
+    """Compute rows of sessions whose lock the caller holds. If this succeeds, the sessions hold the tokens."""
+    position: dict[int, int] = {}
+    native: list[_native.Row] = []
+    for session, weights, token, wanted in rows:
+        at = position.get(id(session), len(session._tokens))
+        position[id(session)] = at + 1
+        assert session._kv is not None, "_begin() comes first"
+        native.append((token, at, session._kv, weights.adapter, 1.0, wanted))
+    try:
+        logits = rows[0].weights.decoder.step(native)
+    except (_native.NativeError, MemoryError) as error:
+        hint = "reset sessions to free their memory"
+        raise RunError(f"the step cannot be computed: {error}", hint=hint) from error
+    for row in rows:
+        row.session._tokens.append(row.token)
+    return logits
+
+
+def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    return (items[at : at + size] for at in range(0, len(items), size))
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bedplate.errors import AdapterError
 from bedplate.model.adapter.types import AGAIN, Adapter, Place, RawAdapter
-from bedplate.model.spec import ModelSpec, linear_shapes
+from bedplate.spec import ModelSpec, linear_shapes
 
 
 def check_places(places: Iterable[Place], spec: ModelSpec, where: Path) -> None:

@@ -21,7 +21,7 @@ from bedplate.model.adapter.rows import halves_apart
 from bedplate.model.adapter.tensors import check_finite, read_file
 from bedplate.model.adapter.types import RawAdapter
 from bedplate.model.gguf_names import LAYER_LINEARS
-from bedplate.model.spec import ModelSpec
+from bedplate.spec import ModelSpec
 
 MAGIC = b"GGUF"
 _AGAIN = "convert the adapter again with llama.cpp's convert_lora_to_gguf.py"

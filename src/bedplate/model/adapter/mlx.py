@@ -16,7 +16,7 @@ from bedplate.model.adapter.peft_targets import Target
 from bedplate.model.adapter.peft_weights import make_pair, pair_up
 from bedplate.model.adapter.tensors import parse_safetensors, read_file
 from bedplate.model.adapter.types import AGAIN, Place, RawAdapter
-from bedplate.model.spec import ModelSpec
+from bedplate.spec import ModelSpec
 
 WEIGHTS = "adapters.safetensors"
 _HALF = re.compile(r"^(?:language_model\.)?(?:model\.)?layers\.([0-9]{1,6})\.(.+)\.lora_([ab])$")

@@ -17,7 +17,7 @@ from bedplate.model.adapter.peft_weights import Halves, Tensors, make_pair, pair
 from bedplate.model.adapter.tensors import parse_safetensors, read_file
 from bedplate.model.adapter.torch_file import parse_torch
 from bedplate.model.adapter.types import LoraPair, Place, RawAdapter
-from bedplate.model.spec import ModelSpec, linear_shapes
+from bedplate.spec import ModelSpec, linear_shapes
 
 WEIGHTS, OLDER = "adapter_model.safetensors", "adapter_model.bin"
 # Names that LLaMA-Factory gives to adapters whose training began with PiSSA.

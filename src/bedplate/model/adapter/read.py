@@ -11,7 +11,7 @@ from bedplate.model.adapter import gguf, mlx, peft, torchtune
 from bedplate.model.adapter.fit import fit
 from bedplate.model.adapter.peft_config import CONFIG
 from bedplate.model.adapter.types import Adapter, RawAdapter
-from bedplate.model.spec import ModelSpec
+from bedplate.spec import ModelSpec
 
 _GIVE = f"give a folder with {CONFIG} and {peft.WEIGHTS}, or a .gguf file"
 

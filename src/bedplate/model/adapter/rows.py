@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bedplate.model.spec import ModelSpec
+from bedplate.spec import ModelSpec
 
 
 def halves_apart(b: NDArray[np.float32], linear: str, spec: ModelSpec) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from bedplate.model.adapter.rows import halves_apart
 from bedplate.model.adapter.tensors import read_file
 from bedplate.model.adapter.torch_file import parse_torch
 from bedplate.model.adapter.types import RawAdapter
-from bedplate.model.spec import ModelSpec
+from bedplate.spec import ModelSpec
 
 WEIGHTS = "adapter_model.pt"
 # Its names of modules in PEFT's words.

@@ -7,7 +7,7 @@ from typing import Any
 from bedplate.errors import CheckpointError, UnsupportedError
 from bedplate.model.fields import Fields
 from bedplate.model.rope_config import MOST_POSITIONS, rope_spec
-from bedplate.model.spec import ModelSpec
+from bedplate.spec import ModelSpec
 
 ARCHITECTURE = "LlamaForCausalLM"
 

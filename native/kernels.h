@@ -1,0 +1,108 @@
+// What is computed, once for each instruction set: plain numbers and pointers go in, none of these allocates
+// or throws.
+//
+// One row, one result: a kernel computes each row of inputs by the same operations in the same order,
+// whatever other rows, how many of them, and which part of the outputs it is asked for.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace bedplate {
+
+constexpr int kBlock = 16;  // rows of weights that lie side by side
+constexpr int kGroup = 32;  // columns that share a scale of the inputs
+
+enum class Coding : uint8_t { kFloat, kFour, kEight };
+
+// Weights [rows, columns] as `Matrix` lays them out, in blocks of 16 rows and groups of 32 columns; what is
+// beyond rows and columns is zero.
+//
+//   y[r] = row_scale[r] · Σ_g x_scale[g] · scale[r, g] · Σ_i code[r, g, i] · x[g, i]
+//        + offset_scale[r] · Σ_g offset[r, g] · x_scale[g] · Σ_i x[g, i]  +  bias[r]
+//
+// and for floats  y[r] = Σ_c w[r, c] · x[c] + bias[r].
+struct Weights {
+    Coding coding;
+    int64_t rows, columns;
+    const uint8_t* codes;          // kFour: [blocks, groups, 256]; kEight: [blocks, groups, 512]
+    const float* floats;           // kFloat: [blocks, columns, 16]
+    const uint16_t* group_scales;  // bfloat16 [blocks, groups, 16]; null: 1
+    const float* row_scales;       // [blocks, 16]; null: 1
+    const int8_t* offsets;         // [blocks, groups, 16]; null: none
+    const float* offset_scales;    // [blocks, 16]
+    const float* bias;             // [blocks, 16]; null: none
+};
+
+// 32 columns of a row of inputs: scale, what the columns come to in all (scale · the sum of their codes), and
+// eight times the sum of their codes, by which codes of weights are too large (see lanes.h).
+struct InputGroup {
+    float scale, sum;
+    int32_t eights;
+};
+
+// Rows of inputs. Their codes stand in groups of 32 columns, and in each 8 of them first the even columns,
+// then the odd.
+struct Inputs {
+    const float* floats;       // [rows, stride]
+    int64_t stride;            //
+    const int8_t* codes;       // [rows, groups, 32], within ±127
+    const InputGroup* groups;  // [rows, n_groups]
+    int64_t n_groups;          //
+};
+
+// The wide half of a low-rank branch: y[r] = scale[r] · Σ_j w[r, j] · t[j].
+struct Back {
+    int64_t rows, rank;
+    const int8_t* codes;  // [blocks, rank, 16]; null: floats
+    const float* floats;  // likewise
+    const float* scales;  // [blocks, 16], beside codes
+};
+
+// A range of a thread: of rows of inputs, and of blocks of outputs.
+struct Range {
+    int64_t begin, end;
+};
+
+// 64 positions of one kv head: keys in 4 parts of [head_dim, 16 positions], values [64, head_dim].
+constexpr int kPositions = 64;
+constexpr int kPart = 16;
+
+struct Heads {
+    int64_t group;     // query heads that read one kv head, side by side
+    int64_t head_dim;  // a multiple of 2
+    float scale;       // of scores
+    bool half;         // float16 in KV memory, or float32
+};
+
+struct Kernels {
+    const char* name;
+    // One row of `columns` floats in groups, the last one filled up with zeros.
+    void (*quantize)(const float* x, int64_t columns, int8_t* codes, InputGroup* groups);
+    // out[row, r] = y[r], or += with `add`, for rows of inputs and blocks of weights; `out` has `stride`
+    // floats a row.
+    void (*product)(const Weights&, const Inputs&, Range rows, Range blocks, float* out, int64_t stride,
+                    bool add);
+    // out[row, r] += y[r], of t [rows, t_stride].
+    void (*back)(const Back&, const float* t, int64_t t_stride, Range rows, Range blocks, float* out,
+                 int64_t stride);
+    // y = x / sqrt(mean(x²) + eps) · weight.
+    void (*rms_norm)(const float* x, const float* weight, float eps, int64_t count, float* y);
+    // x[i] · cos[i] + rotate_half(x)[i] · sin[i], in place, of one head; tables of head_dim / 2.
+    void (*rotate)(float* x, const float* cos, const float* sin, int64_t head_dim);
+    // y = silu(gate) · up; y may be gate.
+    void (*gate)(const float* gate, const float* up, int64_t count, float* y);
+    // Writes a position's key and value of one kv head into its block.
+    void (*keep)(const Heads&, const float* key, const float* value, int64_t position, void* keys,
+                 void* values);
+    // Attention of a group's queries [group, head_dim] to the first `count` positions of a block. A state
+    // holds, for each query, the largest score, the sum of weights and the weighted sum of values: [group, 2
+    // + head_dim].
+    void (*attend)(const Heads&, const float* q, const void* keys, const void* values, int64_t count,
+                   float* state);
+    // Joins the state of the next block to those before it; and what a state comes to, [group, head_dim].
+    void (*join)(const Heads&, const float* next, float* state);
+    void (*finish)(const Heads&, const float* state, float* out);
+};
+
+}  // namespace bedplate

@@ -1,0 +1,271 @@
+// Vectors of the instruction set that a file is compiled for: all that differs between instruction sets.
+//
+// Everything is inline, and to be included in a namespace of the including file, which includes <immintrin.h>
+// or <arm_neon.h> before it; nothing is taken from the C++ library: an inline function of that, compiled here
+// for AVX-512, could be the copy that the linker keeps for the whole module. Files that include this are
+// compiled with -ffp-contract=off: what is fused is written as fma(), so that each template computes the same
+// bits.
+#define INLINE inline __attribute__((always_inline))
+// A loop over registers, unrolled: left a loop, it would keep them in memory.
+#if defined(__clang__)
+#define EACH(i, count) _Pragma("unroll") for (int i = 0; i < count; ++i)
+#else
+#define EACH(i, count) _Pragma("GCC unroll 32") for (int i = 0; i < count; ++i)
+#endif
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kRegisters = 32;
+#else
+constexpr int kLanes = 4, kRegisters = 16;
+#endif
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef int16_t Shorts __attribute__((vector_size(kLanes * 4)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes * 4)));
+typedef int8_t FewBytes __attribute__((vector_size(kLanes)));
+
+INLINE Floats splat(float x) { return x - Floats{}; }
+INLINE Ints splat(int32_t x) { return x - Ints{}; }
+INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+INLINE Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+
+template <class Vector>
+INLINE Vector load_as(const void* from) {
+    Vector x;
+    __builtin_memcpy(&x, from, sizeof x);
+    return x;
+}
+INLINE Floats load(const float* from) { return load_as<Floats>(from); }
+INLINE void store(float* to, Floats x) { __builtin_memcpy(to, &x, sizeof x); }
+
+// a · b + c, rounded once where the instruction set has it (all but the baseline of x86-64).
+INLINE Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+    return vfmaq_f32(c, a, b);
+#else
+    return a * b + c;
+#endif
+}
+
+template <class Half, class Whole>
+INLINE Half fold(Whole x) {
+    Half low, high;
+    __builtin_memcpy(&low, &x, sizeof low);
+    __builtin_memcpy(&high, (const char*)&x + sizeof low, sizeof high);
+    return low + high;
+}
+typedef float Four __attribute__((vector_size(16)));
+INLINE float sum(Four x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+#if defined(__AVX2__)
+typedef float Eight __attribute__((vector_size(32)));
+INLINE float sum(Eight x) { return sum(fold<Four>(x)); }
+#endif
+#if defined(__AVX512F__)
+INLINE float sum(Floats x) { return sum(fold<Eight>(x)); }
+#endif
+
+INLINE float largest(Floats x) {
+    float most = x[0];
+    for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+// The nearest integers of |x| < 2^22, ties to even.
+INLINE Floats rounded(Floats x) {
+    const Floats magic = splat(12582912.0f);  // 1.5 · 2^23: the sum has no bits left for a fraction
+    return (x + magic) - magic;
+}
+
+// 2^x, relative error below 2e-7; 0 below -126, and x up to 126.
+INLINE Floats exp2(Floats x) {
+    const Floats clamped = larger(x, splat(-126.0f));
+    const Floats magic = splat(12582912.0f);
+    const Floats shifted = clamped + magic;  // the nearest integer is in the low bits
+    const Floats f = clamped - (shifted - magic);
+    Floats p = splat(1.52527338e-5f);  // ln(2)^k / k!, k = 7 … 0
+    p = fma(p, f, splat(1.54035304e-4f));
+    p = fma(p, f, splat(1.33335581e-3f));
+    p = fma(p, f, splat(9.61812911e-3f));
+    p = fma(p, f, splat(5.55041087e-2f));
+    p = fma(p, f, splat(2.40226507e-1f));
+    p = fma(p, f, splat(6.93147181e-1f));
+    p = fma(p, f, splat(1.0f));
+    const Ints power = (((Ints)shifted - (Ints)magic) + 127) << 23;
+    const Floats y = p * (Floats)power;
+    return x < splat(-126.0f) ? Floats{} : y;
+}
+
+// --- Numbers of fewer bits
+
+// By intrinsics where there are some: GCC takes a vector of bytes apart one by one.
+#if defined(__AVX512F__)
+INLINE Floats from_bytes(const int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from)));
+}
+INLINE Floats from_bfloat16(const uint16_t* from) {
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(from)), 16);
+}
+#elif defined(__AVX2__)
+INLINE Floats from_bytes(const int8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+}
+INLINE Floats from_bfloat16(const uint16_t* from) {
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(from)), 16);
+}
+#else
+INLINE Floats from_bytes(const int8_t* from) {
+    return to_floats(__builtin_convertvector(load_as<FewBytes>(from), Ints));
+}
+INLINE Floats from_bfloat16(const uint16_t* from) {
+    typedef uint16_t Few __attribute__((vector_size(kLanes * 2)));
+    typedef uint32_t Wide __attribute__((vector_size(kLanes * 4)));
+    return (Floats)(__builtin_convertvector(load_as<Few>(from), Wide) << 16);
+}
+#endif
+
+#if defined(__AVX512F__)
+INLINE Floats from_half(const uint16_t* from) { return _mm512_cvtph_ps(load_as<__m256i>(from)); }
+INLINE void to_half(uint16_t* to, Floats x) {
+    const __m256i half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+    __builtin_memcpy(to, &half, sizeof half);
+}
+#elif defined(__AVX2__)
+INLINE Floats from_half(const uint16_t* from) { return _mm256_cvtph_ps(load_as<__m128i>(from)); }
+INLINE void to_half(uint16_t* to, Floats x) {
+    const __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+    __builtin_memcpy(to, &half, sizeof half);
+}
+#elif defined(__aarch64__)
+INLINE Floats from_half(const uint16_t* from) { return vcvt_f32_f16(load_as<float16x4_t>(from)); }
+INLINE void to_half(uint16_t* to, Floats x) {
+    const float16x4_t half = vcvt_f16_f32(x);
+    __builtin_memcpy(to, &half, sizeof half);
+}
+#else
+INLINE float half_as_float(uint16_t half) {
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff;
+    uint32_t bits = (magnitude << 13) + (112u << 23);  // the exponent counts from 127, not from 15
+    if (magnitude >= 0x7c00) bits += 112u << 23;       // infinity, NaN
+    float x = __builtin_bit_cast(float, bits);
+    if (magnitude < 0x0400) x = (float)magnitude * 5.96046448e-8f;  // below 2^-14: multiples of 2^-24
+    return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, x) | sign);
+}
+INLINE uint16_t float_as_half(float x) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x), sign = (bits >> 16) & 0x8000;
+    const uint32_t magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);   // NaN
+    if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // rounds beyond 65,504
+    if (magnitude < 0x38800000) {  // below 2^-14: the sum leaves multiples of 2^-24 in the low bits, rounded
+        const float sum = __builtin_bit_cast(float, magnitude) + 0.5f;
+        return (uint16_t)(sign | (__builtin_bit_cast(uint32_t, sum) - 0x3f000000u));
+    }
+    const uint32_t even = magnitude + 0xfff + ((magnitude >> 13) & 1);
+    return (uint16_t)(sign | ((even - (112u << 23)) >> 13));
+}
+INLINE Floats from_half(const uint16_t* from) {
+    Floats x;
+    EACH (i, kLanes) x[i] = half_as_float(from[i]);
+    return x;
+}
+INLINE void to_half(uint16_t* to, Floats x) {
+    EACH (i, kLanes) to[i] = float_as_half(x[i]);
+}
+#endif
+
+// --- Products of integers: in each lane, the sum of four codes times four inputs
+//
+// Codes are unsigned, inputs are signed: within ±127. Sum4 takes codes of 4 bits, at most 8 times before
+// total(); Sum8 takes codes of 8 bits, 128 more than the weight. total() subtracts what the codes are too
+// large by; `eights` is eight times the sum of all inputs taken.
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+struct Sum4 {
+    Ints sums{};
+    INLINE void add(Bytes codes, Bytes inputs) {
+#if defined(__AVX512F__)
+        sums = (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)inputs);
+#else
+        sums = (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)inputs);
+#endif
+    }
+    INLINE Ints total(int32_t eights) const { return sums - splat(eights); }
+};
+struct Sum8 : Sum4 {
+    INLINE Ints total(int32_t eights) const { return sums - (splat(eights) << 4); }
+};
+#elif defined(__AVX2__)
+struct Sum4 {  // in 16 bits: 8 · 2 · 15 · 127 is below 2^15
+    Shorts sums{};
+    INLINE void add(Bytes codes, Bytes inputs) {
+#if defined(__AVX512F__)
+        sums += (Shorts)_mm512_maddubs_epi16((__m512i)codes, (__m512i)inputs);
+#else
+        sums += (Shorts)_mm256_maddubs_epi16((__m256i)codes, (__m256i)inputs);
+#endif
+    }
+    INLINE Ints total(int32_t eights) const {
+#if defined(__AVX512F__)
+        return (Ints)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1)) - splat(eights);
+#else
+        return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)) - splat(eights);
+#endif
+    }
+};
+struct Sum8 {  // |weight| times the input with the weight's sign: 2 · 128 · 127 is below 2^15
+    Ints sums{};
+    INLINE void add(Bytes codes, Bytes inputs) {
+        const Bytes weights = codes ^ (int8_t)-128;
+#if defined(__AVX512F__)
+        const __m512i w = (__m512i)weights, x = (__m512i)inputs;
+        const __m512i signed_x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
+        const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), signed_x);
+        sums += (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#else
+        const __m256i w = (__m256i)weights, x = (__m256i)inputs;
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+        sums += (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
+    }
+    INLINE Ints total(int32_t) const { return sums; }
+};
+#elif defined(__ARM_FEATURE_DOTPROD)
+struct Sum4 {
+    Ints sums{};
+    INLINE void add(Bytes codes, Bytes inputs) { sums = (Ints)vdotq_s32(sums, codes, inputs); }
+    INLINE Ints total(int32_t eights) const { return sums - splat(eights); }
+};
+struct Sum8 {
+    Ints sums{};
+    INLINE void add(Bytes codes, Bytes inputs) { sums = (Ints)vdotq_s32(sums, codes ^ (int8_t)-128, inputs); }
+    INLINE Ints total(int32_t) const { return sums; }
+};
+#else
+INLINE Ints four_products(Bytes a, Bytes b) {
+    typedef int16_t Wide __attribute__((vector_size(kLanes * 8)));
+    const Wide products = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
+    Ints sums{};
+    EACH (i, kLanes)
+        sums[i] = (products[4 * i] + products[4 * i + 1]) + (products[4 * i + 2] + products[4 * i + 3]);
+    return sums;
+}
+struct Sum4 {
+    Ints sums{};
+    INLINE void add(Bytes codes, Bytes inputs) { sums += four_products(codes, inputs); }
+    INLINE Ints total(int32_t eights) const { return sums - splat(eights); }
+};
+struct Sum8 {
+    Ints sums{};
+    INLINE void add(Bytes codes, Bytes inputs) { sums += four_products(codes ^ (int8_t)-128, inputs); }
+    INLINE Ints total(int32_t) const { return sums; }
+};
+#endif

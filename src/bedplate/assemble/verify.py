@@ -1,0 +1,85 @@
+"""Proves that a bundle is whole and that each adapter has an effect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bedplate.bundle import proof, usage
+from bedplate.bundle.ptd import read_ptd
+from bedplate.bundle.store import Bundle
+from bedplate.bundle.usage import BASE, Sharing
+from bedplate.runtime.effect import Effect, compare, measure_effects, text_of_effects
+from bedplate.runtime.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class StockEffect:
+    """The program of `base` or of an adapter, in ExecuTorch's own runtime.
+
+    effect: what it changes beside the base's program; None: it is the base's.
+    from_ours: how it differs from what bedplate computes of the same constants.
+    """
+
+    name: str
+    effect: Effect | None
+    from_ours: Effect
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """own: bytes of the constants of each adapter. effects: of each adapter. programs: None if they were not run."""
+
+    sharing: Sharing
+    own: dict[str, int]
+    effects: list[Effect]
+    programs: list[StockEffect] | None
+
+    @property
+    def without_effect(self) -> list[str]:
+        """The adapters that change nothing, in bedplate's runtime or in their programs."""
+        programs = [one.effect for one in self.programs or () if one.effect is not None]
+        return list(dict.fromkeys(one.name for one in [*self.effects, *programs] if not one.took_effect))
+
+
+def verify_bundle(bundle: Bundle, *, programs: bool, threads: int | None) -> Verdict:
+    """Compute every key again, find the keys that programs name, and run base and adapters on one text.
+
+    programs: run the stock files, too, in ExecuTorch's own runtime.
+    BundleError: a constant is not what its key says, or a program does not find one.  NotFoundError: `programs`, and
+    one is missing.  UnsupportedError: `programs`, and this installation has no oracle.
+    """
+    if programs:
+        for name in (None, *bundle.adapters):
+            bundle.program(name)
+    proof.check_keys(bundle)
+    sharing = usage.sharing(bundle)
+    with Engine(bundle, threads=threads) as engine:
+        ids = text_of_effects(engine)
+        ours = {name: engine.session(name).logits(ids) for name in (None, *bundle.adapters)}
+    found = None
+    if programs:
+        from bedplate.oracle import stock_programs
+
+        loaded = stock_programs(bundle)
+        room = min(program.limits.max_context for program in loaded.values())
+        stock = {name: loaded[name or BASE].logits(ids[:room]) for name in ours}
+        found = [
+            StockEffect(
+                name=name or BASE,
+                effect=None if name is None else compare(name, stock[None], logits),
+                from_ours=compare(name or BASE, ours[name][:room], logits),
+            )
+            for name, logits in stock.items()
+        ]
+    return Verdict(
+        sharing=sharing,
+        own={name: _nbytes(entry.weights) for name, entry in bundle.adapters.items()},
+        effects=measure_effects(bundle.adapters, ours.__getitem__),
+        programs=found,
+    )
+
+
+def _nbytes(file: Path) -> int:
+    """Bytes of the constants of a data file. Equal constants are stored once."""
+    return sum({entry.offset: entry.nbytes for entry in read_ptd(file).entries.values()}.values())

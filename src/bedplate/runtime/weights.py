@@ -1,0 +1,287 @@
+"""The constants of a bundle → the weights that the native decoder computes with."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, TypeVar
+
+from bedplate import _native
+from bedplate.bundle.named import NamedConstants, Part
+from bedplate.bundle.store import Bundle
+from bedplate.errors import BundleError
+from bedplate.runtime.model_spec import read_spec
+from bedplate.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes, rope_frequencies
+
+_T = TypeVar("_T")
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
+
+Precision = Literal["float16", "float32"]
+PRECISIONS: tuple[Precision, ...] = ("float16", "float32")
+# What computes the tokens of a session: one load of the foundation, and the SHA-256 of the adapter or "base".
+Content = tuple[object, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """max_rows: how many tokens one step takes.  max_context: how many positions a session can hold.  vocab: how many
+    token ids there are.
+    """
+
+    max_rows: int
+    max_context: int
+    vocab: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The weights that compute the tokens of a session. adapter None: the base.
+
+    content: what they are. They do not use keys and values that other content computed.
+    precision: of the keys and values of a session.
+    """
+
+    decoder: _native.Decoder
+    adapter: _native.Adapter | None
+    content: Content
+    precision: Precision
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the adapter's own weights take in memory."""
+        return 0 if self.adapter is None else self.adapter.nbytes
+
+    def new_kv(self) -> _native.Kv:
+        return self.decoder.kv(half=self.precision == "float16")
+
+
+def load_foundation(bundle: Bundle, spec: ModelSpec, *, threads: int, max_context: int) -> _native.Decoder:
+    """Load the foundation into a decoder. BundleError: a constant is missing or has a wrong size."""
+    with (
+        NamedConstants(bundle.foundation, bundle.foundation_info.constants) as constants,
+        _fitting(bundle.foundation),
+    ):
+        reader = _Reader(constants, linear_shapes(spec))
+        layers = _in_parallel(
+            threads,
+            spec.n_layers,
+            lambda layer: _native.Layer(
+                attention_norm=constants.floats(f"layers.{layer}.input_layernorm.weight", spec.dim),
+                mlp_norm=constants.floats(f"layers.{layer}.post_attention_layernorm.weight", spec.dim),
+                places=[reader.place(layer, place) for place in CORRECTED_TOGETHER],
+            ),
+        )
+        return _native.Decoder(
+            dim=spec.dim,
+            heads=spec.n_heads,
+            kv_heads=spec.n_kv_heads,
+            head_dim=spec.head_dim,
+            hidden=spec.hidden_dim,
+            vocab=spec.vocab_size,
+            max_positions=max_context,
+            norm_eps=spec.norm_eps,
+            inverse_frequencies=rope_frequencies(spec.rope, spec.head_dim),
+            embedding=_embedding(constants),
+            head=_native.Matrix([constants.matrix(_HEAD)]),
+            norm=constants.floats("norm.weight", spec.dim),
+            layers=layers,
+            threads=threads,
+        )
+
+
+def load_adapter(base: Weights, bundle: Bundle, name: str) -> Weights:
+    """Load an adapter for the decoder of `base`.
+
+    BundleError: the file has another SHA-256, or a constant is missing or has a wrong size.
+    """
+    entry, spec = bundle.adapters[name], read_spec(bundle)
+    info, file = entry.info, entry.weights
+    sha256 = bundle.manifest.adapters[name].files[file.name].sha256
+    with (
+        NamedConstants(bundle.foundation, info.shared) as foundation,
+        NamedConstants(file, (*info.constants, *info.shared), beside=foundation) as constants,
+        _fitting(file),
+    ):
+        constants.check(sha256)
+        reader = _Reader(constants, linear_shapes(spec), info.ranks)
+        layers = [
+            [reader.branch(layer, linears) for linears in CORRECTED_TOGETHER.values()]
+            for layer in range(spec.n_layers)
+        ]
+        adapter = _native.Adapter(layers)
+        base.decoder.check(adapter)
+    loaded, _ = base.content
+    return Weights(decoder=base.decoder, adapter=adapter, content=(loaded, sha256), precision=base.precision)
+
+
+def _embedding(constants: NamedConstants) -> _native.Table | None:
+    """None: the head has the same numbers."""
+    if constants.same_bytes(_EMBEDDING, _HEAD):
+        return None
+    return _native.Table(constants.matrix(_EMBEDDING))
+
+
+class _Reader:
+    """Reads weights by place.
+
+    shapes: (rows, columns) of a layer's linears, by their names in it.  ranks: of the branches beside them.
+    """
+
+    def __init__(
+        self,
+        constants: NamedConstants,
+        shapes: Mapping[str, tuple[int, int]],
+        ranks: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        self._constants, self._ranks = constants, ranks
+        self._rows = {name.rpartition(".")[2]: rows for name, (rows, _) in shapes.items()}
+        self._units: dict[tuple[str, str, int], float | None] = {}
+
+    def place(self, layer: int, place: str) -> tuple[list[_native.Matrix], _native.Branch | None]:
+        """The linears of a place with their offsets and biases, and the rest of their correction."""
+        linears, at = CORRECTED_TOGETHER[place], f"layers.{layer}.{place}"
+        weights = [self.matrix(f"layers.{layer}.{name}.weight") for name in linears]
+        biases = [
+            self._bias(f"layers.{layer}.{name}.bias", part.rows)
+            for name, part in zip(linears, weights, strict=True)
+        ]
+        names = [f"{at}.{name.rpartition('.')[2]}.weight" for name in linears]
+        # Linears of one input may have a correction or none, as their bits differ.
+        backs = [self.matrix(name) if self._constants.has(name) else None for name in names]
+        if not any(backs):
+            return [
+                _native.Matrix([part], None, bias) for part, bias in zip(weights, biases, strict=True)
+            ], None
+        directions = self.matrix(f"{at}.directions.weight")
+        offsets = [
+            self._offsets(weight, f"{at}.directions.weight", directions, back)
+            for weight, back in zip(weights, backs, strict=True)
+        ]
+        matrices = [
+            _native.Matrix([part], offset, bias)
+            for part, offset, bias in zip(weights, offsets, biases, strict=True)
+        ]
+        return matrices, _beyond_offsets(directions, backs, offsets, weights)
+
+    def _offsets(self, weight: Part, name: str, directions: Part, back: Part | None) -> Offsets | None:
+        """The offsets of a weight's groups, if the first directions are the sums of those; None: they are not."""
+        if back is None or weight.bits != 4 or weight.group == 0 or back.bits != 8:
+            return None
+        groups = weight.columns // weight.group
+        place = (*self._constants.keys_of(name), groups)
+        if place not in self._units:  # all layers share the same directions, unless some were recovered
+            self._units[place] = _native.unit_of_groups(directions, groups)
+        unit = self._units[place]
+        return None if unit is None else (back.columns, weight.group, unit, back.codes, back.scales)
+
+    def branch(self, layer: int, linears: tuple[str, ...]) -> _native.Branch | None:
+        """The branch of an adapter at the linears of one input. None: it adapts none of them."""
+        narrow, backs, rank = [], [], 0
+        for number, name in enumerate(linears):
+            if name not in self._ranks:
+                continue
+            a, b = (self.matrix(f"layers.{layer}.{name}.{half}.weight") for half in ("lora_a", "lora_b"))
+            before = self._constants.before_on_diagonal(f"layers.{layer}.{name}.lora_b.weight")
+            column = sum(self._rank_of(part) for part in before)
+            narrow.append(a)
+            backs.append(_native.BackMatrix(b, column, a.rows, linear=number, narrow=rank))
+            rank += a.rows
+        return _native.Branch(_native.Matrix(narrow), backs) if narrow else None
+
+    def matrix(self, name: str) -> Part:
+        """The matrix of this name, without what it is joined with. BundleError: there is no such matrix."""
+        whole, names = self._constants.matrix(name), self._constants.joined_with(name)
+        if len(names) == 1:
+            return whole
+        counts = [self._rows_of(part) for part in names]
+        if sum(counts) != whole.rows:
+            raise _native.NativeError(
+                f"{name}: {whole.rows} rows of {len(names)} matrices, not {sum(counts)}"
+            )
+        index = names.index(name)
+        return whole.slice(sum(counts[:index]), counts[index])
+
+    def _rank_of(self, name: str) -> int:
+        """The rank of the branch that a constant belongs to. NativeError: the adapter has none there."""
+        linear = name.split(".", 2)[2].rpartition(".lora_")[0]
+        if linear not in self._ranks:
+            raise _native.NativeError(f"{name}: the adapter has no branch there")
+        return self._ranks[linear]
+
+    def _rows_of(self, name: str) -> int:
+        """Rows of a part: those of its linear, but for the narrow halves of branches."""
+        if name.endswith(".lora_a.weight"):
+            return self._rank_of(name)
+        return next(self._rows[piece] for piece in name.split(".") if piece in self._rows)
+
+    def _bias(self, name: str, rows: int) -> memoryview | None:
+        if not self._constants.has(name):
+            return None
+        names = self._constants.joined_with(name)
+        counts = [self._rows_of(part) for part in names] if len(names) > 1 else [rows]
+        start = sum(counts[: names.index(name)])
+        whole = self._constants.floats(name, sum(counts))
+        return whole[4 * start : 4 * (start + rows)]
+
+
+Offsets = tuple[int, int, float, memoryview, memoryview]  # as the native layer's `Offsets`
+
+
+def _beyond_offsets(
+    directions: Part, backs: list[Part | None], offsets: list[Offsets | None], weights: list[Part]
+) -> _native.Branch | None:
+    """The rest of a correction: the directions after the offsets. All directions, if a linear has no offsets."""
+    done = [
+        0 if own is None else weight.columns // own[1] for own, weight in zip(offsets, weights, strict=True)
+    ]
+    first = min(begun for back, begun in zip(backs, done, strict=True) if back is not None)
+    if first == directions.rows:
+        return None
+    narrow = _native.Matrix([directions.slice(first, directions.rows - first)])
+    return _native.Branch(
+        narrow,
+        [
+            _native.BackMatrix(back, start, back.columns - start, linear=number, narrow=start - first)
+            for number, (back, start) in enumerate(zip(backs, done, strict=True))
+            if back is not None and start < back.columns
+        ],
+    )
+
+
+@contextmanager
+def _fitting(file: Path) -> Iterator[None]:
+    """If sizes do not fit, the file is wrong."""
+    try:
+        yield
+    except _native.NativeError as error:
+        hint = "bedplate verify BUNDLE checks every file; restore it from a copy, or write it again"
+        raise BundleError(str(error), where=file, hint=hint) from error
+
+
+def _in_parallel(threads: int, count: int, make: Callable[[int], _T]) -> list[_T]:
+    """[make(0) … make(count - 1)], computed by several threads. Raises the first error of any thread."""
+    made: dict[int, _T] = {}
+    failed: list[BaseException] = []
+    numbers = itertools.count()
+
+    def work() -> None:
+        try:
+            while not failed and (number := next(numbers)) < count:
+                made[number] = make(number)
+        except BaseException as error:
+            failed.append(error)
+
+    helpers = [threading.Thread(target=work) for _ in range(threads - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
+    if failed:
+        raise failed[0]
+    return [made[number] for number in range(count)]

@@ -1,0 +1,252 @@
+"""What the native layer computes, in numpy and float64: the formulas of native/kernels.h, written down once more.
+
+A model here is data, as in native/model.h: numbers as files hold them, from which both `dense` matrices and the
+native layer's own objects are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bedplate import _native
+
+Doubles = NDArray[np.float64]
+GROUP = 32
+
+
+def bfloat16(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Rounded towards zero."""
+    bits = np.asarray(values, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Offsets:
+    """codes int8 [rows, rank]; scales float32 [rows]; those of the first columns / group count, times `unit`."""
+
+    group: int
+    unit: float
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float32]
+
+    def dense(self, columns: int) -> Doubles:
+        used = self.codes[:, : columns // self.group].astype(np.float64)
+        return np.repeat(used * (self.scales.astype(np.float64) * self.unit)[:, None], self.group, axis=1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Linear:
+    """values: codes int8 [rows, columns], or float32 with 32 bits. scales: float32 [rows, groups]; none with 32."""
+
+    bits: int
+    values: NDArray[Any]
+    scales: NDArray[np.float32] | None = None
+    group: int = 0
+    offsets: Offsets | None = None
+    bias: NDArray[np.float32] | None = None
+
+    @property
+    def rows(self) -> int:
+        return int(self.values.shape[0])
+
+    @property
+    def columns(self) -> int:
+        return int(self.values.shape[1])
+
+    def dense(self) -> Doubles:
+        """float64 [rows, columns], offsets included."""
+        weights = self.values.astype(np.float64)
+        if self.scales is not None:
+            weights *= np.repeat(self.scales.astype(np.float64), self.group or self.columns, axis=1)
+        return weights if self.offsets is None else weights + self.offsets.dense(self.columns)
+
+    def apply(self, x: Doubles) -> Doubles:
+        """x float64 [rows of inputs, columns]."""
+        y = (x if self.bits == 32 else in_groups(x)) @ self.dense().T
+        return y if self.bias is None else y + self.bias.astype(np.float64)
+
+    def part(self, *, even_low: bool = True) -> _native.Part:
+        codes: NDArray[Any] = np.ascontiguousarray(self.values)
+        if self.bits == 4:
+            shifted = (codes + 8).astype(np.uint8)
+            even, odd = shifted[:, 0::2], shifted[:, 1::2]
+            codes = even | odd << 4 if even_low else odd | even << 4
+        scales = b"" if self.scales is None else self.scales.tobytes()
+        if self.bits == 4 and self.group and even_low:
+            assert self.scales is not None
+            scales = (self.scales.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+        return (self.rows, self.columns, self.bits, self.group, codes.tobytes(), scales)
+
+    def matrix(self) -> _native.Matrix:
+        offsets, bias = None, None if self.bias is None else self.bias.tobytes()
+        if self.offsets is not None:
+            o = self.offsets
+            offsets = (o.codes.shape[1], o.group, o.unit, o.codes.tobytes(), o.scales.tobytes())
+        return _native.Matrix([self.part()], offsets, bias)
+
+    def table(self) -> _native.Table:
+        return _native.Table(self.part(even_low=False))
+
+
+def in_groups(x: Doubles) -> Doubles:
+    """Inputs as products of codes see them: 8 bits, a scale for each 32 columns."""
+    padded = np.zeros((len(x), -(-x.shape[1] // GROUP), GROUP))
+    padded.reshape(len(x), -1)[:, : x.shape[1]] = x
+    largest = np.abs(padded).max(axis=2, keepdims=True)
+    scale = np.where(largest > 1e-35, largest / 127, 1.0)
+    return (np.rint(padded / scale) * scale).reshape(len(x), -1)[:, : x.shape[1]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Back:
+    """B [rows, rank] of one linear, of `whole` from `column` on."""
+
+    whole: Linear
+    column: int
+    rank: int
+    linear: int
+    narrow: int
+
+    def dense(self) -> Doubles:
+        return self.whole.dense()[:, self.column : self.column + self.rank]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Branch:
+    narrow: Linear
+    backs: Sequence[Back]
+
+    def add(self, x: Doubles, outputs: Sequence[Doubles], scale: Doubles | float = 1.0) -> None:
+        t = self.narrow.apply(x) * scale
+        for back in self.backs:
+            outputs[back.linear][...] += t[:, back.narrow : back.narrow + back.rank] @ back.dense().T
+
+    def native(self) -> _native.Branch:
+        backs = [
+            _native.BackMatrix(b.whole.part(), b.column, b.rank, linear=b.linear, narrow=b.narrow)
+            for b in self.backs
+        ]
+        return _native.Branch(self.narrow.matrix(), backs)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Place:
+    linears: Sequence[Linear]
+    correction: Branch | None = None
+
+    def apply(self, x: Doubles, branch: Branch | None, scale: Doubles | float) -> list[Doubles]:
+        outputs = [linear.apply(x) for linear in self.linears]
+        if self.correction is not None:
+            self.correction.add(x, outputs)
+        if branch is not None:
+            branch.add(x, outputs, scale)
+        return outputs
+
+
+Adapter = list[list[Branch | None]]  # of each layer's four places
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layer:
+    attention_norm: NDArray[np.float32]
+    mlp_norm: NDArray[np.float32]
+    places: Sequence[Place]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    embedding: Linear | None  # None: the head
+    head: Linear
+    norm: NDArray[np.float32]
+    layers: Sequence[Layer]
+    eps: float = 1e-5
+    max_positions: int = 512
+    frequencies: Sequence[float] = field(default=())
+
+    @property
+    def inverse_frequencies(self) -> list[float]:
+        exponents = np.arange(0, self.head_dim, 2) / self.head_dim
+        return list(self.frequencies) or [float(f) for f in (1 / 10_000**exponents).astype(np.float32)]
+
+    def decoder(self, threads: int = 1, **changes: Any) -> _native.Decoder:
+        layers = [
+            _native.Layer(
+                layer.attention_norm.tobytes(),
+                layer.mlp_norm.tobytes(),
+                [
+                    (
+                        [linear.matrix() for linear in place.linears],
+                        None if place.correction is None else place.correction.native(),
+                    )
+                    for place in layer.places
+                ],
+            )
+            for layer in self.layers
+        ]
+        fields: dict[str, Any] = {
+            "dim": self.head.columns,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "hidden": self.layers[0].places[2].linears[0].rows,
+            "vocab": self.head.rows,
+            "max_positions": self.max_positions,
+            "norm_eps": self.eps,
+            "inverse_frequencies": self.inverse_frequencies,
+            "embedding": None if self.embedding is None else self.embedding.table(),
+            "head": self.head.matrix(),
+            "norm": self.norm.tobytes(),
+            "layers": layers,
+            "threads": threads,
+        }
+        return _native.Decoder(**{**fields, **changes})
+
+    def logits(
+        self, tokens: Sequence[int], adapter: Adapter | None = None, scale: float = 1.0, *, half: bool = False
+    ) -> Doubles:
+        """float64 [T, vocab] of a text from position 0 on; half: keys and values are kept in float16."""
+        x = (self.embedding or self.head).dense()[list(tokens)]
+        for layer, branches in zip(self.layers, adapter or [[None] * 4] * len(self.layers), strict=True):
+            first, second, third, fourth = zip(layer.places, branches, strict=True)
+            q, k, v = first[0].apply(self._normed(x, layer.attention_norm), first[1], scale)
+            x = x + second[0].apply(self._attention(q, k, v, half), second[1], scale)[0]
+            gate, up = third[0].apply(self._normed(x, layer.mlp_norm), third[1], scale)
+            hidden = gate / (1 + np.exp(-np.clip(gate, -700, 700))) * up
+            x = x + fourth[0].apply(hidden, fourth[1], scale)[0]
+        return self.head.apply(self._normed(x, self.norm))
+
+    def _normed(self, x: Doubles, weight: NDArray[np.float32]) -> Doubles:
+        normed: Doubles = (
+            x / np.sqrt((x**2).mean(axis=1, keepdims=True) + self.eps) * weight.astype(np.float64)
+        )
+        return normed
+
+    def _attention(self, q: Doubles, k: Doubles, v: Doubles, half: bool) -> Doubles:
+        length = len(q)
+        queries = self._rotated(q.reshape(length, self.heads, self.head_dim))
+        keys = self._rotated(k.reshape(length, self.kv_heads, self.head_dim))
+        values = v.reshape(length, self.kv_heads, self.head_dim)
+        if half:
+            keys, values = (x.astype(np.float16).astype(np.float64) for x in (keys, values))
+        keys, values = (np.repeat(x, self.heads // self.kv_heads, axis=1) for x in (keys, values))
+        scores = np.einsum("shd,thd->hst", queries, keys) / np.sqrt(self.head_dim)
+        scores = np.where(np.tril(np.ones((length, length), bool)), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return np.einsum("hst,thd->shd", weights, values).reshape(length, -1)
+
+    def _rotated(self, x: Doubles) -> Doubles:
+        positions = np.arange(len(x), dtype=np.float32)
+        # The angle is a product in float32, as everywhere: at position 500 that is 3e-5 of a turn.
+        angles = (positions[:, None] * np.float32(self.inverse_frequencies)).astype(np.float64)[:, None, :]
+        low, high = np.split(x, 2, axis=-1)
+        cos, sin = np.cos(angles), np.sin(angles)
+        return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)

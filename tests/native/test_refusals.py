@@ -1,0 +1,326 @@
+"""What does not fit is refused in words, whatever its size, and nothing has changed then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from random_models import EIGHT, FLOAT, FOUR, Random, native_adapter, run
+
+from bedplate import _native
+from bedplate._native import BackMatrix, Branch, Layer, Matrix, NativeError, Table
+
+HUGE, LARGE = 2**63 - 1, 2**31
+
+
+def part(rows: int, columns: int, bits: int, group: int, codes: int, scales: int) -> _native.Part:
+    return (rows, columns, bits, group, bytes(codes), bytes(scales))
+
+
+class TestSizesOfMatrices:
+    @pytest.mark.parametrize(
+        ("wrong", "complaint"),
+        [
+            (part(0, 32, 8, 0, 0, 0), "size out of bounds"),
+            (part(1, 0, 8, 0, 0, 4), "size out of bounds"),
+            (part(-1, -32, 8, 0, 32, 4), "size out of bounds"),
+            (part(HUGE, HUGE, 8, 0, 1, 4), "size out of bounds"),
+            (part(LARGE, LARGE, 32, 0, 0, 0), "size out of bounds"),
+            (part(2**24, 2**24, 8, 0, 0, 2**26), "bytes of a matrix"),
+            (part(2, 32, 16, 0, 128, 8), "4, 8 or 32 bits"),
+            (part(2, 32, 0, 0, 0, 8), "4, 8 or 32 bits"),
+            (part(2, 32, -8, 0, 64, 8), "4, 8 or 32 bits"),
+            (part(2, 33, 4, 0, 33, 8), "even number of columns"),
+            (part(2, 32, 8, 0, 63, 8), "bytes of a matrix"),
+            (part(2, 32, 8, 0, 64, 4), "scales of a matrix"),
+            (part(2, 32, 4, 32, 32, 6), "scales of a matrix"),
+            (part(2, 32, 32, 0, 256, 8), "scales of a matrix"),
+            (part(2, 64, 4, 16, 64, 16), "a group of columns"),
+            (part(2, 64, 4, 48, 64, 8), "a group of columns"),
+            (part(2, 64, 4, -32, 64, 8), "a group of columns"),
+            (part(2, 64, 4, HUGE - 31, 64, 8), "a group of columns"),
+            (part(2, 64, 8, 32, 128, 8), "a group of columns"),
+            (part(2, 64, 32, 32, 512, 8), "a group of columns"),
+        ],
+    )
+    @pytest.mark.parametrize(
+        "make", [lambda p: Matrix([p]), lambda p: Matrix([FITS, p]), Table, lambda p: back(p)]
+    )
+    def test_of_one(self, make: Callable[[Any], Any], wrong: _native.Part, complaint: str) -> None:
+        with pytest.raises(NativeError, match=f"{complaint}|of several kinds|8 or 32 bits"):
+            make(wrong)
+
+    def test_of_none(self) -> None:
+        with pytest.raises(NativeError, match="no parts"):
+            Matrix([])
+
+    def test_of_several_kinds(self) -> None:
+        for other in (part(2, 64, 8, 0, 128, 8), part(2, 32, 4, 0, 32, 8), part(2, 32, 32, 0, 256, 0)):
+            with pytest.raises(NativeError, match="several kinds"):
+                Matrix([FITS, other])
+
+    def test_numbers_that_no_size_has(self) -> None:
+        for wrong in (2**63, -(2**63) - 1, 1.5, "2", None):
+            with pytest.raises(TypeError):
+                Matrix([(wrong, 32, 8, 0, bytes(64), bytes(8))])  # type: ignore[list-item]
+
+    @pytest.mark.parametrize(
+        ("offsets", "complaint"),
+        [
+            ((1, 32, 1.0, bytes(2), bytes(8)), "fewer offsets than groups"),
+            ((-2, 32, 1.0, bytes(4), bytes(8)), "fewer offsets than groups"),
+            ((HUGE, 32, 1.0, bytes(4), bytes(8)), "fewer offsets than groups"),
+            ((2, 0, 1.0, bytes(4), bytes(8)), "do not divide"),
+            ((2, -32, 1.0, bytes(4), bytes(8)), "do not divide"),
+            ((2, 48, 1.0, bytes(4), bytes(8)), "do not divide"),
+            ((2, 32, 1.0, bytes(3), bytes(8)), "offsets do not fit"),
+            ((2, 32, 1.0, bytes(4), bytes(4)), "offsets do not fit"),
+        ],
+    )
+    def test_of_offsets(self, offsets: _native.Offsets, complaint: str) -> None:
+        with pytest.raises(NativeError, match=complaint):
+            Matrix([part(2, 64, 4, 32, 64, 8)], offsets)
+
+    def test_offsets_beside_what_has_no_groups(self) -> None:
+        with pytest.raises(NativeError, match="without groups"):
+            Matrix([FITS], (1, 32, 1.0, bytes(2), bytes(8)))
+        with pytest.raises(NativeError, match="matrix of one part"):
+            Matrix([FITS, FITS], (1, 32, 1.0, bytes(2), bytes(8)))
+
+    @pytest.mark.parametrize("count", [0, 4, 7, 12])
+    def test_of_a_bias(self, count: int) -> None:
+        with pytest.raises(NativeError, match="a bias does not fit"):
+            Matrix([FITS], None, bytes(count))
+
+
+FITS = part(2, 32, 8, 0, 64, 8)
+
+
+def back(one: _native.Part, column: int = 0, rank: int = 1, linear: int = 0, narrow: int = 0) -> BackMatrix:
+    return BackMatrix(one, column, rank, linear, narrow)
+
+
+class TestBranches:
+    @pytest.mark.parametrize(
+        ("column", "rank", "narrow", "complaint"),
+        [
+            (0, 33, 0, "columns that are not there"),
+            (1, 32, 0, "columns that are not there"),
+            (-1, 4, 0, "columns that are not there"),
+            (0, 0, 0, "columns that are not there"),
+            (0, -1, 0, "columns that are not there"),
+            (HUGE, HUGE, 0, "columns that are not there"),
+            (1, HUGE, 0, "columns that are not there"),
+            (0, 4, -1, "narrow values that are not there"),
+        ],
+    )
+    def test_columns(self, column: int, rank: int, narrow: int, complaint: str) -> None:
+        with pytest.raises(NativeError, match=complaint):
+            back(FITS, column, rank, 0, narrow)
+
+    def test_four_bits(self) -> None:
+        with pytest.raises(NativeError, match="8 or 32 bits"):
+            back(part(2, 32, 4, 0, 32, 8))
+
+    @pytest.mark.parametrize(
+        ("change", "complaint"),
+        [
+            ({"columns": 32}, "another input"),
+            ({"rows": 8}, "other outputs"),
+            ({"linear": 1}, "linear that is not there"),
+            ({"linear": -1}, "linear that is not there"),
+            ({"linear": HUGE}, "linear that is not there"),
+            ({"narrow": 1}, "narrow values that are not there"),
+            ({"narrow": HUGE}, "narrow values that are not there"),
+            ({"ranks": 5000, "rank": 5}, "too wide"),
+        ],
+    )
+    def test_of_an_adapter(self, change: dict[str, int], complaint: str) -> None:
+        sizes = {"columns": 64, "rows": 64, "linear": 0, "narrow": 0, "rank": 4, "ranks": 4} | change
+        wide = part(sizes["rows"], sizes["rank"], 32, 0, 4 * sizes["rows"] * sizes["rank"], 0)
+        narrow = part(sizes["ranks"], sizes["columns"], 32, 0, 4 * sizes["ranks"] * sizes["columns"], 0)
+        branch = Branch(Matrix([narrow]), [back(wide, 0, sizes["rank"], sizes["linear"], sizes["narrow"])])
+        adapter = _native.Adapter([[None, branch, None, None]] * 2)
+        decoder = Random(0).model().decoder()
+        with pytest.raises(NativeError, match=complaint):
+            decoder.check(adapter)
+        kv = decoder.kv(half=True)
+        with pytest.raises(NativeError, match=complaint):
+            decoder.step([(1, 0, kv, None, 1.0, True), (1, 1, kv, adapter, 1.0, True)])
+        assert kv.nbytes == 0
+
+    def test_of_another_model(self) -> None:
+        with pytest.raises(NativeError, match="another number of layers"):
+            Random(0).model().decoder().check(_native.Adapter([[None] * 4]))
+        for places in ([], [None] * 3, [None] * 5):
+            with pytest.raises(NativeError, match="four places"):
+                _native.Adapter([places])
+
+    def test_nothing_in_place_of_something(self) -> None:
+        for make in (
+            lambda: Branch(None, []),  # type: ignore[arg-type]
+            lambda: Branch(Matrix([FITS]), [None]),  # type: ignore[list-item]
+            lambda: Layer(b"", b"", [([None], None)] * 4),  # type: ignore[list-item]
+        ):
+            with pytest.raises((TypeError, NativeError)):
+                adapter = _native.Adapter([[make(), None, None, None]])  # type: ignore[list-item, no-untyped-call]
+                assert adapter.nbytes
+
+
+def matrix(rows: int, columns: int) -> Matrix:
+    return Random(0).linear(rows, columns).matrix()
+
+
+class TestModels:
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {name: value}
+            for name in ("dim", "heads", "kv_heads", "head_dim", "hidden", "vocab")
+            for value in (0, -1, 1, 3, 2**24, 2**24 + 1, HUGE, -HUGE)
+        ]
+        + [{"max_positions": value} for value in (0, -1, 2**24 + 1, HUGE)]
+        + [{"norm_eps": value} for value in (0.0, -1e-5, np.nan, np.inf, -np.inf, 1e-50)]
+        + [{"inverse_frequencies": [1.0] * count} for count in (0, 7, 9)]
+        + [{"norm": bytes(count)} for count in (0, 3, 4 * 63, 4 * 64 + 1, 4 * 65)]
+        + [{"threads": value} for value in (0, -1, 1025, 2**31 - 1)]
+        + [{"layers": []}]
+        + [{part: shape} for part in ("head", "embedding") for shape in ((49, 64), (50, 63))],
+        ids=str,
+    )
+    def test_sizes_that_do_not_fit(self, change: dict[str, Any]) -> None:
+        model, random = Random(0).model(), Random(0)
+        made = {
+            "head": lambda shape: matrix(*shape),
+            "embedding": lambda shape: random.linear(*shape).table(),
+        }
+        change = {name: made[name](value) if name in made else value for name, value in change.items()}
+        with pytest.raises(NativeError):
+            model.decoder(**{"threads": 1, **change})
+
+    def test_an_embedding_of_four_bits_in_the_head(self) -> None:
+        with pytest.raises(NativeError, match="does not serve as embedding"):
+            Random(0).model(kind=FOUR, tied=True).decoder()
+
+    @pytest.mark.parametrize("place", range(4))
+    def test_layers_of_other_sizes(self, place: int) -> None:
+        """Each place with a linear too few, of other rows, of other columns."""
+        model = Random(0).model(layers=1)
+        layer = model.layers[0]
+        fitting = [[linear.matrix() for linear in one.linears] for one in layer.places]
+        first = layer.places[place].linears[0]
+        for wrong in (
+            fitting[place][1:],
+            [*fitting[place], fitting[place][0]],
+            [matrix(first.rows + 1, first.columns), *fitting[place][1:]],
+            [matrix(first.rows, first.columns + 1), *fitting[place][1:]],
+        ):
+            places = [(wrong if at == place else weights, None) for at, weights in enumerate(fitting)]
+            made = Layer(layer.attention_norm.tobytes(), layer.mlp_norm.tobytes(), places)
+            with pytest.raises(NativeError, match=r"a layer lacks a linear|another shape"):
+                model.decoder(layers=[made])
+
+    def test_norms_of_other_sizes(self) -> None:
+        model = Random(0).model(layers=1)
+        places = [([linear.matrix() for linear in one.linears], None) for one in model.layers[0].places]
+        for norms in ((bytes(252), bytes(256)), (bytes(256), bytes(260))):
+            with pytest.raises(NativeError, match="a norm does not fit"):
+                model.decoder(layers=[Layer(*norms, places)])
+        with pytest.raises(NativeError, match="float32"):
+            Layer(bytes(255), bytes(256), places)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"token": -1}, "not in the vocabulary"),
+        ({"token": 50}, "not in the vocabulary"),
+        ({"token": HUGE}, "not in the vocabulary"),
+        ({"position": -1}, "beyond the model's"),
+        ({"position": 512}, "beyond the model's"),
+        ({"position": HUGE}, "beyond the model's"),
+        ({"kv": None}, "no session"),
+        ({"kv": {"layers": 1}}, "of another model"),
+        ({"kv": {"head_dim": 32}}, "of another model"),
+        ({"kv": {"kv_heads": 4}}, "of another model"),
+    ],
+    ids=str,
+)
+def test_a_row_out_of_bounds_changes_nothing(wrong: dict[str, Any], complaint: str) -> None:
+    decoder = Random(0).model().decoder(2)
+    kv, text = decoder.kv(half=True), [1, 2, 3]
+    expected = run(decoder, [*text, 4], half=True)
+    decoder.step([(token, at, kv, None, 1.0, False) for at, token in enumerate(text)])
+    before = kv.nbytes
+    if isinstance(wrong.get("kv"), dict):
+        wrong = {"kv": Random(0).model(**wrong["kv"]).decoder().kv(half=True)}
+    row = {"token": 1, "position": 3, "kv": kv, "adapter": None, "scale": 1.0, "wanted": True}
+    with pytest.raises((NativeError, TypeError), match=f"{complaint}|incompatible"):
+        decoder.step([(7, 200, kv, None, 1.0, True), tuple((row | wrong).values())])  # type: ignore[list-item]
+    assert kv.nbytes == before
+    np.testing.assert_array_equal(decoder.step([(4, 3, kv, None, 1.0, True)]).array[0], expected[3])
+
+
+def test_a_step_of_no_rows() -> None:
+    with pytest.raises(NativeError, match="no rows"):
+        Random(0).model().decoder().step([])
+
+
+def test_an_unknown_instruction_set() -> None:
+    before = _native.instruction_set()
+    with pytest.raises(NativeError, match="no instruction set mmx"):
+        _native.use_instruction_set("mmx")
+    assert _native.instruction_set() == before == _native.instruction_sets()[0]
+
+
+class TestUnitOfGroups:
+    """The directions that stand for offsets: row g is one number in the columns of group g, and zero elsewhere."""
+
+    @staticmethod
+    def directions(groups: int, columns: int, unit: int = 7, rows: int | None = None) -> _native.Part:
+        codes = np.full((rows or groups, columns), 8, np.uint8)
+        for g in range(groups):
+            codes[g, g * columns // groups : (g + 1) * columns // groups] += np.uint8(unit)
+        scales = np.full((rows or groups, columns // 32), 0x3E00, np.uint16)  # 0.125
+        packed = codes[:, 0::2] | codes[:, 1::2] << 4
+        return (rows or groups, columns, 4, 32, packed.tobytes(), scales.tobytes())
+
+    @pytest.mark.parametrize("groups", [1, 2, 4])
+    def test_is_found(self, groups: int) -> None:
+        assert _native.unit_of_groups(self.directions(groups, 128), groups) == 0.875
+        assert _native.unit_of_groups(self.directions(groups, 128, rows=9), groups) == 0.875
+
+    def test_is_not_there(self) -> None:
+        whole = self.directions(4, 128)
+        for groups in (0, -1, 1, 2, 3, 5, 128, HUGE):
+            assert _native.unit_of_groups(whole, groups) is None
+        for at in (0, 20, 70, 255):
+            codes = bytearray(whole[4])
+            codes[at] ^= 1
+            assert _native.unit_of_groups((*whole[:4], bytes(codes), whole[5]), 4) is None
+        assert _native.unit_of_groups(part(4, 128, 8, 0, 512, 16), 4) is None
+
+    def test_of_sizes_that_do_not_fit(self) -> None:
+        with pytest.raises(NativeError, match="do not fit its shape"):
+            _native.unit_of_groups(part(4, 128, 4, 32, 256, 31), 4)
+
+
+def test_weights_say_what_they_take() -> None:
+    random = Random(0)
+    for kind, at_least in ((FLOAT, 64 * 64 * 4), (EIGHT, 64 * 64), (FOUR, 64 * 64 // 2 + 64 * 2 * 2)):
+        assert at_least <= random.linear(64, 64, kind).matrix().nbytes <= 1.1 * at_least
+    model = random.model()
+    adapter = random.adapter(model, 16)
+    floats = sum(
+        b.narrow.values.size + sum(back.whole.values[:, : back.rank].size for back in b.backs)
+        for layer in adapter
+        for b in layer
+        if b is not None
+    )
+    assert native_adapter(adapter).nbytes == pytest.approx(4 * floats, rel=0.1)
+    weights = sum(
+        linear.values.size for layer in model.layers for place in layer.places for linear in place.linears
+    )
+    assert model.decoder().nbytes > 4 * (weights + 2 * 50 * 64)
