@@ -6,27 +6,16 @@ import gc
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
+from os_threads import os_threads
 
 from bedplate.bundle.store import Bundle
 from bedplate.runtime.engine import Engine
 
 TEXT = [5, 9, 13, 2, 7]
-
-
-def threads(expected: int | None = None) -> int:
-    """Threads of this process. One that was joined may still be listed for a moment: until there are as expected."""
-    limit = time.monotonic() + 5
-    while True:
-        count = len(list(Path("/proc/self/task").iterdir()))
-        if expected is None or count == expected or time.monotonic() > limit:
-            return count
-        time.sleep(0.01)
 
 
 def holders(one: object) -> int:
@@ -37,30 +26,30 @@ def holders(one: object) -> int:
 
 class TestThreads:
     def test_come_with_the_weights_and_end_with_them(self, toy_bundle: Bundle) -> None:
-        before = threads()
+        before = os_threads()
         with Engine(toy_bundle, threads=4) as engine:
-            assert threads(before) == before
+            assert os_threads(before) == before
             engine.session().step(TEXT)
-            assert threads(before + 3) == before + 3
+            assert os_threads(before + 3) == before + 3
             engine.unload()
-            assert threads(before) == before
+            assert os_threads(before) == before
             engine.session().step(TEXT)
-            assert threads(before + 3) == before + 3
-        assert threads(before) == before
+            assert os_threads(before + 3) == before + 3
+        assert os_threads(before) == before
 
     def test_end_with_the_last_generation_that_uses_them(self, toy_bundle: Bundle) -> None:
-        before = threads()
+        before = os_threads()
         with Engine(toy_bundle, threads=4) as engine:
             pieces = engine.session().generate("ab", max_tokens=20, temperature=50.0, seed=2, stream=True)
             next(pieces)
             engine.unload()
-            assert threads(before + 3) == before + 3
+            assert os_threads(before + 3) == before + 3
             list(pieces)
-            assert threads(before) == before
+            assert os_threads(before) == before
 
     @pytest.mark.parametrize("end", ["close", "cancel", "forget"])
     def test_a_generation_that_nobody_reads_to_its_end_holds_none(self, toy_bundle: Bundle, end: str) -> None:
-        before = threads()
+        before = os_threads()
         with Engine(toy_bundle, threads=2) as engine:
             session = engine.session()
             pieces = session.generate("ab", max_tokens=20, temperature=50.0, seed=2, stream=True)
@@ -73,16 +62,16 @@ class TestThreads:
                 list(pieces)
             else:
                 del pieces
-            assert threads(before) == before
+            assert os_threads(before) == before
 
     def test_of_two_engines_are_two(self, toy_bundle: Bundle) -> None:
-        before = threads()
+        before = os_threads()
         with Engine(toy_bundle, threads=2) as one, Engine(toy_bundle, threads=3) as two:
             one.load()
             two.load()
-            assert threads(before + 3) == before + 3
+            assert os_threads(before + 3) == before + 3
             one.close()
-            assert threads(before + 2) == before + 2
+            assert os_threads(before + 2) == before + 2
 
 
 class TestUnload:
@@ -152,10 +141,10 @@ class TestASession:
         self, toy_bundle: Bundle
     ) -> None:
         engine = Engine(toy_bundle, threads=2)
-        session, before = engine.session("all8"), threads()
+        session, before = engine.session("all8"), os_threads()
         expected = session.step(TEXT)
         engine.close()
-        assert (session.tokens, session.kv_bytes, threads()) == ((), 0, before)
+        assert (session.tokens, session.kv_bytes, os_threads()) == ((), 0, before)
         np.testing.assert_array_equal(session.step(TEXT), expected)
         engine.close()
 
