@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def os_threads(expected: int | None = None) -> int:
-    """How many there are as soon as they are `expected`, or after some seconds. None: as soon as none comes or goes."""
+    """How many there are as soon as they are `expected`, at most 5 s later. None: as soon as none comes or goes."""
     limit, count, since = time.monotonic() + 5, _count(), time.monotonic()
     while time.monotonic() < limit and count != expected:
         if expected is None and time.monotonic() - since > 0.1:
