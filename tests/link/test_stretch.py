@@ -11,7 +11,7 @@ from stock import StockProgram, export_whole
 from toy import BuildToy, save_adapter, save_toy_model, toy_config
 
 from bedplate import Bundle
-from bedplate.assemble.add import adapter_structure
+from bedplate.assemble.bundle_structure import adapter_structure
 from bedplate.compile.cache import UnitCache
 from bedplate.compile.lowering import compile_structure, lowered_units
 from bedplate.link.stretch import stretch

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import types
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bedplate.errors import BundleError
 
@@ -68,8 +68,13 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         items = enumerate(_expect(list, value, where))
         return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in items)
-    if origin is types.UnionType:  # only `X | None` is used
+    if origin is types.UnionType or origin is Union:  # only `X | None` is used
         return None if value is None else _decode(arguments[0], value, where)
+    if origin is Literal:
+        if not any(type(value) is type(one) and value == one for one in arguments):
+            what = f"expected one of {', '.join(map(repr, arguments))}, found {value!r:.80}"
+            raise BundleError(what, where=where, hint=DAMAGED)
+        return value
     return _expect(kind, value, where)
 
 
