@@ -38,10 +38,19 @@ def edited(bundle: Path, folder: Path, edit: Callable[[dict[str, Any]], Any]) ->
         (lambda document: document["recipe"].clear(), "the field 'name' is missing"),
         (lambda document: document["recipe"].update(more=1), "unknown field 'more'"),
         (lambda document: document["recipe"].update(rules=None), "expected list, found None"),
-        (lambda document: document["recipe"].update(adapter="2w"), "expected one of 'none', '8w', found '2w'"),
+        (
+            lambda document: document["recipe"].update(adapter="2w"),
+            "expected one of 'none', '8w', found '2w'",
+        ),
         (lambda document: document["recipe"].update(recovery_rank=2**40), "no recipe has such numbers"),
-        (lambda document: document["recipe"]["embedding"].update(bits=True), "expected one of 4, 8, found True"),
-        (lambda document: document["recipe"]["embedding"].update(group_size=-32), "no recipe has such numbers"),
+        (
+            lambda document: document["recipe"]["embedding"].update(bits=True),
+            "expected one of 4, 8, found True",
+        ),
+        (
+            lambda document: document["recipe"]["embedding"].update(group_size=-32),
+            "no recipe has such numbers",
+        ),
         (lambda document: document["model"].pop("max_chunk"), "the field 'max_chunk' is missing"),
         (lambda document: document["model"].update(max_chunk=0), "max_chunk=0"),
         (lambda document: document["model"].update(max_context=2**40), "no program has"),

@@ -58,9 +58,9 @@ def test_it_is_a_bundle_with_programs_without_them(bundle: Bundle, toy_bundle: B
     "options",
     [
         {"quantize": "none"},
-        {"quantize": "8da8w"},
-        {"method": "hqq"},
-        {"group_size": 0, "method": "plain"},
+        pytest.param({"quantize": "8da8w"}, marks=pytest.mark.slow),
+        pytest.param({"method": "hqq"}, marks=pytest.mark.slow),
+        pytest.param({"group_size": 0, "method": "plain"}, marks=pytest.mark.slow),
         pytest.param({"overrides": {"layers.*.self_attn.v_proj": "8da8w"}}, marks=pytest.mark.slow),
         pytest.param({"overrides": {"layers.*.self_attn.v_proj": "none"}}, marks=pytest.mark.slow),
         pytest.param({"recovery_rank": 4, "method": "plain"}, marks=pytest.mark.slow),
