@@ -216,9 +216,7 @@ def write_q4_0(model: Path, tokenizer: Path, out: Path) -> None:
                 value = value.view(heads[linear], 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
             kind = types.F32 if value.dim() == 1 else types.Q8_0 if linear == "embed_tokens" else types.Q4_0
             data = gguf.quants.quantize(value.numpy(), kind)
-            writer.add_tensor(
-                names.get_name(name, try_suffixes=(".weight",)) + ".weight", data, raw_dtype=kind
-            )
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -12,6 +12,7 @@ def open_model(path: str) -> Llama:
         path,
         n_ctx=2048,
         n_batch=256,
+        flash_attn=True,  # here a tenth faster
         n_threads=timing.THREADS,
         n_threads_batch=timing.THREADS,
         verbose=False,
