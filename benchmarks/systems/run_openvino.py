@@ -27,8 +27,8 @@ def speeds(path: str, window: int, turns: int) -> dict[str, float]:
         times = run(position, window * turns + 1).raw_metrics.m_new_token_times
         return timing.fastest([moment / 1e3 for moment in times], window)
 
-    run(241, 2)
-    prefill = 241e3 / min(run(241, 2).get_ttft().mean for _ in range(3))
+    run(16, 2)
+    prefill = 241e3 / min(run(241, 2).get_ttft().mean for _ in range(2))
     return {"prefill": prefill, "decode": decode(16), "decode_800": decode(800)}
 
 

@@ -39,8 +39,8 @@ def decode(step: Step, window: int, turns: int) -> float:
 
 
 def speeds(fill: Fill, step: Step, window: int, turns: int) -> dict[str, float]:
-    fill(PROMPT[:241])
-    prefill = 241 / min(seconds(lambda: fill(PROMPT[:241])) for _ in range(3))
+    fill(PROMPT[:16])
+    prefill = 241 / min(seconds(lambda: fill(PROMPT[:241])) for _ in range(2))
     fill(PROMPT[:16])
     early = decode(step, window, turns)
     fill(PROMPT[:800])
