@@ -29,9 +29,13 @@ _LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions 
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """What a session needs of its engine. load, tokenizer_of: by the name of an adapter (None: of the base)."""
+    """What a session needs of its engine, by the name of an adapter (None: of the base).
+
+    load_for_text: opens the tokenizer at the same time.
+    """
 
     load: Callable[[str | None], Weights]
+    load_for_text: Callable[[str | None], Weights]
     tokenizer_of: Callable[[str | None], Tokenizer]
     limits: Limits
     end_ids: Sequence[int]
@@ -224,10 +228,11 @@ class Session:
         )
         arguments.flag("stream", stream)
         with self._lock:
+            weights = self._host.load_for_text(self._adapter)
             ids = self._checked(self._encode(prompt, arguments.flag("allow_special", allow_special)))
             self._check_room(len(ids))
             stats = Statistics(prompt_tokens=len(ids))
-            request = Request(prompt=ids, weights=self._load(), wish=wish, stats=stats)
+            request = Request(prompt=ids, weights=weights, wish=wish, stats=stats)
             self._begin(request.weights)
             self._running, self.last = request, request.stats
         pieces = self._generate(request)
