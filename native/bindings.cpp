@@ -9,6 +9,10 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "decoder.h"
 #include "instruction_sets.h"
 #include "logits.h"
@@ -78,8 +82,8 @@ void fill_places(Layer& layer, const std::vector<PlacePart>& places) {
 void require_threads(int threads) { require(threads >= 1 && threads <= 1024, "threads must be 1 to 1024"); }
 
 std::shared_ptr<Adapter> make_adapter(const std::vector<std::vector<std::shared_ptr<Branch>>>& layers,
-                                      int threads) {
-    require_threads(threads);
+                                      int readers) {
+    require_threads(readers);
     auto adapter = std::make_shared<Adapter>();
     for (const auto& places : layers) {
         require(places.size() == kPlaces, "a layer has four places");
@@ -87,7 +91,7 @@ std::shared_ptr<Adapter> make_adapter(const std::vector<std::vector<std::shared_
         for (std::size_t i = 0; i < places.size(); ++i) adapter->layers.back().places[i] = places[i];
     }
     const nb::gil_scoped_release released;
-    read(*adapter, threads);
+    read(*adapter, readers);
     return adapter;
 }
 
@@ -131,7 +135,7 @@ void bind_weights(nb::module_& m) {
                  }),
              "narrow"_a, "backs"_a);
     nb::class_<Adapter>(m, "Adapter")
-        .def(nb::new_(&make_adapter), "layers"_a, "threads"_a)
+        .def(nb::new_(&make_adapter), "layers"_a, "readers"_a)
         .def_prop_ro("nbytes", &Adapter::bytes);
     nb::class_<Layer>(m, "Layer")
         .def(nb::new_([](const Range& attention_norm, const Range& mlp_norm,
@@ -152,7 +156,7 @@ void bind_decoder(nb::module_& m) {
                          std::int64_t hidden, std::int64_t vocab, std::int64_t max_positions, float norm_eps,
                          const std::vector<float>& inverse_frequencies, std::shared_ptr<Table> embedding,
                          std::shared_ptr<Matrix> head, const Range& norm,
-                         const std::vector<std::shared_ptr<Layer>>& layers, int threads) {
+                         const std::vector<std::shared_ptr<Layer>>& layers, int threads, int readers) {
                  Model model{dim,
                              heads,
                              kv_heads,
@@ -171,13 +175,14 @@ void bind_decoder(nb::module_& m) {
                      model.layers.push_back(*layer);
                  }
                  require_threads(threads);
+                 require_threads(readers);
                  const nb::gil_scoped_release released;
-                 read(model, threads);
+                 read(model, readers);
                  return std::make_shared<Decoder>(std::move(model), threads);
              }),
              "dim"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "hidden"_a, "vocab"_a, "max_positions"_a,
              "norm_eps"_a, "inverse_frequencies"_a, "embedding"_a.none(), "head"_a, "norm"_a, "layers"_a,
-             "threads"_a)
+             "threads"_a, "readers"_a)
         .def(
             "kv", [](const Decoder& self, bool half) { return std::make_shared<Kv>(self.kv_shape(half)); },
             "half"_a)
@@ -215,6 +220,11 @@ NB_MODULE(_native, m) {
     bind_weights(m);
     bind_decoder(m);
     bind_logits(m);
+    m.def("return_memory", [] {
+#ifdef __GLIBC__
+        malloc_trim(0);
+#endif
+    });
     m.def("instruction_sets", &instruction_sets);
     m.def("instruction_set", [] { return std::string(current_kernels().name); });
     m.def("use_instruction_set", &use_instruction_set, "name"_a);

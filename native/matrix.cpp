@@ -8,6 +8,7 @@
 #include <set>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 namespace bedplate {
 namespace {
@@ -36,11 +37,6 @@ std::int64_t bytes_of_scale(const Constants& c) { return c.group == 0 ? 4 : 2; }
 // Of 8 columns first the even ones, then the odd: as the inputs' codes stand.
 std::int64_t place_in_group(std::int64_t column) { return column / 8 * 8 + column % 2 * 4 + column % 8 / 2; }
 
-// The 4 bits of one row's group: 16 bytes, of which each 4 go to a word of their own.
-void put_four(const std::uint8_t* from, std::uint8_t* block, std::int64_t lane) {
-    for (std::int64_t j = 0; j < 4; ++j) std::memcpy(block + j * 64 + lane * 4, from + j * 4, 4);
-}
-
 // Of 8 bytes the even ones, in order.
 std::uint32_t even_bytes(std::uint64_t x) {
     x &= 0x00ff00ff00ff00ff;
@@ -48,14 +44,14 @@ std::uint32_t even_bytes(std::uint64_t x) {
     return static_cast<std::uint32_t>(x | x >> 16);
 }
 
-void put_eight(const std::uint8_t* from, std::uint8_t* block, std::int64_t lane) {
-    for (std::int64_t j = 0; j < kGroup / 8; ++j) {
+// 8 bits as kernels read them: unsigned, and of each 8 columns first the even ones, then the odd.
+void rearrange(std::uint8_t* codes, std::int64_t size) {
+    for (std::int64_t i = 0; i < size; i += 8) {
         std::uint64_t eight;
-        std::memcpy(&eight, from + j * 8, 8);
+        std::memcpy(&eight, codes + i, 8);
         eight ^= 0x8080808080808080;
-        const std::uint32_t even = even_bytes(eight), odd = even_bytes(eight >> 8);
-        std::memcpy(block + j * 128 + lane * 4, &even, 4);
-        std::memcpy(block + j * 128 + 64 + lane * 4, &odd, 4);
+        const std::uint32_t words[] = {even_bytes(eight), even_bytes(eight >> 8)};
+        std::memcpy(codes + i, words, 8);
     }
 }
 
@@ -76,20 +72,65 @@ void for_blocks(std::int64_t first, std::int64_t rows, Lay lay) {
     }
 }
 
-// Values [rows, stride] of wider groups of columns → [blocks, groups, 16], each for all `per` groups of 32 in
-// it.
+template <class T>
+struct Vector {
+    static constexpr int kItems = 16 / sizeof(T);
+    typedef T Items __attribute__((vector_size(16)));
+
+    // Items of a and of b in turns: of the lower half of both (first 0), or of the upper (first kItems / 2).
+    template <int first, std::size_t... i>
+    static Items in_turns(Items a, Items b, std::index_sequence<i...>) {
+        return __builtin_shufflevector(a, b, (first + i / 2 + i % 2 * kItems)...);
+    }
+};
+
+// The columns of 16 rows of 16 bytes, `stride` bytes apart, one behind the other. To take the items of two
+// halves in turns moves the highest bit of each item's number to the lowest place: after four times, that is
+// the row's number.
+template <class T>
+void transpose(const std::uint8_t* from, std::int64_t stride, T* to) {
+    using V = Vector<T>;
+    constexpr std::make_index_sequence<V::kItems> kAll;
+    typename V::Items rows[kBlock], next[kBlock];
+    for (int i = 0; i < kBlock; ++i) std::memcpy(&rows[i], from + i * stride, 16);
+    for (int bit = 0; bit < 4; ++bit) {
+        for (int i = 0; i < kBlock / 2; ++i) {
+            next[2 * i] = V::template in_turns<0>(rows[i], rows[i + kBlock / 2], kAll);
+            next[2 * i + 1] = V::template in_turns<V::kItems / 2>(rows[i], rows[i + kBlock / 2], kAll);
+        }
+        std::memcpy(rows, next, sizeof rows);
+    }
+    std::memcpy(to, rows, sizeof rows);
+}
+
+// Rows [first, first + rows) of `columns` values, `stride` values apart → [blocks, columns, 16].
+template <class T>
+void lay_out(const std::uint8_t* from, std::int64_t stride, std::int64_t columns, std::int64_t first,
+             std::int64_t rows, T* to) {
+    constexpr std::int64_t kSize = sizeof(T), kAtOnce = Vector<T>::kItems;
+    for_blocks(first, rows, [&](std::int64_t block, std::int64_t lane, std::int64_t count, std::int64_t row) {
+        const std::uint8_t* begin = from + row * stride * kSize;
+        T* out = to + block * columns * kBlock;
+        std::int64_t c = 0;
+        for (; count == kBlock && c + kAtOnce <= columns; c += kAtOnce)
+            transpose(begin + c * kSize, stride * kSize, out + c * kBlock);
+        for (; c < columns; ++c)
+            for (std::int64_t i = 0; i < count; ++i)
+                std::memcpy(out + c * kBlock + lane + i, begin + (i * stride + c) * kSize, sizeof(T));
+    });
+}
+
+// The same for values of groups of `per` times 32 columns, which are those of each 32 in it.
 template <class T>
 void lay_out_groups(const std::uint8_t* from, std::int64_t stride, std::int64_t groups, std::int64_t per,
                     std::int64_t first, std::int64_t rows, T* to) {
-    for_blocks(first, rows, [&](std::int64_t block, std::int64_t lane, std::int64_t count, std::int64_t row) {
-        T* out = to + block * groups * kBlock + lane;
-        for (std::int64_t wide = 0; wide < groups / per; ++wide)
-            for (std::int64_t g = 0; g < per; ++g, out += kBlock)
-                for (std::int64_t i = 0; i < count; ++i)
-                    std::memcpy(out + i,
-                                from + ((row + i) * stride + wide) * static_cast<std::int64_t>(sizeof(T)),
-                                sizeof(T));
-    });
+    if (per == 1) return lay_out(from, stride, groups, first, rows, to);
+    std::vector<T> repeated(static_cast<std::size_t>(rows * groups));
+    for (std::int64_t i = 0; i < rows * groups; ++i)
+        std::memcpy(&repeated[static_cast<std::size_t>(i)],
+                    from + (i / groups * stride + i % groups / per) * static_cast<std::int64_t>(sizeof(T)),
+                    sizeof(T));
+    lay_out(reinterpret_cast<const std::uint8_t*>(repeated.data()), groups, groups, first, rows, to);
 }
 
 }  // namespace
@@ -109,7 +150,7 @@ void read_all(const std::vector<Readable*>& wanted, int threads) {
         bytes += one->bytes();
         for (std::int64_t i = 0; i < one->pieces(); ++i) pieces.push_back({one, i});
     }
-    const auto region = std::make_shared<const Region>(bytes);
+    const auto region = std::make_shared<const Region>(bytes, true);
     Pieces memory(region->data());
     for (Readable* one : missing) one->place(memory);
 
@@ -198,77 +239,55 @@ std::int64_t Matrix::pieces() const {
     return count;
 }
 
-struct Matrix::Rows {
-    const Constants& part;
-    std::int64_t first;  // of the matrix
-    std::int64_t count;
-    const std::uint8_t* codes;
-    const std::uint8_t* scales;
-};
-
 void Matrix::read(std::int64_t piece, std::vector<std::uint8_t>& scratch) {
-    std::int64_t before = 0;
+    std::int64_t first = 0;  // row of the part, in the matrix
     auto part = parts_.begin();
     for (; piece >= whole(part->rows, run()); ++part) {
         piece -= whole(part->rows, run());
-        before += part->rows;
+        first += part->rows;
     }
     const std::int64_t row = piece * run(), count = std::min(run(), part->rows - row);
-    const std::int64_t first = before + row;
-    const std::int64_t code_bytes = count * part->row_bytes();
-    const std::int64_t row_scale_bytes = part->scales.size / part->rows,
-                       scale_bytes = count * row_scale_bytes;
-    const std::int64_t rank = offsets_ ? offsets_->rank : 0;
-    scratch.resize(static_cast<std::size_t>(code_bytes + scale_bytes + count * rank));
-    std::uint8_t* const codes = scratch.data();
-    std::uint8_t* const scales = codes + code_bytes;
-    part->codes.read(row * part->row_bytes(), code_bytes, codes);
-    part->scales.read(row * row_scale_bytes, scale_bytes, scales);
-    lay_out({*part, first, count, codes, scales});
+    first += row;
+    read_codes(*part, row, first, count, scratch);
+    if (part->group != 0) {
+        const std::int64_t wide = view_.columns / part->group;
+        scratch.resize(static_cast<std::size_t>(count * wide * 2));
+        part->scales.read(row * wide * 2, count * wide * 2, scratch.data());
+        lay_out_groups(scratch.data(), wide, groups(), part->group / kGroup, first, count,
+                       to_fill(view_.group_scales));
+    } else if (part->bits != 32) {
+        part->scales.read(row * 4, count * 4, to_fill(view_.row_scales) + first);
+    }
     if (offsets_) {
-        std::uint8_t* const offsets = scales + scale_bytes;
-        offsets_->codes.read(row * rank, count * rank, offsets);
-        lay_out_groups(offsets, rank, groups(), offsets_->group / kGroup, first, count,
+        scratch.resize(static_cast<std::size_t>(count * offsets_->rank));
+        offsets_->codes.read(row * offsets_->rank, count * offsets_->rank, scratch.data());
+        lay_out_groups(scratch.data(), offsets_->rank, groups(), offsets_->group / kGroup, first, count,
                        to_fill(view_.offsets));
-        float* const offset_scales = to_fill(view_.offset_scales) + first;
-        offsets_->scales.read(row * 4, count * 4, offset_scales);
-        for (std::int64_t i = 0; i < count; ++i) offset_scales[i] *= offsets_->unit;
+        float* const scales = to_fill(view_.offset_scales) + first;
+        offsets_->scales.read(row * 4, count * 4, scales);
+        for (std::int64_t i = 0; i < count; ++i) scales[i] *= offsets_->unit;
     }
     if (bias_) bias_->read(row * 4, count * 4, to_fill(view_.bias) + first);
 }
 
-void Matrix::lay_out(const Rows& rows) {
-    const std::int64_t n_groups = groups(), row_bytes = rows.part.row_bytes();
-    if (rows.part.group != 0)
-        lay_out_groups(rows.scales, rows.part.columns / rows.part.group, n_groups, rows.part.group / kGroup,
-                       rows.first, rows.count, to_fill(view_.group_scales));
-    else if (rows.part.bits != 32)
-        std::memcpy(to_fill(view_.row_scales) + rows.first, rows.scales,
-                    static_cast<std::size_t>(rows.count) * 4);
-    if (rows.part.bits == 32) {
-        lay_out_groups(rows.codes, view_.columns, view_.columns, 1, rows.first, rows.count,
-                       to_fill(view_.floats));
-        return;
+// A block of codes is words of 4 bytes, [words of a row, 16].
+void Matrix::read_codes(const Constants& part, std::int64_t row, std::int64_t first, std::int64_t count,
+                        std::vector<std::uint8_t>& scratch) {
+    const std::int64_t stored = part.row_bytes();
+    const std::int64_t wide = part.bits == 32 ? stored : groups() * kGroup * part.bits / 8;
+    scratch.resize(static_cast<std::size_t>(count * wide));
+    part.codes.read(row * stored, count * stored, scratch.data());
+    if (part.bits == 32)
+        return lay_out(scratch.data(), view_.columns, view_.columns, first, count, to_fill(view_.floats));
+    for (std::int64_t i = count;
+         wide > stored && i-- > 0;) {  // the last group is filled up with codes of zero
+        std::uint8_t* const to = scratch.data() + i * wide;
+        std::memmove(to, scratch.data() + i * stored, static_cast<std::size_t>(stored));
+        std::memset(to + stored, part.bits == 4 ? 0x88 : 0, static_cast<std::size_t>(wide - stored));
     }
-    const bool four = rows.part.bits == 4;
-    const std::int64_t group_bytes = four ? kGroup / 2 : kGroup,
-                       block_bytes = four ? kFourBytes : kEightBytes;
-    const auto put = four ? put_four : put_eight;
-    for_blocks(rows.first, rows.count,
-               [&](std::int64_t block, std::int64_t lane, std::int64_t count, std::int64_t row) {
-                   std::uint8_t* to = to_fill(view_.codes) + block * n_groups * block_bytes;
-                   const std::uint8_t* from = rows.codes + row * row_bytes;
-                   std::int64_t left = row_bytes;
-                   for (; left >= group_bytes; left -= group_bytes, from += group_bytes, to += block_bytes)
-                       for (std::int64_t i = 0; i < count; ++i) put(from + i * row_bytes, to, lane + i);
-                   for (std::int64_t i = 0; left > 0 && i < count;
-                        ++i) {  // the rest of the last group is zeros
-                       std::uint8_t group[kGroup];
-                       std::memset(group, four ? 0x88 : 0, sizeof group);
-                       std::memcpy(group, from + i * row_bytes, static_cast<std::size_t>(left));
-                       put(group, to, lane + i);
-                   }
-               });
+    if (part.bits == 8) rearrange(scratch.data(), count * wide);
+    lay_out(scratch.data(), wide / 4, wide / 4, first, count,
+            reinterpret_cast<std::uint32_t*>(to_fill(view_.codes)));
 }
 
 void Matrix::read_row(std::int64_t row, float* out) const {
@@ -324,10 +343,10 @@ void BackMatrix::read(std::int64_t, std::vector<std::uint8_t>& scratch) {
     c.codes.read(0, c.codes.size, scratch.data());
     const std::uint8_t* from = scratch.data() + column_ * c.bits / 8;
     if (c.bits == 32) {
-        lay_out_groups(from, c.columns, view_.rank, 1, 0, c.rows, to_fill(view_.floats));
+        lay_out(from, c.columns, view_.rank, 0, c.rows, to_fill(view_.floats));
         return;
     }
-    lay_out_groups(from, c.columns, view_.rank, 1, 0, c.rows, to_fill(view_.codes));
+    lay_out(from, c.columns, view_.rank, 0, c.rows, to_fill(view_.codes));
     c.scales.read(0, c.scales.size, to_fill(view_.scales));
 }
 

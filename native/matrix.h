@@ -79,14 +79,13 @@ class Matrix : public Readable {
     void read_row(std::int64_t row, float* out) const;
 
   private:
-    struct Rows;  // some of one part
-
     Weights placed(Pieces& memory) const;
     std::int64_t run() const;
     void place(Pieces& memory) override { view_ = placed(memory); }
     std::int64_t pieces() const override;
     void read(std::int64_t piece, std::vector<std::uint8_t>& scratch) override;
-    void lay_out(const Rows& rows);
+    void read_codes(const Constants& part, std::int64_t row, std::int64_t first, std::int64_t count,
+                    std::vector<std::uint8_t>& scratch);
 
     std::vector<Constants> parts_;
     std::optional<Offsets> offsets_;

@@ -63,11 +63,11 @@ class Layer:
     ) -> None: ...
 
 class Adapter:
-    """Branches of each layer's four places; None: none there. Read by so many threads. NativeError: a file ends too
-    early.
+    """Branches of each layer's four places; None: none there. readers: threads that read them. NativeError: a file
+    ends too early.
     """
 
-    def __init__(self, layers: Sequence[Sequence[Branch | None]], threads: int) -> None: ...
+    def __init__(self, layers: Sequence[Sequence[Branch | None]], readers: int) -> None: ...
     @property
     def nbytes(self) -> int: ...
 
@@ -91,8 +91,8 @@ class Logits:
         """float32 [rows, vocab], not copied. Imports numpy."""
 
 class Decoder:
-    """A model. embedding None: its rows are the head's. Raises NativeError if sizes do not fit each other, or a file
-    ends too early.
+    """A model. embedding None: its rows are the head's. threads compute its steps, readers read it. Raises NativeError
+    if sizes do not fit each other, or a file ends too early.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class Decoder:
         norm: Source,
         layers: Sequence[Layer],
         threads: int,
+        readers: int,
     ) -> None: ...
     def kv(self, half: bool) -> Kv:
         """An empty session; half: float16, else float32."""
@@ -128,6 +129,9 @@ class Decoder:
 
 def unit_of_groups(part: Part, groups: int) -> float | None:
     """The number that row g of a 4-bit matrix holds in the columns of group g, if it is one and all else is zero."""
+
+def return_memory() -> None:
+    """Give memory that is free back to the system, where the C library can."""
 
 def instruction_sets() -> list[str]:
     """What kernels are compiled for and this CPU can run, the best first."""

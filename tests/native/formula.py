@@ -216,6 +216,7 @@ class Model:
             "norm": stored(self.norm.tobytes()),
             "layers": layers,
             "threads": threads,
+            "readers": threads,
         }
         return _native.Decoder(**{**fields, **changes})
 

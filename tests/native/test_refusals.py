@@ -149,7 +149,7 @@ class TestBranches:
         wide = part(sizes["rows"], sizes["rank"], 32, 0, 4 * sizes["rows"] * sizes["rank"], 0)
         narrow = part(sizes["ranks"], sizes["columns"], 32, 0, 4 * sizes["ranks"] * sizes["columns"], 0)
         branch = Branch(Matrix([narrow]), [back(wide, 0, sizes["rank"], sizes["linear"], sizes["narrow"])])
-        adapter = _native.Adapter([[None, branch, None, None]] * 2, threads=1)
+        adapter = _native.Adapter([[None, branch, None, None]] * 2, readers=1)
         decoder = Random(0).model().decoder()
         with pytest.raises(NativeError, match=complaint):
             decoder.check(adapter)
@@ -160,10 +160,10 @@ class TestBranches:
 
     def test_of_another_model(self) -> None:
         with pytest.raises(NativeError, match="another number of layers"):
-            Random(0).model().decoder().check(_native.Adapter([[None] * 4], threads=1))
+            Random(0).model().decoder().check(_native.Adapter([[None] * 4], readers=1))
         for places in ([], [None] * 3, [None] * 5):
             with pytest.raises(NativeError, match="four places"):
-                _native.Adapter([places], threads=1)
+                _native.Adapter([places], readers=1)
 
     def test_nothing_in_place_of_something(self) -> None:
         for make in (
@@ -172,7 +172,7 @@ class TestBranches:
             lambda: Layer(zeros(0), zeros(0), [([None], None)] * 4),  # type: ignore[list-item]
         ):
             with pytest.raises((TypeError, NativeError)):
-                adapter = _native.Adapter([[make(), None, None, None]], threads=1)  # type: ignore[list-item, no-untyped-call]
+                adapter = _native.Adapter([[make(), None, None, None]], readers=1)  # type: ignore[list-item, no-untyped-call]
                 assert adapter.nbytes
 
 
@@ -346,7 +346,7 @@ class TestFiles:
         narrow = (16, 64, 8, 0, (file, 0, 16 * 64), zeros(64))
         branch = Branch(Matrix([narrow]), [back(wide, 0, 16)])
         with pytest.raises(NativeError, match="ends too early"):
-            _native.Adapter([[branch, None, None, None]], threads=1)
+            _native.Adapter([[branch, None, None, None]], readers=1)
 
     def test_that_are_none(self) -> None:
         closed = os.open(os.devnull, os.O_RDONLY)

@@ -130,17 +130,17 @@ def decode(buffer: bytes, root: int) -> tuple[list[Segment], dict[str, tuple[int
 
 
 def _decode(reader: _Reader, root: int) -> tuple[list[Segment], dict[str, tuple[int, Layout | None]]]:
-    segments = [Segment(reader.u64(table, 0), reader.u64(table, 1)) for table in reader.tables(root, 1)]
+    table = reader.table(root)
+    segments = [Segment(reader.u64(one, 0), reader.u64(one, 1)) for one in reader.tables(table, 1)]
     entries: dict[str, tuple[int, Layout | None]] = {}
-    for table in reader.tables(root, 2):
-        key = reader.string(table, 0)
-        index = reader.u32(table, 1)
+    for one in reader.tables(table, 2):
+        key, index = reader.string(one, 0), reader.u32(one, 1)
         if key in entries:
             raise MalformedError(f"key {key} stands twice")
         if index >= len(segments):
             raise MalformedError(f"key {key}: segment {index} of {len(segments)}")
-        entries[key] = (index, reader.layout(table))
-    if version := reader.u32(root, 0):
+        entries[key] = (index, reader.layout(one))
+    if version := reader.u32(table, 0):
         raise MalformedError(f"version {version}, not 0")
     return segments, entries
 
@@ -148,66 +148,69 @@ def _decode(reader: _Reader, root: int) -> tuple[list[Segment], dict[str, tuple[
 _I8, _U8, _U16, _I32, _U32, _U64 = (
     struct.Struct(kind).unpack_from for kind in ("<b", "<B", "<H", "<i", "<I", "<Q")
 )
+_Table = tuple[int, tuple[int, ...]]  # where it begins, and where its fields are from there on
 
 
 class _Reader:
-    """Reads the fields of tables, each by the table's place and the number of its slot. struct.error: a field does not
-    lie within the buffer.
-    """
+    """Reads the fields of tables by their slots. struct.error: a field does not lie within the buffer."""
 
     def __init__(self, buffer: bytes) -> None:
         self._buffer = buffer
         self._fields: dict[int, tuple[int, ...]] = {}  # by vtable, which tables of one form share
 
-    def field(self, table: int, slot: int) -> int:
+    def table(self, start: int) -> _Table:
+        vtable = start - _I32(self._buffer, start)[0]
+        fields = self._fields.get(vtable)
+        if fields is None:
+            if vtable < 0:  # would count from the end
+                raise MalformedError(f"refers to byte {vtable}")
+            end = vtable + _U16(self._buffer, vtable)[0]
+            fields = tuple(_U16(self._buffer, position)[0] for position in range(vtable + 4, end, 2))
+            self._fields[vtable] = fields
+        return start, fields
+
+    @staticmethod
+    def field(table: _Table, slot: int) -> int:
         """Where the field is; 0 where it has its default."""
-        vtable = table - _I32(self._buffer, table)[0]
-        starts = self._fields.get(vtable) or self._starts(vtable)
-        return table + starts[slot] if slot < len(starts) and starts[slot] else 0
+        start, fields = table
+        return start + fields[slot] if slot < len(fields) and fields[slot] else 0
 
-    def _starts(self, vtable: int) -> tuple[int, ...]:
-        if vtable < 0:  # would count from the end
-            raise MalformedError(f"refers to byte {vtable}")
-        end = vtable + _U16(self._buffer, vtable)[0]
-        starts = tuple(_U16(self._buffer, position)[0] for position in range(vtable + 4, end, 2))
-        self._fields[vtable] = starts
-        return starts
-
-    def u32(self, table: int, slot: int) -> int:
+    def u32(self, table: _Table, slot: int) -> int:
         position = self.field(table, slot)
         return _U32(self._buffer, position)[0] if position else 0
 
-    def u64(self, table: int, slot: int) -> int:
+    def u64(self, table: _Table, slot: int) -> int:
         position = self.field(table, slot)
         return _U64(self._buffer, position)[0] if position else 0
 
-    def vector(self, table: int, slot: int, stride: int) -> range:
+    def vector(self, table: _Table, slot: int, stride: int) -> range:
         """Where the items of a vector lie."""
         position = self.field(table, slot)
         if not position:
-            raise MalformedError(f"the table at byte {table} lacks its field {slot}")
+            raise MalformedError(f"the table at byte {table[0]} lacks its field {slot}")
         start = position + _U32(self._buffer, position)[0] + 4
         length = _U32(self._buffer, start - 4)[0]
         if start + length * stride > len(self._buffer):
             raise MalformedError(f"{length} items at byte {start - 4} reach beyond the end")
         return range(start, start + length * stride, stride)
 
-    def tables(self, table: int, slot: int) -> Iterator[int]:
-        """Where the tables of a vector lie."""
-        return (position + _U32(self._buffer, position)[0] for position in self.vector(table, slot, 4))
+    def tables(self, table: _Table, slot: int) -> Iterator[_Table]:
+        """The tables of a vector."""
+        for position in self.vector(table, slot, 4):
+            yield self.table(position + _U32(self._buffer, position)[0])
 
-    def string(self, table: int, slot: int) -> str:
+    def string(self, table: _Table, slot: int) -> str:
         where = self.vector(table, slot, 1)
         try:
             return self._buffer[where.start : where.stop].decode("ascii")
         except UnicodeDecodeError as error:
-            raise MalformedError(f"the table at byte {table}: its key is not text") from error
+            raise MalformedError(f"the table at byte {table[0]}: its key is not text") from error
 
-    def layout(self, entry: int) -> Layout | None:
+    def layout(self, entry: _Table) -> Layout | None:
         position = self.field(entry, 2)
         if not position:
             return None
-        table = position + _U32(self._buffer, position)[0]
+        table = self.table(position + _U32(self._buffer, position)[0])
         at = self.field(table, 0)
         code = _I8(self._buffer, at)[0] if at else 0
         shape = tuple(_I32(self._buffer, position)[0] for position in self.vector(table, 1, 4))

@@ -66,9 +66,11 @@ class NamedConstants:
         self.path, self._beside = path, beside
         self._entries = read_ptd(path).entries
         self._infos = {info.name: info for info in infos}
-        self._joined = {name: parts for name in self._infos if len(parts := parts_of(name)) > 1}
-        self._holders = {part: name for name, parts in self._joined.items() for part in parts}
-        self._parts: dict[str, Part] = {}
+        joined = {name: parts for name in self._infos if len(parts := parts_of(name)) > 1}
+        self._holders = {part: name for name, parts in joined.items() for part in parts}
+        self._joined = {
+            name: tuple(part.removesuffix(CODES) for part in parts) for name, parts in joined.items()
+        }
         self._file = path.open("rb", buffering=0)
 
     def __enter__(self) -> NamedConstants:
@@ -89,8 +91,7 @@ class NamedConstants:
 
     def joined_with(self, name: str) -> tuple[str, ...]:
         """The names of everything that is in one constant with `name`, in its order."""
-        parts = self._joined.get(self._holder(name))
-        return (name,) if parts is None else tuple(part.removesuffix(CODES) for part in parts)
+        return self._joined.get(self._holder(name)) or (name,)
 
     def before_on_diagonal(self, name: str) -> tuple[str, ...]:
         """The matrices that come before `name` on the diagonal that joins them. None, if it is not joined so."""
@@ -124,19 +125,6 @@ class NamedConstants:
     def matrix(self, name: str) -> Part:
         """The matrix that holds `name`, of floats or of codes and scales."""
         holder = self._holder(name)
-        part = self._parts.get(holder)
-        if part is None:
-            part = self._parts[holder] = self._part(holder)
-        return part
-
-    def _holder(self, name: str) -> str:
-        """The constant that holds `name`, or its codes. `name` itself, if there is none."""
-        codes = name + CODES
-        if codes in self._infos:
-            return codes
-        return self._holders.get(codes) or self._holders.get(name) or name
-
-    def _part(self, holder: str) -> Part:
         codes = self._info(holder)
         if len(codes.shape) != 2 or codes.dtype not in _BITS or 0 in codes.shape:
             raise self._wrong(
@@ -155,6 +143,13 @@ class NamedConstants:
         in_groups = scales.dtype == "bfloat16" or per_row > 1
         group = columns // per_row if in_groups else 0
         return Part(rows, columns, _BITS[codes.dtype], group, self._source(codes), self._source(scales))
+
+    def _holder(self, name: str) -> str:
+        """The constant that holds `name`, or its codes. `name` itself, if there is none."""
+        codes = name + CODES
+        if codes in self._infos:
+            return codes
+        return self._holders.get(codes) or self._holders.get(name) or name
 
     def _info(self, name: str) -> ConstantInfo:
         info = self._infos.get(name)

@@ -25,7 +25,6 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
@@ -57,8 +56,7 @@ class Entry(NamedTuple):
     layout: Layout | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ptd:
+class Ptd(NamedTuple):
     """A data file whose index has been read and checked."""
 
     path: Path

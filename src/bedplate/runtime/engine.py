@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError, NotFoundError, RunError
@@ -48,8 +48,7 @@ class MemoryUse:
     kv: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Adapter:
+class _Adapter(NamedTuple):
     """state: of the file that its weights were read from."""
 
     weights: Weights
@@ -153,9 +152,9 @@ class Engine:
         NotFoundError: there is no such adapter.  BundleError: its file is damaged, or the bundle was replaced by
         another one. All other adapters still work after a damaged file.
         """
-        return self._load(name, meanwhile=lambda: None)
+        return self._load(name, meanwhile=None)
 
-    def _load(self, name: str | None, meanwhile: Callable[[], None]) -> Weights:
+    def _load(self, name: str | None, meanwhile: Callable[[], None] | None) -> Weights:
         """meanwhile: what else to do while the base is read, if it is not there yet."""
         self.check_adapter(name)
         with self._lock:

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, overload
 
 from bedplate import _native
@@ -27,8 +26,7 @@ _T = TypeVar("_T")
 _LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions take much memory
 
 
-@dataclass(frozen=True, kw_only=True)
-class Host:
+class Host(NamedTuple):
     """What a session needs of its engine, by the name of an adapter (None: of the base).
 
     load_for_text: opens the tokenizer at the same time.

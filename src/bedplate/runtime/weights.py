@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from bedplate import _native
 from bedplate.background import Background
@@ -26,8 +25,7 @@ PRECISIONS: tuple[Precision, ...] = ("float16", "float32")
 Content = tuple[object, str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
+class Limits(NamedTuple):
     """max_rows: how many tokens one step takes.  max_context: how many positions a session can hold.  vocab: how many
     token ids there are.
     """
@@ -37,8 +35,7 @@ class Limits:
     vocab: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weights:
+class Weights(NamedTuple):
     """The weights that compute the tokens of a session. adapter None: the base.
 
     content: what they are. They do not use keys and values that other content computed.
@@ -66,11 +63,11 @@ def load_foundation(
     threads: int,
     max_context: int,
     precision: Precision,
-    meanwhile: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Weights:
     """Load the foundation. BundleError: a constant is missing or has a wrong size.
 
-    meanwhile: what else to do while the native layer reads. Its errors are raised too.
+    meanwhile: what else to do while the native layer reads. It takes one of the threads. Its errors are raised too.
     """
     with (
         NamedConstants(bundle.foundation, bundle.foundation_info.constants) as constants,
@@ -101,8 +98,10 @@ def load_foundation(
             norm=constants.floats("norm.weight", spec.dim),
             layers=layers,
             threads=threads,
+            readers=threads if meanwhile is None else max(1, threads - 1),
         )
-        decoder = _beside(read, meanwhile)
+        decoder = read() if meanwhile is None else _beside(read, meanwhile)
+    _native.return_memory()  # what the lists of constants, and the tokenizer's file, took
     # Each load counts as a new foundation: it does not use the keys and values of an earlier one.
     return Weights(decoder=decoder, adapter=None, content=(object(), "base"), precision=precision)
 
@@ -127,7 +126,7 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
             [reader.branch(layer, linears) for linears in CORRECTED_TOGETHER.values()]
             for layer in range(spec.n_layers)
         ]
-        read = partial(_native.Adapter, layers, threads=base.decoder.threads)
+        read = partial(_native.Adapter, layers, readers=max(1, base.decoder.threads - 1))
         adapter = _beside(read, partial(constants.check, sha256))
         base.decoder.check(adapter)
     loaded, _ = base.content
@@ -165,6 +164,7 @@ class _Reader:
     ) -> None:
         self._constants, self._ranks = constants, ranks
         self._rows = {name.rpartition(".")[2]: rows for name, (rows, _) in shapes.items()}
+        self._parts: dict[str, Part] = {}  # of joined matrices
         self._units: dict[tuple[str, str, int], float | None] = {}
 
     def place(self, layer: int, place: str) -> tuple[list[_native.Matrix], _native.Branch | None]:
@@ -220,6 +220,8 @@ class _Reader:
 
     def matrix(self, name: str) -> Part:
         """The matrix of this name, without what it is joined with. BundleError: there is no such matrix."""
+        if name in self._parts:
+            return self._parts[name]
         whole, names = self._constants.matrix(name), self._constants.joined_with(name)
         if len(names) == 1:
             return whole
@@ -228,8 +230,11 @@ class _Reader:
             raise _native.NativeError(
                 f"{name}: {whole.rows} rows of {len(names)} matrices, not {sum(counts)}"
             )
-        index = names.index(name)
-        return whole.slice(sum(counts[:index]), counts[index])
+        first = 0
+        for part, count in zip(names, counts, strict=True):
+            self._parts[part] = whole.slice(first, count)
+            first += count
+        return self._parts[name]
 
     def _rank_of(self, name: str) -> int:
         """The rank of the branch that a constant belongs to. NativeError: the adapter has none there."""
