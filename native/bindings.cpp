@@ -9,7 +9,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstring>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include "decoder.h"
 #include "instruction_sets.h"
@@ -21,48 +23,51 @@ using namespace bedplate;
 
 namespace {
 
-using Buffer = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+// file, offset, size: see bedplate::Source
+using Range = std::tuple<int, std::int64_t, std::int64_t>;
 // rows, columns, bits, group, codes, scales: see bedplate::Constants
-using Part = std::tuple<std::int64_t, std::int64_t, int, std::int64_t, Buffer, Buffer>;
+using Part = std::tuple<std::int64_t, std::int64_t, int, std::int64_t, Range, Range>;
 // rank, group, unit, codes, scales: see bedplate::Offsets
-using OffsetPart = std::tuple<std::int64_t, std::int64_t, float, Buffer, Buffer>;
+using OffsetPart = std::tuple<std::int64_t, std::int64_t, float, Range, Range>;
 // weights and correction of one place of a layer
 using PlacePart = std::tuple<std::vector<std::shared_ptr<Matrix>>, std::shared_ptr<Branch>>;
 // token, position, session, adapter, scale, whether its logits are wanted
 using RowPart =
     std::tuple<std::int64_t, std::int64_t, std::shared_ptr<Kv>, std::shared_ptr<Adapter>, float, bool>;
 
-Bytes bytes(const Buffer& buffer) { return {buffer.data(), buffer.size()}; }
+Source source(const Range& range) {
+    const auto [file, offset, size] = range;
+    require(offset >= 0 && size >= 0, "a range of a file is out of bounds");
+    return {file, offset, size};
+}
 
 Constants constants(const Part& part) {
     const auto& [rows, columns, bits, group, codes, scales] = part;
-    return {rows, columns, bits, group, bytes(codes), bytes(scales)};
+    return {rows, columns, bits, group, source(codes), source(scales)};
 }
 
-std::vector<float> floats(const Buffer& buffer) {
-    require(buffer.size() % 4 == 0, "bytes that are no float32 numbers");
-    std::vector<float> values(buffer.size() / 4);
-    if (!values.empty()) std::memcpy(values.data(), buffer.data(), buffer.size());
+std::vector<float> floats(const Range& range) {
+    const Source from = source(range);
+    require(from.size % 4 == 0, "bytes that are no float32 numbers");
+    std::vector<float> values(static_cast<std::size_t>(from.size / 4));
+    from.read(0, from.size, values.data());
     return values;
 }
 
 std::shared_ptr<Matrix> make_matrix(const std::vector<Part>& parts,
                                     const std::optional<OffsetPart>& offset_part,
-                                    const std::optional<Buffer>& bias_part) {
+                                    const std::optional<Range>& bias_part) {
     std::vector<Constants> all;
     for (const auto& part : parts) all.push_back(constants(part));
     std::optional<Offsets> offsets;
     if (offset_part) {
         const auto& [rank, group, unit, codes, scales] = *offset_part;
-        offsets = Offsets{rank, group, unit, bytes(codes), bytes(scales)};
+        offsets = Offsets{rank, group, unit, source(codes), source(scales)};
     }
-    std::optional<Bytes> bias;
-    if (bias_part) bias = bytes(*bias_part);
-    const nb::gil_scoped_release released;
-    if (all.size() == 1) return std::make_shared<Matrix>(all[0], offsets, bias);
-    require(!offsets && !bias, "offsets and bias belong to a matrix of one part");
-    return std::make_shared<Matrix>(all);
+    std::optional<Source> bias;
+    if (bias_part) bias = source(*bias_part);
+    return std::make_shared<Matrix>(std::move(all), offsets, bias);
 }
 
 void fill_places(Layer& layer, const std::vector<PlacePart>& places) {
@@ -74,13 +79,19 @@ void fill_places(Layer& layer, const std::vector<PlacePart>& places) {
     }
 }
 
-std::shared_ptr<Adapter> make_adapter(const std::vector<std::vector<std::shared_ptr<Branch>>>& layers) {
+void require_threads(int threads) { require(threads >= 1 && threads <= 1024, "threads must be 1 to 1024"); }
+
+std::shared_ptr<Adapter> make_adapter(const std::vector<std::vector<std::shared_ptr<Branch>>>& layers,
+                                      int readers) {
+    require_threads(readers);
     auto adapter = std::make_shared<Adapter>();
     for (const auto& places : layers) {
         require(places.size() == kPlaces, "a layer has four places");
         adapter->layers.emplace_back();
         for (std::size_t i = 0; i < places.size(); ++i) adapter->layers.back().places[i] = places[i];
     }
+    const nb::gil_scoped_release released;
+    read(*adapter, readers);
     return adapter;
 }
 
@@ -124,10 +135,10 @@ void bind_weights(nb::module_& m) {
                  }),
              "narrow"_a, "backs"_a);
     nb::class_<Adapter>(m, "Adapter")
-        .def(nb::new_(&make_adapter), "layers"_a)
+        .def(nb::new_(&make_adapter), "layers"_a, "readers"_a)
         .def_prop_ro("nbytes", &Adapter::bytes);
     nb::class_<Layer>(m, "Layer")
-        .def(nb::new_([](const Buffer& attention_norm, const Buffer& mlp_norm,
+        .def(nb::new_([](const Range& attention_norm, const Range& mlp_norm,
                          const std::vector<PlacePart>& places) {
                  auto layer = std::make_shared<Layer>();
                  layer->attention_norm = floats(attention_norm);
@@ -144,8 +155,8 @@ void bind_decoder(nb::module_& m) {
         .def(nb::new_([](std::int64_t dim, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
                          std::int64_t hidden, std::int64_t vocab, std::int64_t max_positions, float norm_eps,
                          const std::vector<float>& inverse_frequencies, std::shared_ptr<Table> embedding,
-                         std::shared_ptr<Matrix> head, const Buffer& norm,
-                         const std::vector<std::shared_ptr<Layer>>& layers, int threads) {
+                         std::shared_ptr<Matrix> head, const Range& norm,
+                         const std::vector<std::shared_ptr<Layer>>& layers, int threads, int readers) {
                  Model model{dim,
                              heads,
                              kv_heads,
@@ -163,12 +174,15 @@ void bind_decoder(nb::module_& m) {
                      require(layer != nullptr, "a layer that is none");
                      model.layers.push_back(*layer);
                  }
-                 require(threads >= 1 && threads <= 1024, "threads must be 1 to 1024");
+                 require_threads(threads);
+                 require_threads(readers);
+                 const nb::gil_scoped_release released;
+                 read(model, readers);
                  return std::make_shared<Decoder>(std::move(model), threads);
              }),
              "dim"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "hidden"_a, "vocab"_a, "max_positions"_a,
              "norm_eps"_a, "inverse_frequencies"_a, "embedding"_a.none(), "head"_a, "norm"_a, "layers"_a,
-             "threads"_a)
+             "threads"_a, "readers"_a)
         .def(
             "kv", [](const Decoder& self, bool half) { return std::make_shared<Kv>(self.kv_shape(half)); },
             "half"_a)
@@ -206,6 +220,11 @@ NB_MODULE(_native, m) {
     bind_weights(m);
     bind_decoder(m);
     bind_logits(m);
+    m.def("return_memory", [] {
+#ifdef __GLIBC__
+        malloc_trim(0);
+#endif
+    });
     m.def("instruction_sets", &instruction_sets);
     m.def("instruction_set", [] { return std::string(current_kernels().name); });
     m.def("use_instruction_set", &use_instruction_set, "name"_a);

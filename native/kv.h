@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -32,11 +33,12 @@ class Kv {
     // Makes room for so many positions. What is there stays as it is.
     void reserve(std::int64_t positions) {
         const auto wanted = static_cast<std::size_t>((positions + kPositions - 1) / kPositions);
-        while (blocks_.size() < wanted) blocks_.emplace_back(shape_.block_bytes());
+        while (blocks_.size() < wanted)
+            blocks_.push_back(std::make_unique<const Region>(shape_.block_bytes(), false));
         taken_ = blocks_.size();
     }
     void* keys(std::int64_t layer, std::int64_t head, std::int64_t block) {
-        return blocks_[static_cast<std::size_t>(block)].data() +
+        return blocks_[static_cast<std::size_t>(block)]->data() +
                static_cast<std::size_t>(layer * shape_.heads + head) * 2 * shape_.head_bytes();
     }
     void* values(std::int64_t layer, std::int64_t head, std::int64_t block) {
@@ -45,7 +47,7 @@ class Kv {
 
   private:
     KvShape shape_;
-    std::vector<Array<std::uint8_t>> blocks_;
+    std::vector<std::unique_ptr<const Region>> blocks_;
     std::atomic<std::size_t> taken_{0};
 };
 

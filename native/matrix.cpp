@@ -1,13 +1,22 @@
 #include "matrix.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <exception>
+#include <mutex>
+#include <set>
+#include <system_error>
+#include <thread>
+#include <utility>
 
 namespace bedplate {
 namespace {
 
 constexpr std::int64_t kMost = std::int64_t(1) << 24;        // rows or columns: more are nobody's weights
 constexpr std::int64_t kFourBytes = 256, kEightBytes = 512;  // of a block's group
+// What is read at once: a piece of work for a thread, and still in its cache when it is laid out.
+constexpr std::int64_t kPieceBytes = 256 * 1024;
 
 std::int64_t whole(std::int64_t count, std::int64_t unit) { return (count + unit - 1) / unit; }
 
@@ -18,29 +27,15 @@ void check_sizes(const Constants& c, std::int64_t bytes_of_scale) {
     require(c.group == 0 || (c.bits == 4 && c.group > 0 && c.group % kGroup == 0 && c.columns % c.group == 0),
             "a group of columns is no multiple of 32, or does not divide the columns");
     require(c.bits != 4 || c.columns % 2 == 0, "4 bits take an even number of columns");
-    const auto bits = static_cast<std::size_t>(c.rows * c.columns) * static_cast<std::size_t>(c.bits);
-    require(c.codes.size == bits / 8, "the bytes of a matrix do not fit its shape");
+    require(c.codes.size == c.rows * c.row_bytes(), "the bytes of a matrix do not fit its shape");
     const std::int64_t scales = c.bits == 32 ? 0 : c.rows * (c.group == 0 ? 1 : c.columns / c.group);
-    require(c.scales.size == static_cast<std::size_t>(scales * bytes_of_scale),
-            "the scales of a matrix do not fit its shape");
+    require(c.scales.size == scales * bytes_of_scale, "the scales of a matrix do not fit its shape");
 }
 
-float float_at(const Bytes& from, std::int64_t i) {
-    float x;
-    std::memcpy(&x, from.data + i * 4, 4);
-    return x;
-}
+std::int64_t bytes_of_scale(const Constants& c) { return c.group == 0 ? 4 : 2; }
 
 // Of 8 columns first the even ones, then the odd: as the inputs' codes stand.
 std::int64_t place_in_group(std::int64_t column) { return column / 8 * 8 + column % 2 * 4 + column % 8 / 2; }
-
-// The 4 bits of one row's group: 16 bytes, of which each 4 go to a word of their own.
-void fill_four(const std::uint8_t* from, std::int64_t count, std::uint8_t* block, std::int64_t lane) {
-    std::uint8_t group[kGroup / 2];
-    std::memset(group, 0x88, sizeof group);  // codes of zero
-    std::memcpy(group, from, static_cast<std::size_t>(count));
-    for (std::int64_t j = 0; j < 4; ++j) std::memcpy(block + j * 64 + lane * 4, group + j * 4, 4);
-}
 
 // Of 8 bytes the even ones, in order.
 std::uint32_t even_bytes(std::uint64_t x) {
@@ -49,127 +44,250 @@ std::uint32_t even_bytes(std::uint64_t x) {
     return static_cast<std::uint32_t>(x | x >> 16);
 }
 
-void fill_eight(const std::uint8_t* from, std::int64_t count, std::uint8_t* block, std::int64_t lane) {
-    std::uint8_t group[kGroup] = {};
-    std::memcpy(group, from, static_cast<std::size_t>(count));
-    for (std::int64_t j = 0; j < kGroup / 8; ++j) {
+// 8 bits as kernels read them: unsigned, and of each 8 columns first the even ones, then the odd.
+void rearrange(std::uint8_t* codes, std::int64_t size) {
+    for (std::int64_t i = 0; i < size; i += 8) {
         std::uint64_t eight;
-        std::memcpy(&eight, group + j * 8, 8);
+        std::memcpy(&eight, codes + i, 8);
         eight ^= 0x8080808080808080;
-        const std::uint32_t even = even_bytes(eight), odd = even_bytes(eight >> 8);
-        std::memcpy(block + j * 128 + lane * 4, &even, 4);
-        std::memcpy(block + j * 128 + 64 + lane * 4, &odd, 4);
+        const std::uint32_t words[] = {even_bytes(eight), even_bytes(eight >> 8)};
+        std::memcpy(codes + i, words, 8);
     }
+}
+
+// The memory behind a view of weights that are being made.
+template <class T>
+T* to_fill(const T* view) {
+    return const_cast<T*>(view);
+}
+
+// Calls lay(block, lane, count, row) for rows [first, first + rows), of which `count` from number `row` on
+// lie in one block, from its lane `lane` on.
+template <class Lay>
+void for_blocks(std::int64_t first, std::int64_t rows, Lay lay) {
+    for (std::int64_t row = 0, count; row < rows; row += count) {
+        const std::int64_t lane = (first + row) % kBlock;
+        count = std::min<std::int64_t>(kBlock - lane, rows - row);
+        lay((first + row) / kBlock, lane, count, row);
+    }
+}
+
+template <class T>
+struct Vector {
+    static constexpr int kItems = 16 / sizeof(T);
+    typedef T Items __attribute__((vector_size(16)));
+
+    // Items of a and of b in turns: of the lower half of both (first 0), or of the upper (first kItems / 2).
+    template <int first, std::size_t... i>
+    static Items in_turns(Items a, Items b, std::index_sequence<i...>) {
+        return __builtin_shufflevector(a, b, (first + i / 2 + i % 2 * kItems)...);
+    }
+};
+
+// The columns of 16 rows of 16 bytes, `stride` bytes apart, one behind the other. To take the items of two
+// halves in turns moves the highest bit of each item's number to the lowest place: after four times, that is
+// the row's number.
+template <class T>
+void transpose(const std::uint8_t* from, std::int64_t stride, T* to) {
+    using V = Vector<T>;
+    constexpr std::make_index_sequence<V::kItems> kAll;
+    typename V::Items rows[kBlock], next[kBlock];
+    for (int i = 0; i < kBlock; ++i) std::memcpy(&rows[i], from + i * stride, 16);
+    for (int bit = 0; bit < 4; ++bit) {
+        for (int i = 0; i < kBlock / 2; ++i) {
+            next[2 * i] = V::template in_turns<0>(rows[i], rows[i + kBlock / 2], kAll);
+            next[2 * i + 1] = V::template in_turns<V::kItems / 2>(rows[i], rows[i + kBlock / 2], kAll);
+        }
+        std::memcpy(rows, next, sizeof rows);
+    }
+    std::memcpy(to, rows, sizeof rows);
+}
+
+// Rows [first, first + rows) of `columns` values, `stride` values apart → [blocks, columns, 16].
+template <class T>
+void lay_out(const std::uint8_t* from, std::int64_t stride, std::int64_t columns, std::int64_t first,
+             std::int64_t rows, T* to) {
+    constexpr std::int64_t kSize = sizeof(T), kAtOnce = Vector<T>::kItems;
+    for_blocks(first, rows, [&](std::int64_t block, std::int64_t lane, std::int64_t count, std::int64_t row) {
+        const std::uint8_t* begin = from + row * stride * kSize;
+        T* out = to + block * columns * kBlock;
+        std::int64_t c = 0;
+        for (; count == kBlock && c + kAtOnce <= columns; c += kAtOnce)
+            transpose(begin + c * kSize, stride * kSize, out + c * kBlock);
+        for (; c < columns; ++c)
+            for (std::int64_t i = 0; i < count; ++i)
+                std::memcpy(out + c * kBlock + lane + i, begin + (i * stride + c) * kSize, sizeof(T));
+    });
+}
+
+// The same for values of groups of `per` times 32 columns, which are those of each 32 in it.
+template <class T>
+void lay_out_groups(const std::uint8_t* from, std::int64_t stride, std::int64_t groups, std::int64_t per,
+                    std::int64_t first, std::int64_t rows, T* to) {
+    if (per == 1) return lay_out(from, stride, groups, first, rows, to);
+    std::vector<T> repeated(static_cast<std::size_t>(rows * groups));
+    for (std::int64_t i = 0; i < rows * groups; ++i)
+        std::memcpy(&repeated[static_cast<std::size_t>(i)],
+                    from + (i / groups * stride + i % groups / per) * static_cast<std::int64_t>(sizeof(T)),
+                    sizeof(T));
+    lay_out(reinterpret_cast<const std::uint8_t*>(repeated.data()), groups, groups, first, rows, to);
 }
 
 }  // namespace
 
-Matrix::Matrix(const Constants& constants, const std::optional<Offsets>& offsets,
-               const std::optional<Bytes>& bias) {
-    make_room(constants, constants.rows);
-    fill(constants, 0);
-    if (offsets) fill_offsets(*offsets);
-    if (!bias) return;
-    require(bias->size == static_cast<std::size_t>(constants.rows) * 4, "a bias does not fit its matrix");
-    bias_ = Array<float>(static_cast<std::size_t>(blocks() * kBlock));
-    std::memcpy(bias_.data(), bias->data, bias->size);
-    view_.bias = bias_.data();
+void read_all(const std::vector<Readable*>& wanted, int threads) {
+    struct Piece {
+        Readable* of;
+        std::int64_t number;
+    };
+    std::vector<Readable*> missing;
+    std::vector<Piece> pieces;
+    std::set<Readable*> seen;
+    std::size_t bytes = 0;
+    for (Readable* one : wanted) {
+        if (one->memory_ != nullptr || !seen.insert(one).second) continue;
+        missing.push_back(one);
+        bytes += one->bytes();
+        for (std::int64_t i = 0; i < one->pieces(); ++i) pieces.push_back({one, i});
+    }
+    const auto region = std::make_shared<const Region>(bytes, true);
+    Pieces memory(region->data());
+    for (Readable* one : missing) one->place(memory);
+
+    std::atomic<std::size_t> next{0};
+    std::mutex mutex;
+    std::exception_ptr failed;
+    const auto work = [&] {
+        try {
+            std::vector<std::uint8_t> scratch;
+            for (std::size_t i; (i = next++) < pieces.size();) pieces[i].of->read(pieces[i].number, scratch);
+        } catch (...) {
+            next = pieces.size();
+            const std::lock_guard<std::mutex> lock(mutex);
+            if (!failed) failed = std::current_exception();
+        }
+    };
+    std::vector<std::thread> helpers;
+    try {
+        for (int i = 1; i < threads; ++i) helpers.emplace_back(work);
+    } catch (const std::system_error&) {  // the system gives no more threads: fewer do the same
+    }
+    work();
+    for (auto& helper : helpers) helper.join();
+    if (failed) std::rethrow_exception(failed);
+    for (Readable* one : missing) one->memory_ = region;
 }
 
-Matrix::Matrix(const std::vector<Constants>& parts) {
-    require(!parts.empty(), "a matrix of no parts");
-    std::int64_t rows = 0;
-    for (const auto& part : parts) {
-        require(
-            part.columns == parts[0].columns && part.bits == parts[0].bits && part.group == parts[0].group,
-            "parts of a matrix are of several kinds");
-        require(part.rows >= 1 && part.rows <= kMost, "a matrix has a size out of bounds");
-        rows += part.rows;
-    }
-    make_room(parts[0], rows);
-    std::int64_t first = 0;
-    for (const auto& part : parts) {
-        fill(part, first);
-        first += part.rows;
-    }
-}
+// --- Matrix
 
-void Matrix::make_room(const Constants& like, std::int64_t rows) {
-    check_sizes(like, like.group == 0 ? 4 : 2);
-    view_.rows = rows;
+Matrix::Matrix(std::vector<Constants> parts, const std::optional<Offsets>& offsets,
+               const std::optional<Source>& bias)
+    : parts_(std::move(parts)), offsets_(offsets), bias_(bias) {
+    require(!parts_.empty(), "a matrix of no parts");
+    const Constants& like = parts_[0];
+    for (const auto& part : parts_) {
+        require(part.columns == like.columns && part.bits == like.bits && part.group == like.group,
+                "parts of a matrix are of several kinds");
+        check_sizes(part, bytes_of_scale(part));
+        view_.rows += part.rows;
+    }
     view_.columns = like.columns;
-    const std::int64_t lanes = blocks() * kBlock, in_groups = lanes * groups();
-    if (like.bits == 32) {
-        view_.coding = Coding::kFloat;
-        floats_ = Array<float>(static_cast<std::size_t>(lanes * like.columns));
-        view_.floats = floats_.data();
-        return;
-    }
-    view_.coding = like.bits == 4 ? Coding::kFour : Coding::kEight;
-    codes_ = Array<std::uint8_t>(
-        static_cast<std::size_t>(blocks() * groups() * (like.bits == 4 ? kFourBytes : kEightBytes)));
-    view_.codes = codes_.data();
-    if (like.group == 0) {
-        row_scales_ = Array<float>(static_cast<std::size_t>(lanes));
-        view_.row_scales = row_scales_.data();
-    } else {
-        group_scales_ = Array<std::uint16_t>(static_cast<std::size_t>(in_groups));
-        view_.group_scales = group_scales_.data();
-    }
-}
-
-void Matrix::fill(const Constants& c, std::int64_t first) {
-    check_sizes(c, c.group == 0 ? 4 : 2);
-    const std::int64_t row_bytes = c.columns * c.bits / 8, n_groups = groups();
-    for (std::int64_t r = 0; r < c.rows; ++r) {
-        const std::uint8_t* from = c.codes.data + r * row_bytes;
-        const std::int64_t block = (first + r) / kBlock, lane = (first + r) % kBlock;
-        if (c.bits == 32) {
-            float* to = floats_.data() + block * c.columns * kBlock + lane;
-            for (std::int64_t i = 0; i < c.columns; ++i) to[i * kBlock] = float_at({from, 0}, i);
-            continue;
-        }
-        for (std::int64_t g = 0; g < n_groups; ++g) {
-            const std::int64_t columns = std::min<std::int64_t>(kGroup, c.columns - g * kGroup);
-            const std::int64_t at = block * n_groups + g;
-            if (c.bits == 4)
-                fill_four(from + g * kGroup / 2, columns / 2, codes_.data() + at * kFourBytes, lane);
-            else
-                fill_eight(from + g * kGroup, columns, codes_.data() + at * kEightBytes, lane);
-            if (c.group == 0) continue;
-            const std::int64_t scale = r * (c.columns / c.group) + g * kGroup / c.group;
-            std::memcpy(&group_scales_[static_cast<std::size_t>(at * kBlock + lane)],
-                        c.scales.data + scale * 2, 2);
-        }
-        if (c.group == 0) row_scales_[static_cast<std::size_t>(first + r)] = float_at(c.scales, r);
-    }
-}
-
-void Matrix::fill_offsets(const Offsets& offsets) {
-    require(view_.group_scales != nullptr, "offsets beside a matrix without groups");
-    require(offsets.group > 0 && offsets.group % kGroup == 0 && view_.columns % offsets.group == 0,
+    view_.coding = like.bits == 32 ? Coding::kFloat : like.bits == 4 ? Coding::kFour : Coding::kEight;
+    require(parts_.size() == 1 || (!offsets && !bias), "offsets and bias belong to a matrix of one part");
+    require(!bias || bias->size == view_.rows * 4, "a bias does not fit its matrix");
+    if (!offsets) return;
+    require(like.group != 0, "offsets beside a matrix without groups");
+    require(offsets->group > 0 && offsets->group % kGroup == 0 && view_.columns % offsets->group == 0,
             "offsets of groups that do not divide the columns");
-    require(offsets.rank >= view_.columns / offsets.group && offsets.rank <= kMost,
+    require(offsets->rank >= view_.columns / offsets->group && offsets->rank <= kMost,
             "fewer offsets than groups");
-    require(offsets.codes.size == static_cast<std::size_t>(view_.rows * offsets.rank) &&
-                offsets.scales.size == static_cast<std::size_t>(view_.rows) * 4,
+    require(offsets->codes.size == view_.rows * offsets->rank && offsets->scales.size == view_.rows * 4,
             "offsets do not fit their matrix");
-    offsets_ = Array<std::int8_t>(static_cast<std::size_t>(blocks() * groups() * kBlock));
-    offset_scales_ = Array<float>(static_cast<std::size_t>(blocks() * kBlock));
-    view_.offsets = offsets_.data();
-    view_.offset_scales = offset_scales_.data();
-    for (std::int64_t r = 0; r < view_.rows; ++r) {
-        const std::int64_t block = r / kBlock, lane = r % kBlock;
-        offset_scales_[static_cast<std::size_t>(r)] = float_at(offsets.scales, r) * offsets.unit;
-        for (std::int64_t g = 0; g < groups(); ++g)
-            offsets_[static_cast<std::size_t>((block * groups() + g) * kBlock + lane)] =
-                static_cast<std::int8_t>(offsets.codes.data[r * offsets.rank + g * kGroup / offsets.group]);
-    }
+}
+
+// The view with memory of its own, all of it zeros.
+Weights Matrix::placed(Pieces& memory) const {
+    const std::int64_t lanes = blocks() * kBlock, in_groups = lanes * groups();
+    Weights view = view_;
+    if (view.coding == Coding::kFloat)
+        view.floats = memory.take<float>(lanes * view.columns);
+    else
+        view.codes = memory.take<std::uint8_t>(blocks() * groups() *
+                                               (view.coding == Coding::kFour ? kFourBytes : kEightBytes));
+    if (view.coding != Coding::kFloat && parts_[0].group == 0) view.row_scales = memory.take<float>(lanes);
+    if (parts_[0].group != 0) view.group_scales = memory.take<std::uint16_t>(in_groups);
+    if (offsets_) view.offsets = memory.take<std::int8_t>(in_groups);
+    if (offsets_) view.offset_scales = memory.take<float>(lanes);
+    if (bias_) view.bias = memory.take<float>(lanes);
+    return view;
 }
 
 std::size_t Matrix::bytes() const {
-    return codes_.bytes() + floats_.bytes() + row_scales_.bytes() + offset_scales_.bytes() + bias_.bytes() +
-           group_scales_.bytes() + offsets_.bytes();
+    Pieces none(nullptr);
+    placed(none);
+    return none.used();
+}
+
+// Rows that are read at once: whole blocks.
+std::int64_t Matrix::run() const {
+    return std::max<std::int64_t>(1, kPieceBytes / (parts_[0].row_bytes() * kBlock)) * kBlock;
+}
+
+std::int64_t Matrix::pieces() const {
+    std::int64_t count = 0;
+    for (const auto& part : parts_) count += whole(part.rows, run());
+    return count;
+}
+
+void Matrix::read(std::int64_t piece, std::vector<std::uint8_t>& scratch) {
+    std::int64_t first = 0;  // row of the part, in the matrix
+    auto part = parts_.begin();
+    for (; piece >= whole(part->rows, run()); ++part) {
+        piece -= whole(part->rows, run());
+        first += part->rows;
+    }
+    const std::int64_t row = piece * run(), count = std::min(run(), part->rows - row);
+    first += row;
+    read_codes(*part, row, first, count, scratch);
+    if (part->group != 0) {
+        const std::int64_t wide = view_.columns / part->group;
+        scratch.resize(static_cast<std::size_t>(count * wide * 2));
+        part->scales.read(row * wide * 2, count * wide * 2, scratch.data());
+        lay_out_groups(scratch.data(), wide, groups(), part->group / kGroup, first, count,
+                       to_fill(view_.group_scales));
+    } else if (part->bits != 32) {
+        part->scales.read(row * 4, count * 4, to_fill(view_.row_scales) + first);
+    }
+    if (offsets_) {
+        scratch.resize(static_cast<std::size_t>(count * offsets_->rank));
+        offsets_->codes.read(row * offsets_->rank, count * offsets_->rank, scratch.data());
+        lay_out_groups(scratch.data(), offsets_->rank, groups(), offsets_->group / kGroup, first, count,
+                       to_fill(view_.offsets));
+        float* const scales = to_fill(view_.offset_scales) + first;
+        offsets_->scales.read(row * 4, count * 4, scales);
+        for (std::int64_t i = 0; i < count; ++i) scales[i] *= offsets_->unit;
+    }
+    if (bias_) bias_->read(row * 4, count * 4, to_fill(view_.bias) + first);
+}
+
+// A block of codes is words of 4 bytes, [words of a row, 16].
+void Matrix::read_codes(const Constants& part, std::int64_t row, std::int64_t first, std::int64_t count,
+                        std::vector<std::uint8_t>& scratch) {
+    const std::int64_t stored = part.row_bytes();
+    const std::int64_t wide = part.bits == 32 ? stored : groups() * kGroup * part.bits / 8;
+    scratch.resize(static_cast<std::size_t>(count * wide));
+    part.codes.read(row * stored, count * stored, scratch.data());
+    if (part.bits == 32)
+        return lay_out(scratch.data(), view_.columns, view_.columns, first, count, to_fill(view_.floats));
+    for (std::int64_t i = count;
+         wide > stored && i-- > 0;) {  // the last group is filled up with codes of zero
+        std::uint8_t* const to = scratch.data() + i * wide;
+        std::memmove(to, scratch.data() + i * stored, static_cast<std::size_t>(stored));
+        std::memset(to + stored, part.bits == 4 ? 0x88 : 0, static_cast<std::size_t>(wide - stored));
+    }
+    if (part.bits == 8) rearrange(scratch.data(), count * wide);
+    lay_out(scratch.data(), wide / 4, wide / 4, first, count,
+            reinterpret_cast<std::uint32_t*>(to_fill(view_.codes)));
 }
 
 void Matrix::read_row(std::int64_t row, float* out) const {
@@ -187,9 +305,11 @@ void Matrix::read_row(std::int64_t row, float* out) const {
     }
 }
 
+// --- BackMatrix
+
 BackMatrix::BackMatrix(const Constants& c, std::int64_t column, std::int64_t rank, std::int64_t linear,
                        std::int64_t narrow)
-    : linear_(linear), narrow_(narrow) {
+    : constants_(c), column_(column), linear_(linear), narrow_(narrow) {
     check_sizes(c, 4);
     require(c.bits != 4, "the wide half of a branch has 8 or 32 bits");
     require(column >= 0 && rank >= 1 && rank <= c.columns && column <= c.columns - rank,
@@ -197,71 +317,99 @@ BackMatrix::BackMatrix(const Constants& c, std::int64_t column, std::int64_t ran
     require(narrow >= 0, "a branch takes narrow values that are not there");
     view_.rows = c.rows;
     view_.rank = rank;
-    const std::int64_t lanes = whole(c.rows, kBlock) * kBlock;
-    const auto size = static_cast<std::size_t>(lanes * rank);
-    if (c.bits == 8) {
-        codes_ = Array<std::int8_t>(size);
-        scales_ = Array<float>(static_cast<std::size_t>(lanes));
-        std::memcpy(scales_.data(), c.scales.data, c.scales.size);
-        view_.codes = codes_.data();
-        view_.scales = scales_.data();
-    } else {
-        floats_ = Array<float>(size);
-        view_.floats = floats_.data();
-    }
-    for (std::int64_t r = 0; r < c.rows; ++r)
-        for (std::int64_t j = 0; j < rank; ++j) {
-            const auto to = static_cast<std::size_t>((r / kBlock * rank + j) * kBlock + r % kBlock);
-            const std::int64_t from = r * c.columns + column + j;
-            if (c.bits == 8)
-                codes_[to] = static_cast<std::int8_t>(c.codes.data[from]);
-            else
-                floats_[to] = float_at(c.codes, from);
-        }
 }
 
-Table::Table(const Constants& c) : rows_(c.rows), columns_(c.columns), group_(c.group), bits_(c.bits) {
-    check_sizes(c, 4);
-    if (bits_ == 32) {
-        floats_ = Array<float>(static_cast<std::size_t>(rows_ * columns_));
-        std::memcpy(floats_.data(), c.codes.data, c.codes.size);
+Back BackMatrix::placed(Pieces& memory) const {
+    const std::int64_t lanes = whole(view_.rows, kBlock) * kBlock;
+    Back view = view_;
+    if (constants_.bits == 32) {
+        view.floats = memory.take<float>(lanes * view.rank);
+        return view;
+    }
+    view.codes = memory.take<std::int8_t>(lanes * view.rank);
+    view.scales = memory.take<float>(lanes);
+    return view;
+}
+
+std::size_t BackMatrix::bytes() const {
+    Pieces none(nullptr);
+    placed(none);
+    return none.used();
+}
+
+void BackMatrix::read(std::int64_t, std::vector<std::uint8_t>& scratch) {
+    const Constants& c = constants_;
+    scratch.resize(static_cast<std::size_t>(c.codes.size));
+    c.codes.read(0, c.codes.size, scratch.data());
+    const std::uint8_t* from = scratch.data() + column_ * c.bits / 8;
+    if (c.bits == 32) {
+        lay_out(from, c.columns, view_.rank, 0, c.rows, to_fill(view_.floats));
         return;
     }
-    codes_ = Array<std::uint8_t>(c.codes.size);
-    scales_ = Array<float>(c.scales.size / 4);
-    std::memcpy(codes_.data(), c.codes.data, c.codes.size);
-    std::memcpy(scales_.data(), c.scales.data, c.scales.size);
+    lay_out(from, c.columns, view_.rank, 0, c.rows, to_fill(view_.codes));
+    c.scales.read(0, c.scales.size, to_fill(view_.scales));
+}
+
+// --- Table
+
+Table::Table(const Constants& constants) : constants_(constants) { check_sizes(constants, 4); }
+
+std::size_t Table::bytes() const {
+    Pieces none(nullptr);
+    none.take<std::uint8_t>(constants_.codes.size);
+    none.take<float>(constants_.scales.size / 4);
+    return none.used();
+}
+
+void Table::place(Pieces& memory) {
+    codes_ = memory.take<std::uint8_t>(constants_.codes.size);
+    scales_ = memory.take<float>(constants_.scales.size / 4);
+}
+
+std::int64_t Table::pieces() const { return whole(constants_.codes.size, kPieceBytes) + 1; }
+
+void Table::read(std::int64_t piece, std::vector<std::uint8_t>&) {
+    if (piece == pieces() - 1) {
+        constants_.scales.read(0, constants_.scales.size, scales_);
+        return;
+    }
+    const std::int64_t at = piece * kPieceBytes;
+    constants_.codes.read(at, std::min(kPieceBytes, constants_.codes.size - at), codes_ + at);
 }
 
 void Table::read_row(std::int64_t row, float* out) const {
-    if (bits_ == 32) {
-        std::memcpy(out, floats_.data() + row * columns_, static_cast<std::size_t>(columns_) * 4);
+    const std::uint8_t* codes = codes_ + row * constants_.row_bytes();
+    if (constants_.bits == 32) {
+        std::memcpy(out, codes, static_cast<std::size_t>(constants_.row_bytes()));
         return;
     }
-    const std::uint8_t* codes = codes_.data() + row * columns_ * bits_ / 8;
-    const std::int64_t group = group_ == 0 ? columns_ : group_;
-    const float* scales = scales_.data() + row * (columns_ / group);
-    for (std::int64_t c = 0; c < columns_; ++c) {
+    const std::int64_t width = constants_.group == 0 ? columns() : constants_.group;
+    const float* scales = scales_ + row * (columns() / width);
+    for (std::int64_t c = 0; c < columns(); ++c) {
         const int four = c % 2 == 0 ? codes[c / 2] >> 4 : codes[c / 2] & 15;
-        const int code = bits_ == 4 ? four - 8 : static_cast<std::int8_t>(codes[c]);
-        out[c] = static_cast<float>(code) * scales[c / group];
+        const int code = constants_.bits == 4 ? four - 8 : static_cast<std::int8_t>(codes[c]);
+        out[c] = static_cast<float>(code) * scales[c / width];
     }
 }
 
+// --- Directions of offsets
+
 std::optional<float> unit_of_groups(const Constants& c, std::int64_t groups) {
-    check_sizes(c, c.group == 0 ? 4 : 2);
+    check_sizes(c, bytes_of_scale(c));
     if (c.bits != 4 || c.group == 0 || groups < 1 || groups > c.rows || c.columns % groups != 0)
         return std::nullopt;
+    std::vector<std::uint8_t> codes(static_cast<std::size_t>(groups * c.row_bytes()));
+    std::vector<std::uint16_t> scales(static_cast<std::size_t>(groups * (c.columns / c.group)));
+    c.codes.read(0, static_cast<std::int64_t>(codes.size()), codes.data());
+    c.scales.read(0, static_cast<std::int64_t>(scales.size() * 2), scales.data());
     const std::int64_t width = c.columns / groups;
     std::optional<float> unit;
     for (std::int64_t g = 0; g < groups; ++g)
         for (std::int64_t i = 0; i < c.columns; ++i) {
-            const std::uint8_t both = c.codes.data[(g * c.columns + i) / 2];
+            const std::uint8_t both = codes[static_cast<std::size_t>((g * c.columns + i) / 2)];
             const int code = (i % 2 == 0 ? both & 15 : both >> 4) - 8;
-            const std::int64_t scale_at = g * (c.columns / c.group) + i / c.group;
-            const std::uint32_t bits =
-                static_cast<std::uint32_t>(c.scales.data[scale_at * 2] | c.scales.data[scale_at * 2 + 1] << 8)
-                << 16;
+            const auto scale_at = static_cast<std::size_t>(g * (c.columns / c.group) + i / c.group);
+            const std::uint32_t bits = static_cast<std::uint32_t>(scales[scale_at]) << 16;
             float scale;
             std::memcpy(&scale, &bits, sizeof scale);
             const float value = static_cast<float>(code) * scale;

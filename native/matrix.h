@@ -1,20 +1,18 @@
 // Weights as kernels read them, made of constants as data files hold them.
+//
+// They are made in two steps: whoever makes one gives what it is made of, and its sizes are checked.
+// `read_all` then reads many of them together, on several threads.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "kernels.h"
-#include "memory.h"
+#include "source.h"
 
 namespace bedplate {
-
-// Bytes of a constant, not ours.
-struct Bytes {
-    const std::uint8_t* data;
-    std::size_t size;
-};
 
 // A constant of a linear: codes or floats row by row, as `quantize/packing.py` lays them out.
 //
@@ -25,7 +23,9 @@ struct Constants {
     std::int64_t rows, columns;
     int bits;
     std::int64_t group;
-    Bytes codes, scales;
+    Source codes, scales;
+
+    std::int64_t row_bytes() const { return columns * bits / 8; }
 };
 
 // One offset for each group of each row, as a correction holds them: int8 [rows, rank], float32 scales
@@ -33,18 +33,40 @@ struct Constants {
 struct Offsets {
     std::int64_t rank, group;
     float unit;
-    Bytes codes, scales;
+    Source codes, scales;
 };
 
-// Weights [rows, columns] for `Kernels::product`. InvalidError: sizes do not fit each other.
-class Matrix {
+// What is read from files into memory of its own, in pieces.
+class Readable {
   public:
-    Matrix(const Constants& constants, const std::optional<Offsets>& offsets,
-           const std::optional<Bytes>& bias);
-    // Rows of several constants of one kind, one below the other.
-    explicit Matrix(const std::vector<Constants>& parts);
-    Matrix(const Matrix&) = delete;
-    Matrix& operator=(const Matrix&) = delete;
+    Readable() = default;
+    virtual ~Readable() = default;
+    Readable(const Readable&) = delete;
+    Readable& operator=(const Readable&) = delete;
+
+    // Of the memory that it takes.
+    virtual std::size_t bytes() const = 0;
+
+  private:
+    friend void read_all(const std::vector<Readable*>&, int);
+    virtual void place(Pieces& memory) = 0;
+    virtual std::int64_t pieces() const = 0;
+    // scratch: of the calling thread.
+    virtual void read(std::int64_t piece, std::vector<std::uint8_t>& scratch) = 0;
+
+    std::shared_ptr<const Region> memory_;  // null: not read yet
+};
+
+// Reads what was not read yet, on so many threads, into one region of memory. InvalidError: a file ends too
+// early.
+void read_all(const std::vector<Readable*>& wanted, int threads);
+
+// Weights [rows, columns] for `Kernels::product`: rows of constants of one kind, one below the other; of one
+// alone, there may be offsets and a bias float32 [rows]. InvalidError: sizes do not fit each other.
+class Matrix : public Readable {
+  public:
+    Matrix(std::vector<Constants> parts, const std::optional<Offsets>& offsets,
+           const std::optional<Source>& bias);
 
     std::int64_t rows() const { return view_.rows; }
     std::int64_t columns() const { return view_.columns; }
@@ -52,61 +74,67 @@ class Matrix {
     std::int64_t groups() const { return (view_.columns + kGroup - 1) / kGroup; }
     bool takes_codes() const { return view_.coding != Coding::kFloat; }
     const Weights& view() const { return view_; }
-    std::size_t bytes() const;
+    std::size_t bytes() const override;
     // Writes row `row` of 8 bits or floats: an embedding that is stored as the head is.
     void read_row(std::int64_t row, float* out) const;
 
   private:
-    void make_room(const Constants& like, std::int64_t rows);
-    void fill(const Constants& constants, std::int64_t first);
-    void fill_offsets(const Offsets& offsets);
+    Weights placed(Pieces& memory) const;
+    std::int64_t run() const;
+    void place(Pieces& memory) override { view_ = placed(memory); }
+    std::int64_t pieces() const override;
+    void read(std::int64_t piece, std::vector<std::uint8_t>& scratch) override;
+    void read_codes(const Constants& part, std::int64_t row, std::int64_t first, std::int64_t count,
+                    std::vector<std::uint8_t>& scratch);
 
+    std::vector<Constants> parts_;
+    std::optional<Offsets> offsets_;
+    std::optional<Source> bias_;
     Weights view_{};
-    Array<std::uint8_t> codes_;
-    Array<float> floats_, row_scales_, offset_scales_, bias_;
-    Array<std::uint16_t> group_scales_;
-    Array<std::int8_t> offsets_;
 };
 
 // The wide half of a branch: of a constant of 8 bits or floats, `rank` columns from `column` on. It adds to
 // the outputs of the place's linear number `linear`, and takes narrow values from number `narrow` on.
-class BackMatrix {
+class BackMatrix : public Readable {
   public:
     BackMatrix(const Constants& constants, std::int64_t column, std::int64_t rank, std::int64_t linear,
                std::int64_t narrow);
-    BackMatrix(const BackMatrix&) = delete;
-    BackMatrix& operator=(const BackMatrix&) = delete;
 
     const Back& view() const { return view_; }
     std::int64_t linear() const { return linear_; }
     std::int64_t narrow() const { return narrow_; }
-    std::size_t bytes() const { return codes_.bytes() + floats_.bytes() + scales_.bytes(); }
+    std::size_t bytes() const override;
 
   private:
+    Back placed(Pieces& memory) const;
+    void place(Pieces& memory) override { view_ = placed(memory); }
+    std::int64_t pieces() const override { return 1; }
+    void read(std::int64_t piece, std::vector<std::uint8_t>& scratch) override;
+
+    Constants constants_;
+    std::int64_t column_, linear_, narrow_;
     Back view_{};
-    std::int64_t linear_, narrow_;
-    Array<std::int8_t> codes_;
-    Array<float> floats_, scales_;
 };
 
 // A table that rows are taken of, as it lies in a data file. bits 4: the even column in the high half,
 // float32 scales [rows, columns / group]; bits 8: float32 scales [rows]; bits 32: none.
-class Table {
+class Table : public Readable {
   public:
     explicit Table(const Constants& constants);
-    Table(const Table&) = delete;
-    Table& operator=(const Table&) = delete;
 
-    std::int64_t rows() const { return rows_; }
-    std::int64_t columns() const { return columns_; }
-    std::size_t bytes() const { return codes_.bytes() + floats_.bytes() + scales_.bytes(); }
+    std::int64_t rows() const { return constants_.rows; }
+    std::int64_t columns() const { return constants_.columns; }
+    std::size_t bytes() const override;
     void read_row(std::int64_t row, float* out) const;
 
   private:
-    std::int64_t rows_, columns_, group_;
-    int bits_;
-    Array<std::uint8_t> codes_;
-    Array<float> floats_, scales_;
+    void place(Pieces& memory) override;
+    std::int64_t pieces() const override;
+    void read(std::int64_t piece, std::vector<std::uint8_t>& scratch) override;
+
+    Constants constants_;
+    std::uint8_t* codes_ = nullptr;
+    float* scales_ = nullptr;
 };
 
 // What the first rows of a matrix of 4 bits come to if row g is that number in the columns of group g, of

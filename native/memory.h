@@ -1,10 +1,10 @@
-// Memory that kernels read: aligned to cache lines, with some bytes to spare behind the last, which they may
-// read.
+// Memory of the system's own, and how callers are told what does not fit.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstddef>
-#include <cstring>
-#include <memory>
+#include <cstdint>
 #include <new>
 #include <stdexcept>
 
@@ -20,34 +20,50 @@ inline void require(bool condition, const char* what) {
     if (!condition) throw InvalidError(what);
 }
 
-// `size` items of a plain type; zeros at first.
-template <class T>
-class Array {
+// Zeros, aligned to pages, with some bytes to spare behind the last, which kernels may read. Pages come when
+// they are first written, so threads that fill a region clear it too, and all of them go back to the system
+// at once.
+class Region {
   public:
-    Array() = default;
-    explicit Array(std::size_t size) : size_(size) {
-        if (size == 0) return;
-        if (size > (std::size_t(1) << 46) / sizeof(T)) throw std::bad_alloc();
-        const std::size_t bytes = (size * sizeof(T) + kSpare + kLine - 1) / kLine * kLine;
-        data_.reset(static_cast<T*>(std::aligned_alloc(kLine, bytes)));
-        if (!data_) throw std::bad_alloc();
-        std::memset(static_cast<void*>(data_.get()), 0, bytes);
+    // read_often: as a whole in each step. Huge pages then save most look-ups of addresses, where the system
+    // has them.
+    Region(std::size_t size, bool read_often) : size_(size + kSpare) {
+        if (size > std::size_t(1) << 46) throw std::bad_alloc();
+        void* data = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (data == MAP_FAILED) throw std::bad_alloc();
+        data_ = static_cast<std::uint8_t*>(data);
+#ifdef MADV_HUGEPAGE
+        if (read_often) madvise(data_, size_, MADV_HUGEPAGE);
+#endif
     }
-    T* data() { return data_.get(); }
-    const T* data() const { return data_.get(); }
-    T& operator[](std::size_t i) { return data_.get()[i]; }
-    const T& operator[](std::size_t i) const { return data_.get()[i]; }
-    std::size_t size() const { return size_; }
-    std::size_t bytes() const { return size_ * sizeof(T); }
-    bool empty() const { return size_ == 0; }
+    ~Region() { munmap(data_, size_); }
+    Region(const Region&) = delete;
+    Region& operator=(const Region&) = delete;
+
+    std::uint8_t* data() const { return data_; }
 
   private:
-    static constexpr std::size_t kLine = 64, kSpare = 256;
-    struct Free {
-        void operator()(T* data) const { std::free(data); }
-    };
-    std::unique_ptr<T, Free> data_;
-    std::size_t size_ = 0;
+    static constexpr std::size_t kSpare = 256;
+    std::uint8_t* data_;
+    std::size_t size_;
+};
+
+// Hands out pieces of memory, each aligned to cache lines; without memory it only counts.
+class Pieces {
+  public:
+    explicit Pieces(std::uint8_t* data) : data_(data) {}
+    template <class T>
+    T* take(std::int64_t count) {
+        constexpr std::size_t kLine = 64;
+        T* const piece = data_ == nullptr ? nullptr : reinterpret_cast<T*>(data_ + used_);
+        used_ += (static_cast<std::size_t>(count) * sizeof(T) + kLine - 1) / kLine * kLine;
+        return piece;
+    }
+    std::size_t used() const { return used_; }
+
+  private:
+    std::uint8_t* data_;
+    std::size_t used_ = 0;
 };
 
 }  // namespace bedplate

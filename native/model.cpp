@@ -1,6 +1,7 @@
 #include "model.h"
 
 #include <cmath>
+#include <numeric>
 #include <set>
 
 namespace bedplate {
@@ -39,11 +40,39 @@ void lay_out(Linears& linears, const std::vector<std::int64_t>& rows, std::int64
     if (linears.correction != nullptr) check_branch(*linears.correction, linears);
 }
 
-std::size_t bytes_of(const std::shared_ptr<const Branch>& branch) {
-    if (branch == nullptr) return 0;
-    std::size_t bytes = branch->narrow->bytes();
-    for (const auto& back : branch->backs) bytes += back->bytes();
-    return bytes;
+using All = std::vector<Readable*>;
+
+void collect(const std::shared_ptr<const Branch>& branch, All& all) {
+    if (branch == nullptr) return;
+    all.push_back(branch->narrow.get());
+    for (const auto& back : branch->backs) all.push_back(back.get());
+}
+
+// In the order in which a step reads them.
+All all_of(const Model& model) {
+    All all;
+    if (model.embedding != nullptr) all.push_back(model.embedding.get());
+    for (const auto& layer : model.layers)
+        for (const auto& place : layer.places) {
+            for (const auto& weight : place.weights)
+                if (weight != nullptr) all.push_back(weight.get());
+            collect(place.correction, all);
+        }
+    if (model.head != nullptr) all.push_back(model.head.get());
+    return all;
+}
+
+All all_of(const Adapter& adapter) {
+    All all;
+    for (const auto& layer : adapter.layers)
+        for (const auto& branch : layer.places) collect(branch, all);
+    return all;
+}
+
+std::size_t bytes_of(const All& all) {
+    const std::set<const Readable*> different(all.begin(), all.end());
+    return std::accumulate(different.begin(), different.end(), std::size_t(0),
+                           [](std::size_t sum, const Readable* one) { return sum + one->bytes(); });
 }
 
 }  // namespace
@@ -85,25 +114,16 @@ void check(const Adapter& adapter, const Model& model) {
                 check_branch(*branch, model.layers[i].places[place]);
 }
 
+void read(const Model& model, int threads) { read_all(all_of(model), threads); }
+
+void read(const Adapter& adapter, int threads) { read_all(all_of(adapter), threads); }
+
 std::size_t Model::bytes() const {
-    std::set<const Matrix*> matrices{head.get()};
-    std::size_t bytes = (embedding ? embedding->bytes() : 0) + norm.size() * 4;
-    for (const auto& layer : layers) {
-        bytes += (layer.attention_norm.size() + layer.mlp_norm.size()) * 4;
-        for (const auto& place : layer.places) {
-            for (const auto& weight : place.weights) matrices.insert(weight.get());
-            bytes += bytes_of(place.correction);
-        }
-    }
-    for (const auto* matrix : matrices) bytes += matrix->bytes();
+    std::size_t bytes = bytes_of(all_of(*this)) + norm.size() * 4;
+    for (const auto& layer : layers) bytes += (layer.attention_norm.size() + layer.mlp_norm.size()) * 4;
     return bytes;
 }
 
-std::size_t Adapter::bytes() const {
-    std::size_t bytes = 0;
-    for (const auto& layer : layers)
-        for (const auto& branch : layer.places) bytes += bytes_of(branch);
-    return bytes;
-}
+std::size_t Adapter::bytes() const { return bytes_of(all_of(*this)); }
 
 }  // namespace bedplate

@@ -11,15 +11,15 @@ namespace bedplate {
 
 // y += B (A x), a narrow value between: an adapter's branch, or what a correction gives back.
 struct Branch {
-    std::shared_ptr<const Matrix> narrow;                  // A
-    std::vector<std::shared_ptr<const BackMatrix>> backs;  // B of linears of the place
+    std::shared_ptr<Matrix> narrow;                  // A
+    std::vector<std::shared_ptr<BackMatrix>> backs;  // B of linears of the place
 };
 
 // The places of a layer whose linears share one input.
 enum Place : int { kAttentionIn, kAttentionOut, kMlpIn, kMlpOut, kPlaces };
 
 struct Linears {
-    std::vector<std::shared_ptr<const Matrix>> weights;
+    std::vector<std::shared_ptr<Matrix>> weights;
     std::shared_ptr<const Branch> correction;  // null: none
     std::vector<std::int64_t> firsts;          // where the outputs of each begin in a row, at whole blocks
     std::int64_t width = 0;                    // floats of a row of outputs
@@ -35,8 +35,8 @@ struct Model {
     std::int64_t dim, heads, kv_heads, head_dim, hidden, vocab, max_positions;
     float norm_eps;
     std::vector<float> inverse_frequencies;  // of rotary embedding, [head_dim / 2]
-    std::shared_ptr<const Table> embedding;  // null: rows of the head
-    std::shared_ptr<const Matrix> head;
+    std::shared_ptr<Table> embedding;        // null: rows of the head
+    std::shared_ptr<Matrix> head;
     std::vector<float> norm;
     std::vector<Layer> layers;
 
@@ -52,6 +52,10 @@ struct Adapter {
 
     std::size_t bytes() const;
 };
+
+// Reads the weights on so many threads. InvalidError: a file ends too early.
+void read(const Model& model, int threads);
+void read(const Adapter& adapter, int threads);
 
 // Lays out the outputs of each place, and checks that all sizes fit each other. InvalidError: they do not.
 void complete(Model& model);

@@ -19,7 +19,14 @@ std::mt19937 random_bits(1);
 
 float uniform() { return static_cast<float>(random_bits()) / 4294967296.0f * 2.0f - 1.0f; }
 
-Bytes bytes_of(const std::vector<std::uint8_t>& data) { return {data.data(), data.size()}; }
+// Where the bytes lie in a file.
+Source stored(const std::vector<std::uint8_t>& data) {
+    static std::FILE* const file = std::tmpfile();
+    const long offset = (std::fseek(file, 0, SEEK_END), std::ftell(file));
+    std::fwrite(data.data(), 1, data.size(), file);
+    std::fflush(file);
+    return {fileno(file), offset, static_cast<std::int64_t>(data.size())};
+}
 
 std::vector<std::uint8_t> noise(std::size_t size) {
     std::vector<std::uint8_t> data(size);
@@ -92,7 +99,8 @@ void check_product(const Kernels& kernels, int bits, std::int64_t rows, std::int
             scales.push_back(0x3c);  // some hundredths
         }
     }
-    const Matrix matrix(Constants{rows, columns, bits, group, bytes_of(codes), bytes_of(scales)}, {}, {});
+    Matrix matrix({Constants{rows, columns, bits, group, stored(codes), stored(scales)}}, {}, {});
+    read_all({&matrix}, 2);
     constexpr std::int64_t kInputs = 11;
     const Quantized inputs(kernels, kInputs, columns);
     const std::int64_t stride = matrix.blocks() * kBlock;

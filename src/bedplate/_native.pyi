@@ -1,19 +1,21 @@
 """The C++ extension (native/): weights as kernels read them, and steps of a decoder over them.
 
-Constants come as bytes and sizes, which are checked before they are used. Whatever computes gives up the GIL.
+Constants are ranges of open files, and sizes, which are checked before they are used. A Decoder and an Adapter read
+what they are made of. Whatever reads or computes gives up the GIL.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Buffer
 
-Part = tuple[int, int, int, int, Buffer, Buffer]
+Source = tuple[int, int, int]
+"""file descriptor, offset, size: bytes of a file. It stays open until the Decoder or Adapter is made."""
+Part = tuple[int, int, int, int, Source, Source]
 """rows, columns, bits (4, 8, or 32 for floats), group (columns that share a scale; 0: a scale for each row), codes,
 scales: as `bedplate.quantize.packing` lays them out.
 """
-Offsets = tuple[int, int, float, Buffer, Buffer]
+Offsets = tuple[int, int, float, Source, Source]
 """rank, group, unit, codes, scales: int8 [rows, rank] of which the first columns / group are divided by `unit`."""
 
 class NativeError(ValueError):
@@ -25,7 +27,7 @@ class Matrix:
     """
 
     def __init__(
-        self, parts: Sequence[Part], offsets: Offsets | None = None, bias: Buffer | None = None
+        self, parts: Sequence[Part], offsets: Offsets | None = None, bias: Source | None = None
     ) -> None: ...
     @property
     def nbytes(self) -> int: ...
@@ -55,15 +57,17 @@ class Layer:
 
     def __init__(
         self,
-        attention_norm: Buffer,
-        mlp_norm: Buffer,
+        attention_norm: Source,
+        mlp_norm: Source,
         places: Sequence[tuple[Sequence[Matrix], Branch | None]],
     ) -> None: ...
 
 class Adapter:
-    """Branches of each layer's four places; None: none there."""
+    """Branches of each layer's four places; None: none there. readers: threads that read them. NativeError: a file
+    ends too early.
+    """
 
-    def __init__(self, layers: Sequence[Sequence[Branch | None]]) -> None: ...
+    def __init__(self, layers: Sequence[Sequence[Branch | None]], readers: int) -> None: ...
     @property
     def nbytes(self) -> int: ...
 
@@ -87,7 +91,9 @@ class Logits:
         """float32 [rows, vocab], not copied. Imports numpy."""
 
 class Decoder:
-    """A model. embedding None: its rows are the head's. Raises NativeError if sizes do not fit each other."""
+    """A model. embedding None: its rows are the head's. threads compute its steps, readers read it. Raises NativeError
+    if sizes do not fit each other, or a file ends too early.
+    """
 
     def __init__(
         self,
@@ -103,9 +109,10 @@ class Decoder:
         inverse_frequencies: Sequence[float],
         embedding: Table | None,
         head: Matrix,
-        norm: Buffer,
+        norm: Source,
         layers: Sequence[Layer],
         threads: int,
+        readers: int,
     ) -> None: ...
     def kv(self, half: bool) -> Kv:
         """An empty session; half: float16, else float32."""
@@ -122,6 +129,9 @@ class Decoder:
 
 def unit_of_groups(part: Part, groups: int) -> float | None:
     """The number that row g of a 4-bit matrix holds in the columns of group g, if it is one and all else is zero."""
+
+def return_memory() -> None:
+    """Give memory that is free back to the system, where the C library can."""
 
 def instruction_sets() -> list[str]:
     """What kernels are compiled for and this CPU can run, the best first."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Collection, Mapping
+import struct
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,8 +52,15 @@ def _stretched(frequency: float, scaling: Llama3Scaling) -> float:
     return (1 - smooth) * frequency / scaling.factor + smooth * frequency
 
 
+_FLOAT32 = struct.Struct("f")
+
+
 def _float32(value: float) -> float:
-    return ctypes.c_float(value).value
+    try:
+        rounded: float = _FLOAT32.unpack(_FLOAT32.pack(float(value)))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +84,6 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def spec_from_dict(data: Mapping[str, Any]) -> ModelSpec:
-    """The inverse of `ModelSpec.to_dict`; more keys do no harm."""
-    fields = {name: data[name] for name in ModelSpec.__dataclass_fields__}
-    scaling = fields["rope"]["scaling"]
-    fields["rope"] = RopeSpec(
-        theta=fields["rope"]["theta"], scaling=None if scaling is None else Llama3Scaling(**scaling)
-    )
-    return ModelSpec(**fields)
 
 
 def linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:

@@ -91,7 +91,7 @@ def test_the_order_of_fields_does_not_show() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: type(d).__name__)
 def test_another_version_is_refused_with_a_hint(document: Any) -> None:
     data = edited(document, lambda fields: fields.update(version=1, shiny="old"))
-    with pytest.raises(BundleError, match="format version 1; this bedplate reads version 2") as caught:
+    with pytest.raises(BundleError, match="format version 1; this bedplate reads version 3") as caught:
         manifest.load(type(document), data, "x.json")
     assert "build the bundle again" in str(caught.value.hint)
 
@@ -148,7 +148,22 @@ def test_what_is_not_a_document_is_refused(data: bytes) -> None:
         ),
         (ADAPTER, lambda f: f.update(rank=True), "x.json.rank: expected int, found True"),
         (ADAPTER, lambda f: f.update(alpha="8"), "x.json.alpha: expected float, found '8'"),
-        (ADAPTER, lambda f: f["constants"][0].pop("key"), "x.json.constants[0]: the field 'key' is missing"),
+        (
+            ADAPTER,
+            lambda f: f["constants"][0].pop(),
+            "x.json.constants[0]: expected name, key, dtype, shape, layout, scales, nbytes, found 6 values",
+        ),
+        (ADAPTER, lambda f: f["constants"].append({}), "x.json.constants[1]: expected list, found {}"),
+        (
+            ADAPTER,
+            lambda f: f["constants"][0].__setitem__(1, None),
+            "x.json.constants[0].key: expected str, found None",
+        ),
+        (
+            ADAPTER,
+            lambda f: f["constants"][0][3].append(2.5),
+            "x.json.constants[0].shape[2]: expected int, found 2.5",
+        ),
         (ADAPTER, lambda f: f["ranks"].update(x=None), "x.json.ranks.x: expected int, found None"),
     ],
 )

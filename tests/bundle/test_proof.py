@@ -110,11 +110,11 @@ def test_codes_with_other_scales_are_refused(tmp_path: Path) -> None:
     one, two = (linear(f"layers.{i}.mlp.up_proj.weight", 8, None) for i in range(2))
     bundle = bundle_of(tmp_path / "a.bundle", [*one, *two])
     described = bundle.path / "foundation.json"
-    describe(described, lambda info: dataclasses.replace(info, scales=info.scales and two[1].key))
+    describe(described, lambda info: info._replace(scales=info.scales and two[1].key))
     settle(bundle.path)
     with pytest.raises(BundleError, match=r"layers\.0\.mlp\.up_proj\.weight#codes is not what its key says"):
         check_keys(Bundle.open(bundle.path))
-    describe(described, lambda info: dataclasses.replace(info, scales=info.scales and "0" * 64))
+    describe(described, lambda info: info._replace(scales=info.scales and "0" * 64))
     settle(bundle.path)
     with pytest.raises(BundleError, match="has scales that are nowhere: no constant has the key 0000"):
         check_keys(Bundle.open(bundle.path))
@@ -150,7 +150,7 @@ def test_what_is_told_of_a_constant_is_what_its_key_says(
     bundle = bundle_of(tmp_path / "a.bundle", [codes, scales])
 
     def change(info: ConstantInfo) -> ConstantInfo:
-        return dataclasses.replace(info, **edit) if info.key == codes.key else info
+        return info._replace(**edit) if info.key == codes.key else info
 
     describe(bundle.path / "foundation.json", change)
     settle(bundle.path)

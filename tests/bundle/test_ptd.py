@@ -41,7 +41,7 @@ def test_golden_bytes(tmp_path: Path) -> None:
     assert data == GOLDEN.read_bytes()
     assert data[4:16] == b"FT01" + b"FH01" + struct.pack("<I", 40)
     index, start, segments = struct.unpack_from("<QQQ", data, 24)
-    assert (index, start, segments) == (424, 512, 132)
+    assert (index, start, segments) == (433, 512, 132)
     assert data[512:] == np.arange(3, dtype="<f4").tobytes().ljust(ALIGNMENT, b"\0") + b"\x12\x34\x56\x78"
 
 
@@ -177,7 +177,7 @@ def test_a_damaged_index_never_raises_anything_else(tmp_path: Path) -> None:
         (8, b"FH02", "does not begin with FT01"),
         (32, struct.pack("<Q", 1 << 63), "its header tells of"),
         (24, struct.pack("<Q", (1 << 64) - 1), "its header tells of"),
-        (0, struct.pack("<I", (1 << 32) - 1), "refers to byte"),
+        (0, struct.pack("<I", (1 << 32) - 1), "refers to a byte"),
     ],
 )
 def test_a_damaged_header_is_named(tmp_path: Path, offset: int, value: bytes, says: str) -> None:

@@ -383,7 +383,7 @@ Path.replace = lambda *_: die()
 bundle.add_adapters({"three": adapter_writer(bundle, "three", 30)})
 """,
     "remove, between the manifest and the folder": """
-store.shutil.rmtree = lambda *_, **__: die()
+store.files.remove_tree = lambda *_, **__: die()
 store.remove_adapter(root / "toy.bundle", "one")
 """,
 }

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from small_spec import SPEC
 
-from bedplate.spec import Llama3Scaling, RopeSpec, spec_from_dict
+from bedplate.bundle import strict_json
+from bedplate.spec import Llama3Scaling, ModelSpec, RopeSpec
 
 
 def test_a_dict_of_the_spec_gives_it_back() -> None:
@@ -16,4 +17,4 @@ def test_a_dict_of_the_spec_gives_it_back() -> None:
     )
     for spec in (SPEC, replace(SPEC, rope=RopeSpec(theta=5e5, scaling=scaling))):
         stored = json.loads(json.dumps(spec.to_dict()))
-        assert spec_from_dict({**stored, "max_context": 2048}) == spec
+        assert strict_json.decode(ModelSpec, stored, "model") == spec

@@ -6,6 +6,7 @@ native layer's own objects are made.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,14 @@ from bedplate import _native
 
 Doubles = NDArray[np.float64]
 GROUP = 32
+_FILE = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  open as long as the tests run
+
+
+def stored(data: bytes) -> _native.Source:
+    """Where these bytes lie in a file."""
+    offset = _FILE.seek(0, 2)
+    _FILE.write(data)
+    return _FILE.fileno(), offset, len(data)
 
 
 def bfloat16(values: NDArray[Any]) -> NDArray[np.float32]:
@@ -80,13 +89,14 @@ class Linear:
         if self.bits == 4 and self.group and even_low:
             assert self.scales is not None
             scales = (self.scales.view(np.uint32) >> 16).astype(np.uint16).tobytes()
-        return (self.rows, self.columns, self.bits, self.group, codes.tobytes(), scales)
+        return (self.rows, self.columns, self.bits, self.group, stored(codes.tobytes()), stored(scales))
 
     def matrix(self) -> _native.Matrix:
-        offsets, bias = None, None if self.bias is None else self.bias.tobytes()
+        offsets, bias = None, None if self.bias is None else stored(self.bias.tobytes())
         if self.offsets is not None:
             o = self.offsets
-            offsets = (o.codes.shape[1], o.group, o.unit, o.codes.tobytes(), o.scales.tobytes())
+            codes, scales = stored(o.codes.tobytes()), stored(o.scales.tobytes())
+            offsets = (o.codes.shape[1], o.group, o.unit, codes, scales)
         return _native.Matrix([self.part()], offsets, bias)
 
     def table(self) -> _native.Table:
@@ -179,8 +189,8 @@ class Model:
     def decoder(self, threads: int = 1, **changes: Any) -> _native.Decoder:
         layers = [
             _native.Layer(
-                layer.attention_norm.tobytes(),
-                layer.mlp_norm.tobytes(),
+                stored(layer.attention_norm.tobytes()),
+                stored(layer.mlp_norm.tobytes()),
                 [
                     (
                         [linear.matrix() for linear in place.linears],
@@ -203,9 +213,10 @@ class Model:
             "inverse_frequencies": self.inverse_frequencies,
             "embedding": None if self.embedding is None else self.embedding.table(),
             "head": self.head.matrix(),
-            "norm": self.norm.tobytes(),
+            "norm": stored(self.norm.tobytes()),
             "layers": layers,
             "threads": threads,
+            "readers": threads,
         }
         return _native.Decoder(**{**fields, **changes})
 

@@ -172,7 +172,7 @@ class Random:
 
 
 def native_adapter(adapter: Adapter) -> _native.Adapter:
-    return _native.Adapter([[b if b is None else b.native() for b in layer] for layer in adapter])
+    return _native.Adapter([[b if b is None else b.native() for b in layer] for layer in adapter], readers=2)
 
 
 def run(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from random_models import EIGHT, FLOAT, FOUR, Random, native_adapter, run
+from formula import stored
+from random_models import EIGHT, FLOAT, FOUR, Kind, Random, native_adapter, run
 
 from bedplate import _native
 from bedplate._native import BackMatrix, Branch, Layer, Matrix, NativeError, Table
@@ -15,8 +18,12 @@ from bedplate._native import BackMatrix, Branch, Layer, Matrix, NativeError, Tab
 HUGE, LARGE = 2**63 - 1, 2**31
 
 
+def zeros(size: int) -> _native.Source:
+    return stored(bytes(size))
+
+
 def part(rows: int, columns: int, bits: int, group: int, codes: int, scales: int) -> _native.Part:
-    return (rows, columns, bits, group, bytes(codes), bytes(scales))
+    return (rows, columns, bits, group, zeros(codes), zeros(scales))
 
 
 class TestSizesOfMatrices:
@@ -64,19 +71,19 @@ class TestSizesOfMatrices:
     def test_numbers_that_no_size_has(self) -> None:
         for wrong in (2**63, -(2**63) - 1, 1.5, "2", None):
             with pytest.raises(TypeError):
-                Matrix([(wrong, 32, 8, 0, bytes(64), bytes(8))])  # type: ignore[list-item]
+                Matrix([(wrong, 32, 8, 0, zeros(64), zeros(8))])  # type: ignore[list-item]
 
     @pytest.mark.parametrize(
         ("offsets", "complaint"),
         [
-            ((1, 32, 1.0, bytes(2), bytes(8)), "fewer offsets than groups"),
-            ((-2, 32, 1.0, bytes(4), bytes(8)), "fewer offsets than groups"),
-            ((HUGE, 32, 1.0, bytes(4), bytes(8)), "fewer offsets than groups"),
-            ((2, 0, 1.0, bytes(4), bytes(8)), "do not divide"),
-            ((2, -32, 1.0, bytes(4), bytes(8)), "do not divide"),
-            ((2, 48, 1.0, bytes(4), bytes(8)), "do not divide"),
-            ((2, 32, 1.0, bytes(3), bytes(8)), "offsets do not fit"),
-            ((2, 32, 1.0, bytes(4), bytes(4)), "offsets do not fit"),
+            ((1, 32, 1.0, zeros(2), zeros(8)), "fewer offsets than groups"),
+            ((-2, 32, 1.0, zeros(4), zeros(8)), "fewer offsets than groups"),
+            ((HUGE, 32, 1.0, zeros(4), zeros(8)), "fewer offsets than groups"),
+            ((2, 0, 1.0, zeros(4), zeros(8)), "do not divide"),
+            ((2, -32, 1.0, zeros(4), zeros(8)), "do not divide"),
+            ((2, 48, 1.0, zeros(4), zeros(8)), "do not divide"),
+            ((2, 32, 1.0, zeros(3), zeros(8)), "offsets do not fit"),
+            ((2, 32, 1.0, zeros(4), zeros(4)), "offsets do not fit"),
         ],
     )
     def test_of_offsets(self, offsets: _native.Offsets, complaint: str) -> None:
@@ -85,14 +92,14 @@ class TestSizesOfMatrices:
 
     def test_offsets_beside_what_has_no_groups(self) -> None:
         with pytest.raises(NativeError, match="without groups"):
-            Matrix([FITS], (1, 32, 1.0, bytes(2), bytes(8)))
+            Matrix([FITS], (1, 32, 1.0, zeros(2), zeros(8)))
         with pytest.raises(NativeError, match="matrix of one part"):
-            Matrix([FITS, FITS], (1, 32, 1.0, bytes(2), bytes(8)))
+            Matrix([FITS, FITS], (1, 32, 1.0, zeros(2), zeros(8)))
 
     @pytest.mark.parametrize("count", [0, 4, 7, 12])
     def test_of_a_bias(self, count: int) -> None:
         with pytest.raises(NativeError, match="a bias does not fit"):
-            Matrix([FITS], None, bytes(count))
+            Matrix([FITS], None, zeros(count))
 
 
 FITS = part(2, 32, 8, 0, 64, 8)
@@ -142,7 +149,7 @@ class TestBranches:
         wide = part(sizes["rows"], sizes["rank"], 32, 0, 4 * sizes["rows"] * sizes["rank"], 0)
         narrow = part(sizes["ranks"], sizes["columns"], 32, 0, 4 * sizes["ranks"] * sizes["columns"], 0)
         branch = Branch(Matrix([narrow]), [back(wide, 0, sizes["rank"], sizes["linear"], sizes["narrow"])])
-        adapter = _native.Adapter([[None, branch, None, None]] * 2)
+        adapter = _native.Adapter([[None, branch, None, None]] * 2, readers=1)
         decoder = Random(0).model().decoder()
         with pytest.raises(NativeError, match=complaint):
             decoder.check(adapter)
@@ -153,19 +160,19 @@ class TestBranches:
 
     def test_of_another_model(self) -> None:
         with pytest.raises(NativeError, match="another number of layers"):
-            Random(0).model().decoder().check(_native.Adapter([[None] * 4]))
+            Random(0).model().decoder().check(_native.Adapter([[None] * 4], readers=1))
         for places in ([], [None] * 3, [None] * 5):
             with pytest.raises(NativeError, match="four places"):
-                _native.Adapter([places])
+                _native.Adapter([places], readers=1)
 
     def test_nothing_in_place_of_something(self) -> None:
         for make in (
             lambda: Branch(None, []),  # type: ignore[arg-type]
             lambda: Branch(Matrix([FITS]), [None]),  # type: ignore[list-item]
-            lambda: Layer(b"", b"", [([None], None)] * 4),  # type: ignore[list-item]
+            lambda: Layer(zeros(0), zeros(0), [([None], None)] * 4),  # type: ignore[list-item]
         ):
             with pytest.raises((TypeError, NativeError)):
-                adapter = _native.Adapter([[make(), None, None, None]])  # type: ignore[list-item, no-untyped-call]
+                adapter = _native.Adapter([[make(), None, None, None]], readers=1)  # type: ignore[list-item, no-untyped-call]
                 assert adapter.nbytes
 
 
@@ -184,7 +191,7 @@ class TestModels:
         + [{"max_positions": value} for value in (0, -1, 2**24 + 1, HUGE)]
         + [{"norm_eps": value} for value in (0.0, -1e-5, np.nan, np.inf, -np.inf, 1e-50)]
         + [{"inverse_frequencies": [1.0] * count} for count in (0, 7, 9)]
-        + [{"norm": bytes(count)} for count in (0, 3, 4 * 63, 4 * 64 + 1, 4 * 65)]
+        + [{"norm": count} for count in (0, 3, 4 * 63, 4 * 64 + 1, 4 * 65)]
         + [{"threads": value} for value in (0, -1, 1025, 2**31 - 1)]
         + [{"layers": []}]
         + [{part: shape} for part in ("head", "embedding") for shape in ((49, 64), (50, 63))],
@@ -195,6 +202,7 @@ class TestModels:
         made = {
             "head": lambda shape: matrix(*shape),
             "embedding": lambda shape: random.linear(*shape).table(),
+            "norm": zeros,
         }
         change = {name: made[name](value) if name in made else value for name, value in change.items()}
         with pytest.raises(NativeError):
@@ -218,18 +226,18 @@ class TestModels:
             [matrix(first.rows, first.columns + 1), *fitting[place][1:]],
         ):
             places = [(wrong if at == place else weights, None) for at, weights in enumerate(fitting)]
-            made = Layer(layer.attention_norm.tobytes(), layer.mlp_norm.tobytes(), places)
+            made = Layer(stored(layer.attention_norm.tobytes()), stored(layer.mlp_norm.tobytes()), places)
             with pytest.raises(NativeError, match=r"a layer lacks a linear|another shape"):
                 model.decoder(layers=[made])
 
     def test_norms_of_other_sizes(self) -> None:
         model = Random(0).model(layers=1)
         places = [([linear.matrix() for linear in one.linears], None) for one in model.layers[0].places]
-        for norms in ((bytes(252), bytes(256)), (bytes(256), bytes(260))):
+        for norms in ((zeros(252), zeros(256)), (zeros(256), zeros(260))):
             with pytest.raises(NativeError, match="a norm does not fit"):
                 model.decoder(layers=[Layer(*norms, places)])
         with pytest.raises(NativeError, match="float32"):
-            Layer(bytes(255), bytes(256), places)
+            Layer(zeros(255), zeros(256), places)
 
 
 @pytest.mark.parametrize(
@@ -279,13 +287,18 @@ class TestUnitOfGroups:
     """The directions that stand for offsets: row g is one number in the columns of group g, and zero elsewhere."""
 
     @staticmethod
-    def directions(groups: int, columns: int, unit: int = 7, rows: int | None = None) -> _native.Part:
+    def directions(
+        groups: int, columns: int, unit: int = 7, rows: int | None = None, changed: int | None = None
+    ) -> _native.Part:
+        """changed: a byte of the codes that has another bit."""
         codes = np.full((rows or groups, columns), 8, np.uint8)
         for g in range(groups):
             codes[g, g * columns // groups : (g + 1) * columns // groups] += np.uint8(unit)
         scales = np.full((rows or groups, columns // 32), 0x3E00, np.uint16)  # 0.125
         packed = codes[:, 0::2] | codes[:, 1::2] << 4
-        return (rows or groups, columns, 4, 32, packed.tobytes(), scales.tobytes())
+        if changed is not None:
+            packed.reshape(-1)[changed] ^= np.uint8(1)
+        return (rows or groups, columns, 4, 32, stored(packed.tobytes()), stored(scales.tobytes()))
 
     @pytest.mark.parametrize("groups", [1, 2, 4])
     def test_is_found(self, groups: int) -> None:
@@ -297,14 +310,52 @@ class TestUnitOfGroups:
         for groups in (0, -1, 1, 2, 3, 5, 128, HUGE):
             assert _native.unit_of_groups(whole, groups) is None
         for at in (0, 20, 70, 255):
-            codes = bytearray(whole[4])
-            codes[at] ^= 1
-            assert _native.unit_of_groups((*whole[:4], bytes(codes), whole[5]), 4) is None
+            assert _native.unit_of_groups(self.directions(4, 128, changed=at), 4) is None
         assert _native.unit_of_groups(part(4, 128, 8, 0, 512, 16), 4) is None
 
     def test_of_sizes_that_do_not_fit(self) -> None:
         with pytest.raises(NativeError, match="do not fit its shape"):
             _native.unit_of_groups(part(4, 128, 4, 32, 256, 31), 4)
+
+
+class TestFiles:
+    """That hold less than was said."""
+
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Iterator[int]:
+        (tmp_path / "short").write_bytes(bytes(1000))
+        with (tmp_path / "short").open("rb") as file:
+            yield file.fileno()
+
+    @pytest.mark.parametrize("threads", [1, 3])
+    @pytest.mark.parametrize(
+        ("kind", "short"),
+        [(FLOAT, "codes"), (EIGHT, "codes"), (EIGHT, "scales"), (FOUR, "codes"), (FOUR, "scales")],
+    )
+    def test_end_too_early(self, file: int, kind: Kind, short: str, threads: int) -> None:
+        *sizes, codes, scales = Random(0).linear(50, 64, kind).part()
+        of = {"codes": codes, "scales": scales}
+        size = of[short][2]
+        of[short] = (file, 1001 - size, size) if size <= 1001 else (file, 0, size)
+        head = Matrix([(*sizes, of["codes"], of["scales"])])  # type: ignore[list-item]
+        with pytest.raises(NativeError, match="ends too early"):
+            Random(0).model(kind=kind).decoder(threads, head=head)
+
+    def test_of_an_adapter(self, file: int) -> None:
+        wide = part(64, 16, 8, 0, 64 * 16, 64 * 4)
+        narrow = (16, 64, 8, 0, (file, 0, 16 * 64), zeros(64))
+        branch = Branch(Matrix([narrow]), [back(wide, 0, 16)])
+        with pytest.raises(NativeError, match="ends too early"):
+            _native.Adapter([[branch, None, None, None]], readers=1)
+
+    def test_that_are_none(self) -> None:
+        closed = os.open(os.devnull, os.O_RDONLY)
+        os.close(closed)
+        with pytest.raises(NativeError, match="cannot be read"):
+            Random(0).model().decoder(norm=(closed, 0, 256))
+        for wrong in ((0, -1, 256), (0, 0, -256)):
+            with pytest.raises(NativeError, match="out of bounds"):
+                Random(0).model().decoder(norm=wrong)
 
 
 def test_weights_say_what_they_take() -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError, NotFoundError, RunError
-from bedplate.runtime.engine import Engine, physical_cores
+from bedplate.runtime.cores import physical_cores
+from bedplate.runtime.engine import Engine
 
 TEXT = [5, 9, 13, 2, 7]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from bedplate.assemble.bundle_structure import adapter_structure, read_recipe
-from bedplate.assemble.report import Reporter, load_writer
+from bedplate.assemble.report import Reporter
 from bedplate.assemble.templates import Templates
+from bedplate.background import Background
 from bedplate.bundle import files, manifest
 from bedplate.bundle.ptd import describe, write_ptd
 from bedplate.bundle.store import AdapterFacts, Bundle
@@ -29,10 +30,11 @@ from bedplate.quantize.joined import joined, joined_names
 from bedplate.quantize.options import AdapterScheme
 from bedplate.quantize.recipe import Scheme, default_adapter_scheme
 from bedplate.quantize.rows import pack_branch
+from bedplate.runtime.cores import physical_cores
 from bedplate.runtime.effect import without_effect
-from bedplate.runtime.engine import Engine
 from bedplate.runtime.model_spec import read_spec
-from bedplate.spec import linear_shapes
+from bedplate.runtime.weights import Weights, load_foundation
+from bedplate.spec import ModelSpec, linear_shapes
 
 # Zeros are computed with like any number: a rank is at most doubled for want of units, or raised to this.
 SMALL_RANK = 16
@@ -60,8 +62,9 @@ def add_adapters(
     """
     for name in sources:
         bundle.check_name(name)
-    load_writer()
     spec = read_spec(bundle)
+    # The effect of the adapters is measured at the end. What it takes is loaded meanwhile.
+    loading = None if allow_noop else Background(partial(_load, bundle, spec))
     adapters = {name: read_adapter(source, spec) for name, source in sources.items()}
     tokenizer = bundle.manifest.tokenizer
     base = BaseTokenizer(bundle.tokenizer_file, tokenizer.special_tokens)
@@ -71,10 +74,11 @@ def add_adapters(
             reporter.notice(warning)
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
     scheme = quantize or default_adapter_scheme(read_recipe(bundle))
-    packer = _Packer(bundle, scheme, exact_rank, templates if programs and bundle.base_program else None)
+    wanted = templates if programs and bundle.base_program else None
+    packer = _Packer(bundle, spec, scheme, exact_rank, wanted)
     bundle.add_adapters(
         {name: partial(packer.write, name, adapters[name], texts[name]) for name in sources},
-        check=_check_nothing if allow_noop else partial(_check_effect, sources),
+        check=_check_nothing if loading is None else partial(_check_effect, loading, spec, sources),
     )
 
 
@@ -104,10 +108,15 @@ def _check_nothing(drafts: Bundle) -> None:
     pass
 
 
-def _check_effect(sources: Mapping[str, Path], drafts: Bundle) -> None:
-    with Engine(drafts) as engine:
-        idle = without_effect(engine)
-    if idle:
+def _load(bundle: Bundle, spec: ModelSpec) -> Weights:
+    context = spec.max_positions
+    return load_foundation(bundle, spec, threads=physical_cores(), max_context=context, precision="float16")
+
+
+def _check_effect(
+    loading: Background[Weights], spec: ModelSpec, sources: Mapping[str, Path], drafts: Bundle
+) -> None:
+    if idle := without_effect(loading.result(), drafts, spec):
         raise AdapterError(
             f"it changes nothing: with it, the model computes the same logits as without ({', '.join(idle)})",
             where=sources[idle[0]],
@@ -119,15 +128,20 @@ class _Packer:
     """Packs adapters for one bundle. templates: None: they get no programs."""
 
     def __init__(
-        self, bundle: Bundle, quantize: AdapterScheme, exact_rank: bool, templates: Templates | None
+        self,
+        bundle: Bundle,
+        spec: ModelSpec,
+        quantize: AdapterScheme,
+        exact_rank: bool,
+        templates: Templates | None,
     ) -> None:
-        self._bundle, self._quantize = bundle, quantize
+        self._bundle, self._spec, self._quantize = bundle, spec, quantize
         self._templates, self._exact_rank = templates, exact_rank
         self._foundation = {constant.name: constant.key for constant in bundle.foundation_info.constants}
 
     def write(self, name: str, adapter: Adapter, text: AdapterText, folder: Path) -> AdapterFacts:
         """Write `weights.ptd`, and `program.pte` and `chat_template.jinja`, if it has them, into `folder`."""
-        structure = adapter_structure(self._bundle, adapter.ranks, self._quantize)
+        structure = adapter_structure(self._bundle, self._spec, adapter.ranks, self._quantize)
         if self._templates is not None and not self._exact_rank:
             structure = _at_unit_rank(structure, self._templates)
         template = None if self._templates is None else self._templates.get(structure)
@@ -188,9 +202,10 @@ def pack_adapter(adapter: Adapter, structure: Structure) -> Iterator[Constant]:
     scheme = structure.recipe.adapter
     for path, a, b in adapter.matrices():
         unit_rank = structure.ranks[path.split(".", 2)[2]]
-        zeros = unit_rank - len(a)
-        yield from pack_branch(f"{path}.lora_a.weight", np.pad(a, ((0, zeros), (0, 0))), scheme)
-        yield from pack_branch(f"{path}.lora_b.weight", np.pad(b, ((0, 0), (0, zeros))), scheme)
+        if zeros := unit_rank - len(a):
+            a, b = np.pad(a, ((0, zeros), (0, 0))), np.pad(b, ((0, 0), (0, zeros)))
+        yield from pack_branch(f"{path}.lora_a.weight", a, scheme)
+        yield from pack_branch(f"{path}.lora_b.weight", b, scheme)
 
 
 def _noting(constants: Iterable[Constant], infos: list[manifest.ConstantInfo]) -> Iterator[Constant]:

@@ -12,7 +12,7 @@ from bedplate.compile.units import Structure
 from bedplate.errors import BundleError, RecipeError
 from bedplate.quantize.options import AdapterScheme
 from bedplate.quantize.recipe import MOST_RECOVERY_RANK, Recipe, Scheme
-from bedplate.runtime.model_spec import read_spec
+from bedplate.spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,14 @@ def _wrong(scheme: Scheme) -> bool:
     return scheme.group_size is not None and (scheme.group_size <= 0 or scheme.group_size % 32 != 0)
 
 
-def adapter_structure(bundle: Bundle, ranks: Mapping[str, int], quantize: AdapterScheme) -> Structure:
-    """The structure of an adapter's program: the bundle's own, with branches. BundleError: as `read_recipe`."""
-    where, model, spec = f"{bundle.path / MANIFEST}.model", bundle.manifest.model, read_spec(bundle)
+def adapter_structure(
+    bundle: Bundle, spec: ModelSpec, ranks: Mapping[str, int], quantize: AdapterScheme
+) -> Structure:
+    """The structure of an adapter's program: the bundle's own, with branches. spec: of the bundle's model.
+
+    BundleError: as `read_recipe`.
+    """
+    where, model = f"{bundle.path / MANIFEST}.model", bundle.manifest.model
     known = {name: model[name] for name in _Sizes.__dataclass_fields__ if name in model}
     sizes = strict_json.decode(_Sizes, known, where)
     if not 1 <= sizes.max_chunk <= sizes.max_context <= spec.max_positions:

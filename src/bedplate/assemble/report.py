@@ -31,11 +31,6 @@ class Silent:
 SILENT: Reporter = Silent()
 
 
-def load_writer() -> None:
-    """Import what writes data files. UnsupportedError: it is not installed."""
-    _load(("flatbuffers",), "import flatbuffers", SILENT)
-
-
 def load_torch(reporter: Reporter) -> None:
     """Import torch and torchao, which quantize. UnsupportedError: they are not installed."""
     _load(("torch", "torchao"), "import torch", reporter)

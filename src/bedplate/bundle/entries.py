@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from bedplate.bundle import manifest
 from bedplate.bundle.manifest import AdapterInfo, AdapterRecord, ConstantInfo
@@ -33,8 +33,7 @@ class AdapterFacts:
     special_tokens: dict[str, str] | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChatSettings:
+class ChatSettings(NamedTuple):
     """How a conversation becomes text. template_file: None if there is no template.
 
     special_tokens: `bos_token`, `eos_token` … as text, for the template.

@@ -4,6 +4,8 @@ A finished file or folder gets its name in one rename, after its bytes have reac
 and whenever the process is killed, sees the old one or the new one. What is being built lies beside it in a
 hidden `.NAME.tmp-XXXXXXXX` folder with a locked `.lock` in it. The kernel drops the lock with the process, so
 an unlocked one is a leftover, and the next command removes it.
+
+Whoever only reads a bundle imports this too, so what only writers need is imported where they use it.
 """
 
 from __future__ import annotations
@@ -11,20 +13,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import glob
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
 LOCK = ".lock"
 
 
+_CHUNK = 1 << 22  # of a file that is hashed: long enough that a second thread rarely waits for the GIL
+
+
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with path.open("rb", buffering=0) as file:
+        return sha256_of(file)
+
+
+def sha256_of(file: FileIO) -> str:
+    """The SHA-256 of an open file, from where it stands."""
+    digest, size = hashlib.sha256(), os.fstat(file.fileno()).st_size
+    chunk = memoryview(bytearray(min(_CHUNK, size + 1)))
+    while count := file.readinto(chunk):
+        digest.update(chunk[:count])
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -127,23 +140,32 @@ def workspace(parent: Path, name: str) -> Iterator[Path]:
                 stack.enter_context(locked(folder))
             except FileNotFoundError:
                 continue  # taken for a leftover before it was locked
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.callback(remove_tree, folder)
             yield folder
             return
 
 
 def remove_leftovers(parent: Path, name: str) -> None:
     """Remove the workspaces of processes that are gone; those of running ones are locked and stay."""
+    import glob
+
     for folder in sorted(parent.glob(f".{glob.escape(name)}.tmp-????????")):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_tree(folder)
             except BlockingIOError:
                 pass
             finally:
                 os.close(handle)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all that is in it, as far as possible."""
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def rename_new(source: Path, target: Path) -> None:

@@ -11,12 +11,12 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from bedplate.bundle import strict_json
 from bedplate.errors import BundleError
 
-VERSION = 2
+VERSION = 3
 MANIFEST = "bundle.json"
 FOUNDATION = "foundation.ptd"
 FOUNDATION_INFO = "foundation.json"
@@ -41,8 +41,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConstantInfo:
+class ConstantInfo(NamedTuple):
     """What a constant is: see `bedplate.constants.Constant`. Several names may share one key.
 
     With the bytes, it says all that the key is made of.  scales: the key of the scales that this key covers.
@@ -164,7 +163,7 @@ def load(kind: type[_T], data: bytes, where: str) -> _T:
     a Manifest also: its digest does not fit.
     """
     fields = strict_json.load(data, where)
-    if not isinstance(fields, dict) or fields.get("format") != _FORMATS[kind]:
+    if fields.get("format") != _FORMATS[kind]:
         raise BundleError(f"not a {_FORMATS[kind]}", where=where, hint="is this the right file?")
     if fields.get("version") != VERSION:
         raise BundleError(

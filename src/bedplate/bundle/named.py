@@ -1,17 +1,28 @@
-"""Reads constants by name, for computing with them: checks their sizes and separates joined ones."""
+"""Finds constants by name, for computing with them: checks their sizes and separates joined ones."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bedplate.bundle import files
 from bedplate.bundle.manifest import ConstantInfo
 from bedplate.bundle.ptd import Entry, read_ptd
 from bedplate.errors import BundleError
 from bedplate.names import CODES, DIAGONAL, SCALES, nbytes_of, parts_of, way_of
+
+
+class Source(NamedTuple):
+    """Bytes [offset, offset + size) of an open file. The order is that of the native layer's `Source`."""
+
+    file: int
+    offset: int
+    size: int
+
+    def slice(self, first: int, size: int) -> Source:
+        """Bytes [first, first + size) of these."""
+        return Source(self.file, self.offset + first, size)
 
 
 class Part(NamedTuple):
@@ -24,25 +35,25 @@ class Part(NamedTuple):
     columns: int
     bits: int
     group: int
-    codes: memoryview
-    scales: memoryview
+    codes: Source
+    scales: Source
 
     def slice(self, first: int, rows: int) -> Part:
         """Rows [first, first + rows)."""
-        codes, scales = len(self.codes) // self.rows, len(self.scales) // self.rows
+        codes, scales = self.codes.size // self.rows, self.scales.size // self.rows
         return self._replace(
             rows=rows,
-            codes=self.codes[first * codes : (first + rows) * codes],
-            scales=self.scales[first * scales : (first + rows) * scales],
+            codes=self.codes.slice(first * codes, rows * codes),
+            scales=self.scales.slice(first * scales, rows * scales),
         )
 
 
-_NOTHING = memoryview(b"")
+_NOTHING = Source(0, 0, 0)
 _BITS = {"int4": 4, "uint8": 4, "int8": 8, "float32": 32}  # uint8: an embedding's two codes a byte
 
 
 class NamedConstants:
-    """The constants of one data file by name. It reads them when they are needed, and keeps only the index.
+    """The constants of one data file by name. It says where they lie, and keeps the file open.
 
     A constant that is joined of several goes by the name of each of them.
     beside: where constants are that `infos` name and this file does not hold.
@@ -55,8 +66,12 @@ class NamedConstants:
         self.path, self._beside = path, beside
         self._entries = read_ptd(path).entries
         self._infos = {info.name: info for info in infos}
-        self._holders = {part: name for name in self._infos for part in parts_of(name)}
-        self._file = path.open("rb")
+        joined = {name: parts for name in self._infos if len(parts := parts_of(name)) > 1}
+        self._holders = {part: name for name, parts in joined.items() for part in parts}
+        self._joined = {
+            name: tuple(part.removesuffix(CODES) for part in parts) for name, parts in joined.items()
+        }
+        self._file = path.open("rb", buffering=0)
 
     def __enter__(self) -> NamedConstants:
         return self
@@ -66,24 +81,24 @@ class NamedConstants:
 
     def check(self, sha256: str) -> None:
         """BundleError: the open file has another SHA-256."""
-        if hashlib.file_digest(self._file, "sha256").hexdigest() != sha256:
+        if files.sha256_of(self._file) != sha256:
             hint = "the file was changed or damaged: restore it from a copy, or add the adapter again"
             raise BundleError("its SHA-256 is not the one in bundle.json", where=self.path, hint=hint)
 
     def has(self, name: str) -> bool:
         """True if there is a constant of this name, or a matrix of codes and scales."""
-        return name in self._holders or name + CODES in self._holders
+        return self._holder(name) in self._infos
 
     def joined_with(self, name: str) -> tuple[str, ...]:
         """The names of everything that is in one constant with `name`, in its order."""
-        holder = self._holders.get(name) or self._holders.get(name + CODES) or name
-        return tuple(part.removesuffix(CODES) for part in parts_of(holder))
+        return self._joined.get(self._holder(name)) or (name,)
 
     def before_on_diagonal(self, name: str) -> tuple[str, ...]:
         """The matrices that come before `name` on the diagonal that joins them. None, if it is not joined so."""
-        holder = self._holders.get(name) or self._holders.get(name + CODES) or name
+        if way_of(self._holder(name)) != DIAGONAL:
+            return ()
         names = self.joined_with(name)
-        return names[: names.index(name)] if way_of(holder) == DIAGONAL else ()
+        return names[: names.index(name)]
 
     def same_bytes(self, one: str, other: str) -> bool:
         """True if two matrices have the same codes and scales, at the same place on disk."""
@@ -98,18 +113,18 @@ class NamedConstants:
         """The keys of the codes and of the scales of a matrix."""
         return self._info(name + CODES).key, self._info(name + SCALES).key
 
-    def floats(self, name: str, count: int) -> memoryview:
-        """The bytes of `count` float32 numbers: the whole constant that holds `name`."""
-        info = self._info(self._holders.get(name, name))
+    def floats(self, name: str, count: int) -> Source:
+        """Where `count` float32 numbers are: the whole constant that holds `name`."""
+        info = self._info(self._holder(name))
         if info.dtype != "float32" or info.nbytes != 4 * count:
             raise self._wrong(
                 name, f"it has {info.nbytes} bytes of {info.dtype}, not {count} float32 numbers"
             )
-        return self._read(info)
+        return self._source(info)
 
     def matrix(self, name: str) -> Part:
         """The matrix that holds `name`, of floats or of codes and scales."""
-        holder = self._holders.get(name) or self._holders.get(name + CODES) or name
+        holder = self._holder(name)
         codes = self._info(holder)
         if len(codes.shape) != 2 or codes.dtype not in _BITS or 0 in codes.shape:
             raise self._wrong(
@@ -118,7 +133,7 @@ class NamedConstants:
             )
         rows, columns = codes.shape[0], codes.shape[1] * (2 if codes.dtype == "uint8" else 1)
         if codes.dtype == "float32":
-            return Part(rows, columns, 32, 0, self._read(codes), _NOTHING)
+            return Part(rows, columns, 32, 0, self._source(codes), _NOTHING)
         scales = self._info(holder.removesuffix(CODES) + SCALES)
         per_row = scales.shape[1] if len(scales.shape) == 2 else 1
         if scales.shape[:1] != (rows,) or per_row < 1 or columns % per_row:
@@ -127,7 +142,14 @@ class NamedConstants:
             )
         in_groups = scales.dtype == "bfloat16" or per_row > 1
         group = columns // per_row if in_groups else 0
-        return Part(rows, columns, _BITS[codes.dtype], group, self._read(codes), self._read(scales))
+        return Part(rows, columns, _BITS[codes.dtype], group, self._source(codes), self._source(scales))
+
+    def _holder(self, name: str) -> str:
+        """The constant that holds `name`, or its codes. `name` itself, if there is none."""
+        codes = name + CODES
+        if codes in self._infos:
+            return codes
+        return self._holders.get(codes) or self._holders.get(name) or name
 
     def _info(self, name: str) -> ConstantInfo:
         info = self._infos.get(name)
@@ -135,9 +157,9 @@ class NamedConstants:
             raise self._wrong(name, "there is no constant of this name")
         return info
 
-    def _read(self, info: ConstantInfo) -> memoryview:
+    def _source(self, info: ConstantInfo) -> Source:
         if self._beside is not None and info.key not in self._entries:
-            return self._beside._read(info)
+            return self._beside._source(info)
         entry = self._entry(info)
         if not entry.nbytes == info.nbytes == nbytes_of(info.dtype, info.shape):
             raise self._wrong(
@@ -145,14 +167,7 @@ class NamedConstants:
                 f"the file has {entry.nbytes} bytes for it, and its list says {info.nbytes} "
                 f"({info.dtype}, shape {info.shape})",
             )
-        # The file is read, not mapped: if a mapped file is cut short, the process ends.
-        pieces, left = [], entry.nbytes
-        while left:  # Linux reads at most 2 GiB in one call
-            pieces.append(os.pread(self._file.fileno(), left, entry.offset + entry.nbytes - left))
-            if not pieces[-1]:
-                raise self._wrong(info.name, "the file ends too early")
-            left -= len(pieces[-1])
-        return memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        return Source(self._file.fileno(), entry.offset, entry.nbytes)
 
     def _entry(self, info: ConstantInfo) -> Entry:
         entry = self._entries.get(info.key)

@@ -23,11 +23,8 @@ offset.)
 from __future__ import annotations
 
 import hashlib
-import shutil
 import struct
-import tempfile
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
@@ -59,8 +56,7 @@ class Entry(NamedTuple):
     layout: Layout | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ptd:
+class Ptd(NamedTuple):
     """A data file whose index has been read and checked."""
 
     path: Path
@@ -86,6 +82,9 @@ def write_ptd(
     Constants are taken one at a time and each goes to disk at once, so memory is bounded by the largest.
     leave_out: keys that another file of the bundle holds; ExecuTorch refuses two files that share one.
     """
+    import shutil
+    import tempfile  # both take longer to import than an index to read
+
     draft = _Draft()
     # The index precedes the segments in the file but is known only after them: they wait in an unnamed file.
     with files.naming(path), tempfile.TemporaryFile(dir=path.parent) as spool:
@@ -196,5 +195,5 @@ def _read_index(file: IO[bytes], file_bytes: int) -> dict[str, Entry]:
             raise flat_tensor.MalformedError(f"key {key} reaches beyond its segments")
         if layout is not None and layout.nbytes != segment.nbytes:
             raise flat_tensor.MalformedError(f"key {key}: {layout} does not take {segment.nbytes} bytes")
-        checked[key] = Entry(key=key, offset=start + segment.offset, nbytes=segment.nbytes, layout=layout)
+        checked[key] = Entry(key, start + segment.offset, segment.nbytes, layout)
     return checked

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
-from bedplate.bundle import files, fit, integrity, manifest
+from bedplate.bundle import files, integrity, manifest
 from bedplate.bundle.entries import AdapterEntry, AdapterFacts, BundleFacts, ChatSettings, check_foundation
 from bedplate.bundle.manifest import AdapterRecord, FoundationInfo, Manifest, TokenizerInfo
 from bedplate.errors import (
@@ -171,6 +170,8 @@ class Bundle:
         return document.files[manifest.FOUNDATION].sha256 == self.foundation_sha256
 
     def _write(self, name: str, write: Callable[[Path], AdapterFacts], folder: Path) -> AdapterRecord:
+        from bedplate.bundle import fit
+
         folder.mkdir()
         facts = write(folder)
         assert facts.info.name == name, f"{facts.info.name} is written as {name}"
@@ -205,9 +206,7 @@ class Bundle:
             for name in records:
                 self.check_name(name)
             for name in records:
-                shutil.rmtree(
-                    adapters / name, ignore_errors=True
-                )  # not listed, so of a writer that was killed
+                files.remove_tree(adapters / name)  # not listed, so of a writer that was killed
                 (draft / name).rename(adapters / name)
             files.sync_folder(adapters)
             _write_manifest(
@@ -281,7 +280,7 @@ def remove_adapter(path: Path, name: str) -> None:
             known = ", ".join(sorted(document.adapters)) or "none"
             raise NotFoundError(f"no adapter {name!r}", where=path, hint=f"the bundle has: {known}")
         _write_manifest(path, dataclasses.replace(document, adapters=records))
-        shutil.rmtree(path / manifest.ADAPTERS / name, ignore_errors=True)
+        files.remove_tree(path / manifest.ADAPTERS / name)
 
 
 def _describe(folder: Path, facts: BundleFacts) -> Manifest:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from bedplate import api
+from bedplate.background import Background
 from bedplate.bundle import store
 from bedplate.cli.output import print_json, print_table, progress_bars, size, stderr
 from bedplate.errors import AdapterError, NameTakenError, RecipeError
@@ -182,6 +184,7 @@ def add(
 ) -> None:
     """Add LoRA adapters to a bundle. If one of several does not fit, none is added."""
     start = time.perf_counter()
+    Background(lambda: import_module("bedplate.assemble.add"))  # while the files of the bundle are hashed
     opened = api.Bundle.open(bundle)
     with progress_bars() as bars:
         entries = opened.add_all(

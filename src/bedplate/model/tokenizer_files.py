@@ -81,11 +81,13 @@ def check_ids(tokenizer: TokenizerFiles, vocab_size: int, *, where: Path) -> Non
 
 
 def _written(tokenizer: Tokenizer) -> str:
-    """Its JSON, each merge one string where that is clear: older readers want it so, and newer ones read it sooner."""
-    written = str(tokenizer.to_str())
-    data = json.loads(written)
-    merges = data["model"].get("merges")
-    if not merges or any(" " in part for merge in merges for part in merge):
-        return written
-    data["model"]["merges"] = [" ".join(merge) for merge in merges]
+    """Its JSON. Each merge is one string where that is clear: older readers want it so, and newer ones read it sooner.
+    A vocabulary is in the order of its tokens, which is read sooner than the order of their ids.
+    """
+    data = json.loads(tokenizer.to_str())
+    merges, vocabulary = data["model"].get("merges"), data["model"].get("vocab")
+    if merges and not any(" " in part for merge in merges for part in merge):
+        data["model"]["merges"] = [" ".join(merge) for merge in merges]
+    if isinstance(vocabulary, dict):
+        data["model"]["vocab"] = dict(sorted(vocabulary.items()))
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError, NotFoundError, RunError
 from bedplate.runtime import arguments
+from bedplate.runtime.cores import physical_cores
 from bedplate.runtime.model_spec import read_spec
 from bedplate.runtime.session import Host, Session
 from bedplate.runtime.tokenizer import Tokenizer
@@ -46,8 +48,7 @@ class MemoryUse:
     kv: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Adapter:
+class _Adapter(NamedTuple):
     """state: of the file that its weights were read from."""
 
     weights: Weights
@@ -63,7 +64,8 @@ class Engine:
         the positions that it holds.
 
     The steps of all sessions take turns. You can call a session from any thread.
-    RunError: an argument has a wrong type or value, or the tokenizer cannot be read.  BundleError: the manifest
+    The foundation and the tokenizer are loaded when they are first used.
+    RunError: an argument has a wrong type or value, or the chat template cannot be read.  BundleError: the manifest
     describes a model that cannot be.
     """
 
@@ -115,6 +117,7 @@ class Engine:
         self.check_adapter(adapter)
         host = Host(
             load=self.load,
+            load_for_text=partial(self._load, meanwhile=self.tokenizer.open),
             tokenizer_of=self.tokenizer_of,
             limits=self.limits,
             end_ids=self.bundle.manifest.tokenizer.eos_ids,
@@ -149,16 +152,21 @@ class Engine:
         NotFoundError: there is no such adapter.  BundleError: its file is damaged, or the bundle was replaced by
         another one. All other adapters still work after a damaged file.
         """
+        return self._load(name, meanwhile=None)
+
+    def _load(self, name: str | None, meanwhile: Callable[[], None] | None) -> Weights:
+        """meanwhile: what else to do while the base is read, if it is not there yet."""
         self.check_adapter(name)
         with self._lock:
             if self._base is None:
                 self._check_foundation()
-                decoder = load_foundation(
-                    self.bundle, self._spec, threads=self._threads, max_context=self.limits.max_context
-                )
-                # Each load counts as a new foundation: it does not use the keys and values of an earlier one.
-                self._base = Weights(
-                    decoder=decoder, adapter=None, content=(object(), "base"), precision=self._kv
+                self._base = load_foundation(
+                    self.bundle,
+                    self._spec,
+                    threads=self._threads,
+                    max_context=self.limits.max_context,
+                    precision=self._kv,
+                    meanwhile=meanwhile,
                 )
             return self._base if name is None else self._load_adapter(self._base, name)
 
@@ -172,7 +180,7 @@ class Engine:
             self.check_adapter(name)
         self._check_foundation()
         state = _state(self.bundle.adapters[name].weights)
-        weights = load_adapter(base, self.bundle, name)
+        weights = load_adapter(base, self.bundle, name, self._spec)
         self._adapters[name] = _Adapter(weights=weights, state=state)
         return weights
 
@@ -270,19 +278,6 @@ def _thread_count(threads: int | None) -> int:
             f"threads is {count}", hint=f"give at most {_MOST_THREADS}; one for each physical core is best"
         )
     return count
-
-
-def physical_cores() -> int:
-    """Cores that this process may use; hardware threads of one share its arithmetic, so count once."""
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        try:
-            package, core = ((topology / file).read_text() for file in ("physical_package_id", "core_id"))
-        except OSError:
-            package, core = "", str(cpu)
-        cores.add((package, core))
-    return len(cores)
 
 
 def resident_bytes() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from bedplate.runtime import arguments
 from bedplate.runtime.sampling import Sampling
@@ -31,8 +31,7 @@ class Statistics:
     finish_reason: FinishReason | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wish:
+class Wish(NamedTuple):
     """What a caller wants. RunError: an argument has a wrong type or value."""
 
     max_tokens: int
@@ -64,8 +63,7 @@ class Wish:
         )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Request:
+class Request(NamedTuple):
     """A generation in progress: the session's `_running` as long as it may go on."""
 
     prompt: list[int]

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, overload
 
 from bedplate import _native
@@ -27,11 +26,14 @@ _T = TypeVar("_T")
 _LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions take much memory
 
 
-@dataclass(frozen=True, kw_only=True)
-class Host:
-    """What a session needs of its engine. load, tokenizer_of: by the name of an adapter (None: of the base)."""
+class Host(NamedTuple):
+    """What a session needs of its engine, by the name of an adapter (None: of the base).
+
+    load_for_text: opens the tokenizer at the same time.
+    """
 
     load: Callable[[str | None], Weights]
+    load_for_text: Callable[[str | None], Weights]
     tokenizer_of: Callable[[str | None], Tokenizer]
     limits: Limits
     end_ids: Sequence[int]
@@ -224,10 +226,11 @@ class Session:
         )
         arguments.flag("stream", stream)
         with self._lock:
+            weights = self._host.load_for_text(self._adapter)
             ids = self._checked(self._encode(prompt, arguments.flag("allow_special", allow_special)))
             self._check_room(len(ids))
             stats = Statistics(prompt_tokens=len(ids))
-            request = Request(prompt=ids, weights=self._load(), wish=wish, stats=stats)
+            request = Request(prompt=ids, weights=weights, wish=wish, stats=stats)
             self._begin(request.weights)
             self._running, self.last = request, request.stats
         pieces = self._generate(request)

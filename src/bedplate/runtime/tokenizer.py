@@ -7,14 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer as Backend
-
 from bedplate.bundle.store import Bundle
 from bedplate.errors import RunError
 from bedplate.runtime import arguments
 from bedplate.runtime.messages import Message, plain_messages
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
     from bedplate.runtime.chat_template import ChatTemplate
     from bedplate.runtime.user_text import UserText
 
@@ -22,27 +22,28 @@ if TYPE_CHECKING:
 class Tokenizer:
     """The tokenizer of the base or of an adapter, which can have a chat template of its own.
 
+    backend: or the `tokenizer.json`, which is then opened when it is first used. RunError: it is not a tokenizer.
     chat_template: Jinja source. None: there is no template.  special_tokens: `bos_token`, `eos_token` … as text, for
     the chat template.  end_ids: tokens that end an answer. No text of a message becomes a special or an end token.
     """
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Backend | Path,
         *,
         chat_template: str | None,
         special_tokens: Mapping[str, str],
         end_ids: Collection[int] = (),
     ) -> None:
-        self._backend = backend
+        self._source = backend
         self._chat_template = chat_template
         self._special_tokens = special_tokens
         self._end_ids = end_ids
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Tokenizer:
-        """The tokenizer of the base. RunError: the tokenizer or the chat template cannot be read."""
-        return cls._of(bundle, open_backend(bundle.tokenizer_file), None)
+        """The tokenizer of the base. RunError: the chat template cannot be read."""
+        return cls._of(bundle, bundle.tokenizer_file, None)
 
     def of_adapter(self, bundle: Bundle, adapter: str | None) -> Tokenizer:
         """The tokenizer of an adapter of the same bundle. It has the same tokens, and maybe another chat template.
@@ -52,7 +53,7 @@ class Tokenizer:
         return self if adapter is None else self._of(bundle, self._backend, adapter)
 
     @classmethod
-    def _of(cls, bundle: Bundle, backend: Backend, adapter: str | None) -> Tokenizer:
+    def _of(cls, bundle: Bundle, backend: Backend | Path, adapter: str | None) -> Tokenizer:
         chat = bundle.chat_settings(adapter)
         return cls(
             backend,
@@ -60,6 +61,10 @@ class Tokenizer:
             special_tokens=chat.special_tokens,
             end_ids=bundle.manifest.tokenizer.eos_ids,
         )
+
+    def open(self) -> None:
+        """Open the `tokenizer.json` now. RunError: it is not a tokenizer."""
+        _ = self._backend
 
     def encode(self, text: str) -> list[int]:
         """Ids of the tokens of a plain text, with the tokens that the tokenizer adds (`bos`, for some models).
@@ -95,6 +100,10 @@ class Tokenizer:
         return self._template.render(messages, special_tokens=self._special_tokens)
 
     @cached_property
+    def _backend(self) -> Backend:
+        return open_backend(self._source) if isinstance(self._source, Path) else self._source
+
+    @cached_property
     def _template(self) -> ChatTemplate:
         from bedplate.runtime.chat_template import ChatTemplate
 
@@ -115,6 +124,8 @@ class Tokenizer:
 
 def open_backend(file: Path) -> Backend:
     """Open a `tokenizer.json`, without truncation and padding. RunError: it is not a tokenizer."""
+    from tokenizers import Tokenizer as Backend
+
     try:
         backend = Backend.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower

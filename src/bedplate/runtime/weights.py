@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from bedplate import _native
-from bedplate.bundle.named import NamedConstants, Part
+from bedplate.background import Background
+from bedplate.bundle.named import NamedConstants, Part, Source
 from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError
-from bedplate.runtime.model_spec import read_spec
 from bedplate.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes, rope_frequencies
 
 _T = TypeVar("_T")
@@ -27,8 +25,7 @@ PRECISIONS: tuple[Precision, ...] = ("float16", "float32")
 Content = tuple[object, str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
+class Limits(NamedTuple):
     """max_rows: how many tokens one step takes.  max_context: how many positions a session can hold.  vocab: how many
     token ids there are.
     """
@@ -38,8 +35,7 @@ class Limits:
     vocab: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weights:
+class Weights(NamedTuple):
     """The weights that compute the tokens of a session. adapter None: the base.
 
     content: what they are. They do not use keys and values that other content computed.
@@ -60,23 +56,34 @@ class Weights:
         return self.decoder.kv(half=self.precision == "float16")
 
 
-def load_foundation(bundle: Bundle, spec: ModelSpec, *, threads: int, max_context: int) -> _native.Decoder:
-    """Load the foundation into a decoder. BundleError: a constant is missing or has a wrong size."""
+def load_foundation(
+    bundle: Bundle,
+    spec: ModelSpec,
+    *,
+    threads: int,
+    max_context: int,
+    precision: Precision,
+    meanwhile: Callable[[], None] | None = None,
+) -> Weights:
+    """Load the foundation. BundleError: a constant is missing or has a wrong size.
+
+    meanwhile: what else to do while the native layer reads. It takes one of the threads. Its errors are raised too.
+    """
     with (
         NamedConstants(bundle.foundation, bundle.foundation_info.constants) as constants,
         _fitting(bundle.foundation),
     ):
         reader = _Reader(constants, linear_shapes(spec))
-        layers = _in_parallel(
-            threads,
-            spec.n_layers,
-            lambda layer: _native.Layer(
+        layers = [
+            _native.Layer(
                 attention_norm=constants.floats(f"layers.{layer}.input_layernorm.weight", spec.dim),
                 mlp_norm=constants.floats(f"layers.{layer}.post_attention_layernorm.weight", spec.dim),
                 places=[reader.place(layer, place) for place in CORRECTED_TOGETHER],
-            ),
-        )
-        return _native.Decoder(
+            )
+            for layer in range(spec.n_layers)
+        ]
+        read = partial(
+            _native.Decoder,
             dim=spec.dim,
             heads=spec.n_heads,
             kv_heads=spec.n_kv_heads,
@@ -91,32 +98,49 @@ def load_foundation(bundle: Bundle, spec: ModelSpec, *, threads: int, max_contex
             norm=constants.floats("norm.weight", spec.dim),
             layers=layers,
             threads=threads,
+            readers=threads if meanwhile is None else max(1, threads - 1),
         )
+        decoder = read() if meanwhile is None else _beside(read, meanwhile)
+    _native.return_memory()  # what the lists of constants, and the tokenizer's file, took
+    # Each load counts as a new foundation: it does not use the keys and values of an earlier one.
+    return Weights(decoder=decoder, adapter=None, content=(object(), "base"), precision=precision)
 
 
-def load_adapter(base: Weights, bundle: Bundle, name: str) -> Weights:
+def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> Weights:
     """Load an adapter for the decoder of `base`.
 
     BundleError: the file has another SHA-256, or a constant is missing or has a wrong size.
     """
-    entry, spec = bundle.adapters[name], read_spec(bundle)
+    entry = bundle.adapters[name]
     info, file = entry.info, entry.weights
     sha256 = bundle.manifest.adapters[name].files[file.name].sha256
-    with (
-        NamedConstants(bundle.foundation, info.shared) as foundation,
-        NamedConstants(file, (*info.constants, *info.shared), beside=foundation) as constants,
-        _fitting(file),
-    ):
-        constants.check(sha256)
+    with ExitStack() as stack:
+        foundation = None
+        if info.shared:
+            foundation = stack.enter_context(NamedConstants(bundle.foundation, info.shared))
+        named = (*info.constants, *info.shared)
+        constants = stack.enter_context(NamedConstants(file, named, beside=foundation))
+        stack.enter_context(_fitting(file))
         reader = _Reader(constants, linear_shapes(spec), info.ranks)
         layers = [
             [reader.branch(layer, linears) for linears in CORRECTED_TOGETHER.values()]
             for layer in range(spec.n_layers)
         ]
-        adapter = _native.Adapter(layers)
+        read = partial(_native.Adapter, layers, readers=max(1, base.decoder.threads - 1))
+        adapter = _beside(read, partial(constants.check, sha256))
         base.decoder.check(adapter)
     loaded, _ = base.content
     return Weights(decoder=base.decoder, adapter=adapter, content=(loaded, sha256), precision=base.precision)
+
+
+def _beside(read: Callable[[], _T], meanwhile: Callable[[], None]) -> _T:
+    """read(), which gives up the GIL, in a thread beside meanwhile(), which need not. Raises the errors of both."""
+    reading = Background(read)
+    try:
+        meanwhile()
+    finally:
+        reading.wait()
+    return reading.result()
 
 
 def _embedding(constants: NamedConstants) -> _native.Table | None:
@@ -140,6 +164,7 @@ class _Reader:
     ) -> None:
         self._constants, self._ranks = constants, ranks
         self._rows = {name.rpartition(".")[2]: rows for name, (rows, _) in shapes.items()}
+        self._parts: dict[str, Part] = {}  # of joined matrices
         self._units: dict[tuple[str, str, int], float | None] = {}
 
     def place(self, layer: int, place: str) -> tuple[list[_native.Matrix], _native.Branch | None]:
@@ -195,6 +220,8 @@ class _Reader:
 
     def matrix(self, name: str) -> Part:
         """The matrix of this name, without what it is joined with. BundleError: there is no such matrix."""
+        if name in self._parts:
+            return self._parts[name]
         whole, names = self._constants.matrix(name), self._constants.joined_with(name)
         if len(names) == 1:
             return whole
@@ -203,8 +230,11 @@ class _Reader:
             raise _native.NativeError(
                 f"{name}: {whole.rows} rows of {len(names)} matrices, not {sum(counts)}"
             )
-        index = names.index(name)
-        return whole.slice(sum(counts[:index]), counts[index])
+        first = 0
+        for part, count in zip(names, counts, strict=True):
+            self._parts[part] = whole.slice(first, count)
+            first += count
+        return self._parts[name]
 
     def _rank_of(self, name: str) -> int:
         """The rank of the branch that a constant belongs to. NativeError: the adapter has none there."""
@@ -219,17 +249,17 @@ class _Reader:
             return self._rank_of(name)
         return next(self._rows[piece] for piece in name.split(".") if piece in self._rows)
 
-    def _bias(self, name: str, rows: int) -> memoryview | None:
+    def _bias(self, name: str, rows: int) -> Source | None:
         if not self._constants.has(name):
             return None
         names = self._constants.joined_with(name)
         counts = [self._rows_of(part) for part in names] if len(names) > 1 else [rows]
         start = sum(counts[: names.index(name)])
         whole = self._constants.floats(name, sum(counts))
-        return whole[4 * start : 4 * (start + rows)]
+        return whole.slice(4 * start, 4 * rows)
 
 
-Offsets = tuple[int, int, float, memoryview, memoryview]  # as the native layer's `Offsets`
+Offsets = tuple[int, int, float, Source, Source]  # as the native layer's `Offsets`
 
 
 def _beyond_offsets(
@@ -261,27 +291,3 @@ def _fitting(file: Path) -> Iterator[None]:
     except _native.NativeError as error:
         hint = "bedplate verify BUNDLE checks every file; restore it from a copy, or write it again"
         raise BundleError(str(error), where=file, hint=hint) from error
-
-
-def _in_parallel(threads: int, count: int, make: Callable[[int], _T]) -> list[_T]:
-    """[make(0) … make(count - 1)], computed by several threads. Raises the first error of any thread."""
-    made: dict[int, _T] = {}
-    failed: list[BaseException] = []
-    numbers = itertools.count()
-
-    def work() -> None:
-        try:
-            while not failed and (number := next(numbers)) < count:
-                made[number] = make(number)
-        except BaseException as error:
-            failed.append(error)
-
-    helpers = [threading.Thread(target=work) for _ in range(threads - 1)]
-    for helper in helpers:
-        helper.start()
-    work()
-    for helper in helpers:
-        helper.join()
-    if failed:
-        raise failed[0]
-    return [made[number] for number in range(count)]
