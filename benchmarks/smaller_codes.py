@@ -22,7 +22,7 @@ from bedplate.model.tokenizer_files import read_tokenizer
 
 SEQUENCE, GROUP = 512, 32
 LAYERS = "layers.*_proj.weight"
-# (pattern of parameters, bits): the first that matches counts. 8 bits have a scale a row. Fewer bits have groups of 32,
+# (pattern of parameters, bits): the first that matches counts. 8 bits have a scale a row. Fewer have groups of 32,
 # each with a scale and an offset.
 VARIANTS: dict[str, list[tuple[str, int]]] = {
     "default: layers 4, head 8": [(LAYERS, 4), ("lm_head.weight", 8), ("embed_tokens.weight", 8)],
