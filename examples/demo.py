@@ -24,7 +24,7 @@ from bedplate.cli.output import progress_bars, reported_errors, size, stderr
 from bedplate.errors import BundleError, NotFoundError
 from bedplate.model.adapter import read_adapter
 from bedplate.quantize.recipe import make_recipe, recipe_from_dict
-from bedplate.spec import spec_from_dict
+from bedplate.runtime.model_spec import read_spec
 
 BUNDLE = Path("smollm2.bundle")
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
@@ -85,7 +85,7 @@ def add_adapter(bundle: bedplate.Bundle, folder: Path, reporter: Reporter) -> No
     """Add an adapter under the name of its folder, unless the bundle has it."""
     name = folder.name
     if name in bundle.adapters:
-        adapter = read_adapter(folder, spec_from_dict(bundle.manifest.model))
+        adapter = read_adapter(folder, read_spec(bundle))
         if bundle.adapters[name].info.source == adapter.fingerprint:
             return
         bundle.remove(name)

@@ -91,7 +91,7 @@ def test_the_order_of_fields_does_not_show() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: type(d).__name__)
 def test_another_version_is_refused_with_a_hint(document: Any) -> None:
     data = edited(document, lambda fields: fields.update(version=1, shiny="old"))
-    with pytest.raises(BundleError, match="format version 1; this bedplate reads version 2") as caught:
+    with pytest.raises(BundleError, match="format version 1; this bedplate reads version 3") as caught:
         manifest.load(type(document), data, "x.json")
     assert "build the bundle again" in str(caught.value.hint)
 

@@ -18,7 +18,7 @@ from bedplate.link.stretch import stretch
 from bedplate.link.template import template_of
 from bedplate.model.adapter import read_adapter
 from bedplate.quantize.options import AdapterScheme
-from bedplate.spec import spec_from_dict
+from bedplate.runtime.model_spec import read_spec
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +81,7 @@ def test_stretched_units_name_what_the_whole_graph_names(
 ) -> None:
     """Symbol by symbol, and the constants that a structure fixes by key and bytes."""
     bundle, adapter = deep_bundle
-    spec = spec_from_dict(bundle.manifest.model)
+    spec = read_spec(bundle)
     ranks = read_adapter(adapter, spec).ranks if quantize else {}
     structure = adapter_structure(bundle, ranks, quantize or "none")
     linked = template_of(stretch(lowered_units(structure, UnitCache(unit_cache)), spec.n_layers), {})

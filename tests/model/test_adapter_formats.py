@@ -74,8 +74,8 @@ def test_each_format_imports_only_what_reads_it(
 import json, sys
 from pathlib import Path
 from bedplate.model.adapter import read_adapter
-from bedplate.spec import spec_from_dict
-assert len(list(read_adapter(Path(sys.argv[1]), spec_from_dict(json.loads(sys.argv[2]))).matrices())) == 21
+from bedplate.runtime.model_spec import decode_spec
+assert len(list(read_adapter(Path(sys.argv[1]), decode_spec(json.loads(sys.argv[2]), "x")).matrices())) == 21
 print(*sorted({"torch", "gguf"} & sys.modules.keys()))
 """
     command = [sys.executable, "-c", script, str(made), json.dumps(oracle.spec.to_dict())]

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from bedplate.bundle import strict_json
 from bedplate.errors import BundleError
 
-VERSION = 2
+VERSION = 3
 MANIFEST = "bundle.json"
 FOUNDATION = "foundation.ptd"
 FOUNDATION_INFO = "foundation.json"
@@ -33,7 +33,7 @@ MODEL_FIELDS: dict[str, type] = {
     "architecture": str,
     "fingerprint": str,
     **dict.fromkeys(
-        ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_context"),
+        ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_context"),
         int,
     ),
 }

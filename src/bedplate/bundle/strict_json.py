@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import types
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bedplate.errors import BundleError
 
@@ -47,7 +47,7 @@ DAMAGED = "it was edited or is damaged: restore it from a copy, or build the bun
 
 
 def decode(kind: type[_T], value: Any, where: str) -> _T:
-    """`value`, as `json.loads` gives it, as a `kind`: a dataclass, container, or plain type, nested at will.
+    """`value`, as `json.loads` gives it, as a `kind`: a dataclass, container, literal, or plain type, nested at will.
 
     where: the file, and the path in it, that errors name. BundleError: a field is missing, unknown, or of
     another type.
@@ -68,8 +68,12 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         items = enumerate(_expect(list, value, where))
         return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in items)
-    if origin is types.UnionType:  # only `X | None` is used
+    if origin in (types.UnionType, Union):  # only `X | None` is used
         return None if value is None else _decode(arguments[0], value, where)
+    if origin is Literal:
+        if type(value) is str and value in arguments:
+            return value
+        raise BundleError(f"found {value!r:.80}, not one of {arguments}", where=where, hint=DAMAGED)
     return _expect(kind, value, where)
 
 
