@@ -33,7 +33,8 @@ class LongRope:
 class RopeTable:
     """A rotary embedding: cos(position · frequency) · scale, and sin likewise.
 
-    frequencies: of the pairs (i, i + head_dim / 2) of a head, [head_dim / 2]. 0: the pair does not turn.
+    frequencies: of the pairs (i, i + head_dim / 2) of a head, [head_dim / 2]. A pair of frequency 0 stays as it is:
+        the scale is not for it.
     """
 
     frequencies: tuple[float, ...]

@@ -91,8 +91,12 @@ def rope_table(table: RopeTable, max_context: int, *, length: int | None = None)
     is_long = long is not None and (max_context if length is None else length) > long.above
     inv_freq = torch.tensor(long.frequencies if long and is_long else table.frequencies)
     angles = torch.arange(max_context).float()[:, None] * inv_freq[None, :]
-    angles = torch.cat((angles, angles), dim=-1).view(1, max_context, 1, 2 * len(inv_freq))
-    return angles.cos() * table.scale, angles.sin() * table.scale
+    scale = torch.where(inv_freq == 0, 1.0, table.scale)
+    cos, sin = (
+        torch.cat((half, half), dim=-1).view(1, max_context, 1, 2 * len(inv_freq))
+        for half in (angles.cos() * scale, angles.sin() * scale)
+    )
+    return cos, sin
 
 
 class QueryFactors(nn.Module):
@@ -167,4 +171,4 @@ def attend(
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         scores = torch.tanh(q @ k.mT * scale / cap) * cap
         y = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1) @ v
-    return y[0].transpose(0, 1)
+    return y[0].transpose(0, 1).contiguous()
