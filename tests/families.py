@@ -68,7 +68,11 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {"no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True},
         {
             "windows": {"use_sliding_window": True, "sliding_window": WINDOW},
-            "every third, biases": {"no_rope_layers": None, "no_rope_layer_interval": 3, "attention_bias": True},
+            "every third, biases": {
+                "no_rope_layers": None,
+                "no_rope_layer_interval": 3,
+                "attention_bias": True,
+            },
             "kinds": {
                 "use_sliding_window": True,
                 "sliding_window": WINDOW,
@@ -81,7 +85,11 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {
             "tied, yarn": {"tie_word_embeddings": True, "rope_parameters": _YARN},
             "windows": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
-            "a window that is off": {"use_sliding_window": False, "sliding_window": WINDOW, "max_window_layers": 2},
+            "a window that is off": {
+                "use_sliding_window": False,
+                "sliding_window": WINDOW,
+                "max_window_layers": 2,
+            },
         },
     ),
     "qwen3": (
@@ -157,7 +165,11 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
         {
             "as the class": {"rope_parameters": None, "layer_types": None, "sliding_window_pattern": 2},
-            "caps, biases": {"final_logit_softcapping": 3.0, "attention_bias": True, "tie_word_embeddings": False},
+            "caps, biases": {
+                "final_logit_softcapping": 3.0,
+                "attention_bias": True,
+                "tie_word_embeddings": False,
+            },
             "yarn": {"rope_parameters": {SLIDING: {"rope_type": "default", "rope_theta": 50.0}, FULL: _YARN}},
         },
     ),
@@ -232,7 +244,10 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     ),
     "arcee": (
         {},
-        {"biases, heads": {"attention_bias": True, "mlp_bias": True, "head_dim": 32}, "yarn": {"rope_parameters": _YARN}},
+        {
+            "biases, heads": {"attention_bias": True, "mlp_bias": True, "head_dim": 32},
+            "yarn": {"rope_parameters": _YARN},
+        },
     ),
     "seed_oss": (
         {"head_dim": 32},
@@ -269,7 +284,10 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     ),
     "ernie4_5": (
         {"head_dim": 32},
-        {"biases, untied": {"use_bias": True, "tie_word_embeddings": False}, "linear": {"rope_parameters": _LINEAR}},
+        {
+            "biases, untied": {"use_bias": True, "tie_word_embeddings": False},
+            "linear": {"rope_parameters": _LINEAR},
+        },
     ),
     "exaone4": (
         {"sliding_window": WINDOW, "layer_types": [SLIDING, SLIDING, FULL, SLIDING]},
