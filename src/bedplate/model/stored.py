@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bedplate.model.families import FAMILIES
+from bedplate.model.families import family_of
 from bedplate.model.rotary_order import turned_heads
 from bedplate.spec import ModelSpec, linear_shapes, parameter_shapes
 
@@ -47,7 +47,7 @@ class Source:
 
 def stored_linears(spec: ModelSpec) -> dict[str, tuple[Rows, ...]]:
     """The linears of a layer as the files have them, in the order of the model → the rows of ours in them."""
-    shapes, modules = linear_shapes(spec), FAMILIES[spec.model_type].modules
+    shapes, modules = linear_shapes(spec), family_of(spec).modules
     of_ours = {part: (module, parts) for module, parts in modules.items() for part in parts}
     found: dict[str, tuple[Rows, ...]] = {}
     for linear in shapes:
@@ -58,7 +58,7 @@ def stored_linears(spec: ModelSpec) -> dict[str, tuple[Rows, ...]]:
 
 def sources(spec: ModelSpec) -> dict[str, Source]:
     """Where each parameter is, by its name."""
-    family = FAMILIES[spec.model_type]
+    family = family_of(spec)
     renamed = {parts[0]: module for module, parts in family.modules.items()}
     place = {rows.linear: (module, rows) for module, parts in stored_linears(spec).items() for rows in parts}
     found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bedplate.errors import UnsupportedError
 from bedplate.model.families.arcee import ARCEE
 from bedplate.model.families.cohere2 import COHERE2
 from bedplate.model.families.common import Family, read_family
@@ -27,6 +28,7 @@ from bedplate.model.families.qwen3 import QWEN3
 from bedplate.model.families.seed_oss import SEED_OSS
 from bedplate.model.families.smollm3 import SMOLLM3
 from bedplate.model.families.stablelm import STABLELM
+from bedplate.spec import ModelSpec
 
 FAMILIES = {
     family.model_type: family
@@ -58,4 +60,14 @@ FAMILIES = {
     )
 }
 
-__all__ = ["FAMILIES", "Family", "read_family"]
+
+def family_of(spec: ModelSpec) -> Family:
+    """UnsupportedError: the description is of a family that this version of bedplate does not have."""
+    if spec.model_type not in FAMILIES:
+        raise UnsupportedError(
+            f"model_type {spec.model_type!r} is not supported", hint=f"supported: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[spec.model_type]
+
+
+__all__ = ["FAMILIES", "Family", "family_of", "read_family"]

@@ -63,6 +63,8 @@ class Family:
         rows of one module are those of several, one below the other.
     norm_offset: what is added to the stored weights of all norms.
     rope: how transformers reads and computes the rotary embedding.
+    gguf: llama.cpp's name for the architecture, if bedplate reads its files.
+    meta_rows: llama.cpp and torchtune keep Meta's order of the rows of q and k, in which neighbours turn together.
     """
 
     model_type: str
@@ -72,6 +74,8 @@ class Family:
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: NORMS_BEFORE)
     norm_offset: float = 0.0
     rope: Rules = field(default_factory=Rules)
+    gguf: str | None = None
+    meta_rows: bool = False
 
 
 def read_family(config: Fields, family: Family) -> ModelSpec:

@@ -27,4 +27,6 @@ LLAMA = Family(
         "rope_theta": 10000.0,
     },
     read=_read,
+    gguf="llama",
+    meta_rows=True,
 )
