@@ -65,9 +65,9 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
     "smollm3": (
-        {"no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True},
+        {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": WINDOW},
         {
-            "windows": {"use_sliding_window": True, "sliding_window": WINDOW},
+            "no windows": {"use_sliding_window": False},
             "every third, biases": {
                 "no_rope_layers": None,
                 "no_rope_layer_interval": 3,
@@ -81,10 +81,13 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
     "qwen2": (
-        {"tie_word_embeddings": False},
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
         {
-            "tied, yarn": {"tie_word_embeddings": True, "rope_parameters": _YARN},
-            "windows": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+            "tied, yarn": {
+                "tie_word_embeddings": True,
+                "rope_parameters": _YARN,
+                "use_sliding_window": False,
+            },
             "a window that is off": {
                 "use_sliding_window": False,
                 "sliding_window": WINDOW,
@@ -93,10 +96,13 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
     "qwen3": (
-        {"head_dim": 32},
+        {"head_dim": 32, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
         {
-            "biases, tied": {"attention_bias": True, "tie_word_embeddings": True},
-            "windows": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0},
+            "biases, tied": {
+                "attention_bias": True,
+                "tie_word_embeddings": True,
+                "use_sliding_window": False,
+            },
             "kinds": {
                 "use_sliding_window": True,
                 "sliding_window": WINDOW,
@@ -315,21 +321,29 @@ def make_toy(family: str, variant: str = "first", **changes: Any) -> PreTrainedC
 
 def save_toy(folder: Path, config: PreTrainedConfig, *, seed: int = 0) -> Any:
     """A random model, as transformers saves it."""
-    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # in every one of them, and so that logits tell models apart
-            parameter.normal_(0.0, 0.2) if parameter.ndim == 2 else parameter.uniform_(-0.4, 0.9)
-    model.tie_weights()
+    randomize(model, seed)
     quiet(lambda: model.save_pretrained(folder))
     return model
 
 
+def randomize(model: Any, seed: int) -> None:
+    """Every parameter, so that logits tell models apart."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.2) if parameter.ndim == 2 else parameter.uniform_(-0.4, 0.9)
+    model.tie_weights()
+
+
 def theirs(folder: Path, tokens: list[int]) -> torch.Tensor:
     """Logits [T, V] of transformers."""
-    model = quiet(lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     with torch.no_grad():
-        return model(torch.tensor([tokens])).logits[0]  # type: ignore[no-any-return]
+        return theirs_of(folder)(torch.tensor([tokens])).logits[0]  # type: ignore[no-any-return]
+
+
+def theirs_of(folder: Path) -> Any:
+    return quiet(lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
 
 
 def quiet(call: Any) -> Any:

@@ -112,6 +112,6 @@ def test_our_names_are_not_theirs(tmp_path: Path) -> None:
     for family in ("llama", "phi3"):
         save_toy(tmp_path / family, make_toy(family))
     adapter = save_adapter(tmp_path / "adapter", tmp_path / "llama", ["q_proj", "k_proj"])
-    with pytest.raises(AdapterError, match="self_attn.[qk]_proj, which the model does not have") as caught:
+    with pytest.raises(AdapterError, match=r"self_attn\.[qk]_proj, which the model does not have") as caught:
         read_adapter(adapter, open_checkpoint(tmp_path / "phi3").spec)
     assert "self_attn.qkv_proj" in str(caught.value.hint)

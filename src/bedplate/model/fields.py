@@ -19,11 +19,12 @@ _CORRECT = "correct this field, or download the file again"
 class Fields:
     """Fields by name. A field that is null is one that is not there.
 
-    where: the file that errors name.
+    where: the file that errors name.  inside: the field that these are inside of; None: they are the whole file's.
     """
 
     values: Mapping[str, Any]
     where: str | Path
+    inside: str | None = None
 
     def get(self, name: str) -> Any:
         """The field as it is; None: it is not there."""
@@ -39,7 +40,7 @@ class Fields:
         value = self.get(name)
         value = default if value is None else value
         if value is None:
-            raise CheckpointError(f"{name} is missing", where=self.where, hint=_CORRECT)
+            raise self._missing(name)
         if type(value) is not int or value < least:
             raise self.wrong(name, "a positive integer" if least else "an integer that is not negative")
         if value > most:
@@ -51,7 +52,7 @@ class Fields:
         value = self.get(name)
         value = default if value is None else value
         if value is None:
-            raise CheckpointError(f"{name} is missing", where=self.where, hint=_CORRECT)
+            raise self._missing(name)
         # NaN compares as false; an integer that no float holds is compared all the same.
         if type(value) not in (int, float) or not 0 < value < 1e300:
             raise self.wrong(name, "a positive number")
@@ -73,7 +74,7 @@ class Fields:
         value = self.get(name)
         if not isinstance(value, list) or len(value) != count:
             raise self.wrong(name, f"a list of {count} numbers")
-        items = Fields({f"{name}[{i}]": item for i, item in enumerate(value)}, self.where)
+        items = Fields({f"{name}[{i}]": item for i, item in enumerate(value)}, self.where, self.inside)
         return [items.number(item) for item in items.values]
 
     def flag(self, name: str, *, default: bool = False) -> bool:
@@ -100,8 +101,16 @@ class Fields:
 
     def wrong(self, name: str, wanted: str) -> CheckpointError:
         return CheckpointError(
-            f"{name} must be {wanted}, got {shown(self.get(name))}", where=self.where, hint=_CORRECT
+            f"{self._named(name)} must be {wanted}, got {shown(self.get(name))}",
+            where=self.where,
+            hint=_CORRECT,
         )
+
+    def _missing(self, name: str) -> CheckpointError:
+        return CheckpointError(f"{self._named(name)} is missing", where=self.where, hint=_CORRECT)
+
+    def _named(self, name: str) -> str:
+        return name if self.inside is None else f"{name} in {self.inside}"
 
 
 def shown(value: Any) -> str:

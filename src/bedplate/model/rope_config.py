@@ -60,13 +60,16 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True)
 class _Section:
-    """A section that says all of one rotary embedding; `name` is what errors call it."""
+    """A section that says all of one rotary embedding."""
 
     fields: Fields
-    name: str
     head_dim: int
     max_positions: int
     rules: Rules
+
+    @property
+    def name(self) -> str:
+        return str(self.fields.inside)
 
     @property
     def dim(self) -> int:
@@ -98,8 +101,7 @@ def read_rope(
     if original is not None:
         values["original_max_position_embeddings"] = original
     section = _Section(
-        fields=Fields(values, config.where),
-        name=name,
+        fields=Fields(values, config.where, name),
         head_dim=head_dim,
         max_positions=max_positions,
         rules=rules,
@@ -128,8 +130,8 @@ def read_rope_by_kind(
     for kind, theta in thetas.items():
         name = f"rope_parameters.{kind}"
         values = {**Fields(sections, config.where).section(kind)}
-        if kind == "full_attention":
-            values |= config.section("rope_scaling")
+        if kind == "full_attention" and (scaling := config.section("rope_scaling")):
+            name, values = f"{name} with rope_scaling", values | scaling
         if values.get("truncate") not in (None, True):
             raise UnsupportedError(
                 f"truncate = {shown(values['truncate'])} in {name} is not supported: transformers ignores it",
@@ -138,8 +140,7 @@ def read_rope_by_kind(
             )
         values = {"rope_theta": theta, "partial_rotary_factor": config.get("partial_rotary_factor"), **values}
         section = _Section(
-            fields=Fields(values, config.where),
-            name=name,
+            fields=Fields(values, config.where, name),
             head_dim=head_dim,
             max_positions=max_positions,
             rules=Rules(),
@@ -233,7 +234,9 @@ def _llama3(section: _Section) -> _Computed:
     low, high = (fields.number(f"{end}_freq_factor") for end in ("low", "high"))
     if low >= high:
         raise CheckpointError(
-            f"low_freq_factor {low} is not below high_freq_factor {high}", where=fields.where, hint=_CORRECT
+            f"low_freq_factor {low} is not below high_freq_factor {high} in {section.name}",
+            where=fields.where,
+            hint=_CORRECT,
         )
     inverse, factor, original = (
         section.inverse(_theta(section)),

@@ -19,7 +19,7 @@ _OTHER_MODEL = (
 # Fields with which transformers computes something else, or that say that the weights mean something else: the values
 # with which they change nothing, and what to do about all others.
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
-    "is_causal": ((None, True), NEVER),
+    "is_causal": ((True,), NEVER),  # transformers takes null as false
     "per_layer_config": ((None, {}), NEVER),
     "attention_chunk_size": ((None,), NEVER),
     "fusion_config": ((None,), NEVER),
@@ -174,18 +174,18 @@ def positions(config: Fields) -> int:
     return config.count("max_position_embeddings", most=MOST_POSITIONS)
 
 
-def layer_kinds(config: Fields, slides: Callable[[int], bool]) -> list[str]:
-    """The kind of each layer, as `layer_types` says. Where it is not given: whether the layer of an index `slides`."""
-    n_layers, given = config.count("num_hidden_layers"), config.get("layer_types")
+def layer_kinds(config: Fields, slides: Callable[[int], bool], name: str = "layer_types") -> list[str]:
+    """The kind of each layer, as the field says. Where it is not given: whether the layer of an index `slides`."""
+    n_layers, given = config.count("num_hidden_layers"), config.get(name)
     if given is None:
         return [SLIDING if slides(index) else FULL for index in range(n_layers)]
     if not isinstance(given, list) or len(given) != n_layers:
-        raise config.wrong("layer_types", f"a list of {n_layers} kinds of layers")
+        raise config.wrong(name, f"a list of kinds, as many as num_hidden_layers = {n_layers}")
     kinds = ["full_attention" if kind == "attention" else kind for kind in given]
     for kind in kinds:
         if kind not in (FULL, SLIDING):
             raise UnsupportedError(
-                f"a layer of the kind {shown(kind)} is not supported (layer_types)",
+                f"a layer of the kind {shown(kind)} is not supported ({name})",
                 where=config.where,
                 hint=f"supported: {FULL}, {SLIDING}",
             )
@@ -219,6 +219,12 @@ def _window(config: Fields, kind: str, max_positions: int) -> int | None:
     """None where it is as wide as the longest sequence."""
     if kind != SLIDING:
         return None
+    if config.get("sliding_window") is None:
+        raise CheckpointError(
+            f"layer_types has {SLIDING!r}, but there is no sliding_window, or use_sliding_window is false",
+            where=config.where,
+            hint="correct these fields, or download the file again",
+        )
     window = config.count("sliding_window", most=MOST_POSITIONS)
     return window if window < max_positions else None
 

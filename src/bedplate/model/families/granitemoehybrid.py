@@ -16,13 +16,11 @@ _HINT = "only models whose layers all have attention, and that have no experts, 
 def _read(config: Fields) -> ModelSpec:
     config.only("num_local_experts", 0, hint=_HINT)
     name = "layers_block_type" if "layers_block_type" in config.values else "layer_types"
-    given = config.get(name)
-    if given is None:
+    if config.get(name) is None:
         raise UnsupportedError(
             f"{name} is missing: all layers are Mamba layers", where=config.where, hint=_HINT
         )
-    kinds = layer_kinds(Fields({**config.values, "layer_types": given}, config.where), lambda index: False)
-    if set(kinds) != {FULL}:
+    if set(layer_kinds(config, lambda index: False, name)) != {FULL}:
         raise config.wrong(name, f"a list of {FULL}")
     spec = read_multiplied(config, GRANITEMOEHYBRID, hidden="shared_intermediate_size")
     turns = config.get("position_embedding_type") == "rope"

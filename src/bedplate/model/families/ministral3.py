@@ -27,8 +27,8 @@ def _read(config: Fields) -> ModelSpec:
     if config.get("rope_parameters") is None:
         config = Fields({**config.values, "rope_parameters": _ROPE}, config.where)
     spec = decoder(config, MINISTRAL3, kinds=all_slide(config))
-    section = config.section("rope_scaling") or config.section("rope_parameters")
-    fields = Fields(section, config.where)
+    name = "rope_scaling" if config.section("rope_scaling") else "rope_parameters"
+    fields = Fields(config.section(name), config.where, name)
     original = fields.count(
         "original_max_position_embeddings", default=positions(config), most=MOST_POSITIONS
     )

@@ -30,7 +30,7 @@ def _turning_layers(config: Fields) -> list[bool]:
         every = config.count("no_rope_layer_interval")
         return [(index + 1) % every != 0 for index in range(n_layers)]
     if not isinstance(given, list) or len(given) < n_layers or not all(one in (0, 1) for one in given):
-        raise config.wrong("no_rope_layers", f"a list of 0 or 1 for each of {n_layers} layers")
+        raise config.wrong("no_rope_layers", f"a list of 0 or 1, as many as num_hidden_layers = {n_layers}")
     return [bool(one) for one in given[:n_layers]]
 
 
