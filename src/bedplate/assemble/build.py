@@ -142,8 +142,8 @@ def _foundation(
     from bedplate.quantize.foundation import fixed_constants, pack_corrected, pack_tensor
 
     corrections = structure.corrections
-    together = corrected_together(structure.spec.n_layers, corrections)
-    names, done = list(checkpoint.shapes()), 0
+    together = corrected_together(structure.spec, corrections)
+    names, done = checkpoint.names(), 0
     in_groups = {
         f"{path}.weight" for paths in together.values() for path in paths if schemes[path].bits is not None
     }

@@ -13,8 +13,8 @@ from bedplate import _native
 from bedplate.background import Background
 from bedplate.bundle.named import NamedConstants, Part, Source
 from bedplate.bundle.store import Bundle
-from bedplate.errors import BundleError
-from bedplate.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes, rope_frequencies
+from bedplate.errors import BundleError, UnsupportedError
+from bedplate.spec import ModelSpec, correction_places, linear_shapes
 
 _T = TypeVar("_T")
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -69,16 +69,17 @@ def load_foundation(
 
     meanwhile: what else to do while the native layer reads. It takes one of the threads. Its errors are raised too.
     """
+    check_native(spec, bundle.path)
     with (
         NamedConstants(bundle.foundation, bundle.foundation_info.constants) as constants,
         _fitting(bundle.foundation),
     ):
-        reader = _Reader(constants, linear_shapes(spec))
+        reader = _Reader(constants, spec)
         layers = [
             _native.Layer(
-                attention_norm=constants.floats(f"layers.{layer}.input_layernorm.weight", spec.dim),
-                mlp_norm=constants.floats(f"layers.{layer}.post_attention_layernorm.weight", spec.dim),
-                places=[reader.place(layer, place) for place in CORRECTED_TOGETHER],
+                attention_norm=constants.floats(f"layers.{layer}.attention_norm.weight", spec.dim),
+                mlp_norm=constants.floats(f"layers.{layer}.mlp_norm.weight", spec.dim),
+                places=[reader.place(layer, place) for place in reader.places],
             )
             for layer in range(spec.n_layers)
         ]
@@ -92,7 +93,7 @@ def load_foundation(
             vocab=spec.vocab_size,
             max_positions=max_context,
             norm_eps=spec.norm_eps,
-            inverse_frequencies=rope_frequencies(spec.rope, spec.head_dim),
+            inverse_frequencies=spec.ropes[0].frequencies,
             embedding=_embedding(constants),
             head=_native.Matrix([constants.matrix(_HEAD)]),
             norm=constants.floats("norm.weight", spec.dim),
@@ -104,6 +105,36 @@ def load_foundation(
     _native.return_memory()  # what the lists of constants, and the tokenizer's file, took
     # Each load counts as a new foundation: it does not use the keys and values of an earlier one.
     return Weights(decoder=decoder, adapter=None, content=(object(), "base"), precision=precision)
+
+
+def check_native(spec: ModelSpec, where: Path) -> None:
+    """UnsupportedError: the native decoder does not compute something that the model needs."""
+    first = spec.layers[0]
+    plain = {
+        "norm": spec.norm == "rms",
+        "norms": spec.norms == ("attention_norm", "mlp_norm"),
+        "parallel": not spec.parallel,
+        "qk_norm": spec.qk_norm is None,
+        "activation": spec.activation == "silu",
+        "gated": spec.gated,
+        "embedding_scale": spec.embedding_scale == 1,
+        "residual_scale": spec.residual_scale == 1,
+        "attention_scale": spec.attention_scale == spec.head_dim**-0.5,
+        "logit_scale": spec.logit_scale == 1,
+        "score_cap": spec.score_cap is None,
+        "logit_cap": spec.logit_cap is None,
+        "query_growth": spec.query_growth is None,
+        "layers": first.rope == 0 and first.window is None and set(spec.layers) == {first},
+        "ropes": all(table.scale == 1 and table.long is None for table in spec.ropes),
+    }
+    for name, is_plain in plain.items():
+        if not is_plain:
+            raise UnsupportedError(
+                f"bedplate's runtime does not compute this model: its description has another {name!r} than "
+                "that of a Llama",
+                where=where,
+                hint="docs/inputs.md lists the models that run",
+            )
 
 
 def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> Weights:
@@ -121,9 +152,9 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
         named = (*info.constants, *info.shared)
         constants = stack.enter_context(NamedConstants(file, named, beside=foundation))
         stack.enter_context(_fitting(file))
-        reader = _Reader(constants, linear_shapes(spec), info.ranks)
+        reader = _Reader(constants, spec, info.ranks)
         layers = [
-            [reader.branch(layer, linears) for linears in CORRECTED_TOGETHER.values()]
+            [reader.branch(layer, linears) for linears in reader.places.values()]
             for layer in range(spec.n_layers)
         ]
         read = partial(_native.Adapter, layers, readers=max(1, base.decoder.threads - 1))
@@ -153,23 +184,24 @@ def _embedding(constants: NamedConstants) -> _native.Table | None:
 class _Reader:
     """Reads weights by place.
 
-    shapes: (rows, columns) of a layer's linears, by their names in it.  ranks: of the branches beside them.
+    places: the linears of each, by its name in a layer.  ranks: of the branches beside the linears.
     """
 
     def __init__(
         self,
         constants: NamedConstants,
-        shapes: Mapping[str, tuple[int, int]],
+        spec: ModelSpec,
         ranks: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
+        self.places = correction_places(spec)
         self._constants, self._ranks = constants, ranks
-        self._rows = {name.rpartition(".")[2]: rows for name, (rows, _) in shapes.items()}
+        self._rows = {name.rpartition(".")[2]: rows for name, (rows, _) in linear_shapes(spec).items()}
         self._parts: dict[str, Part] = {}  # of joined matrices
         self._units: dict[tuple[str, str, int], float | None] = {}
 
     def place(self, layer: int, place: str) -> tuple[list[_native.Matrix], _native.Branch | None]:
         """The linears of a place with their offsets and biases, and the rest of their correction."""
-        linears, at = CORRECTED_TOGETHER[place], f"layers.{layer}.{place}"
+        linears, at = self.places[place], f"layers.{layer}.{place}"
         weights = [self.matrix(f"layers.{layer}.{name}.weight") for name in linears]
         biases = [
             self._bias(f"layers.{layer}.{name}.bias", part.rows)
