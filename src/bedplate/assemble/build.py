@@ -21,6 +21,7 @@ from bedplate.link.linker import link
 from bedplate.model.config import check_exists
 from bedplate.quantize.joined import joined, joined_names
 from bedplate.quantize.recipe import Goal, Recipe, Scheme
+from bedplate.runtime.weights import check_native
 from bedplate.spec import corrected_together
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def build_bundle(
     checkpoint = open_checkpoint(model)
     tokenizer = read_tokenizer(model, checkpoint.fields if isinstance(checkpoint, GgufFile) else None)
     check_ids(tokenizer, checkpoint.spec.vocab_size, where=model)
+    check_native(checkpoint.spec, model)
     max_context = _context(max_context, checkpoint.spec.max_positions, model)
     # Known, and refused where need be, before anything is measured or compiled.
     named = expected_model(checkpoint.spec)
