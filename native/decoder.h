@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "kv.h"
+#include "memory.h"
 #include "model.h"
 #include "team.h"
 
