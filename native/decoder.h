@@ -24,15 +24,17 @@ struct Row {
     bool wanted;             // whether its logits are
 };
 
-// Memory of a step for some rows; grows as it is needed.
-struct Workspace {
-    void fit(std::int64_t rows, std::int64_t columns, std::int64_t ranks);
+// Rows of inputs of linears; grows as it is needed.
+struct InputRows {
+    void fit(std::int64_t rows, std::int64_t columns);
+    // `rows` rows of x, whose codes stand here, as kernels take them.
+    Inputs view(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t columns) const;
+    // Writes the codes of some columns of a row, from a multiple of kGroup on.
+    void quantize(const Kernels& kernels, const Inputs& view, std::int64_t row, Range columns);
 
-    std::vector<float> floats;       // inputs of linears, [rows, columns]
-    std::vector<std::int8_t> codes;  // the same in groups
-    std::vector<InputGroup> groups;
-    std::vector<float> corrected, adapted;  // narrow values, [rows, ranks]
-    std::vector<float> state;               // of one kv head's attention; of a thread's own
+    std::vector<float> floats;
+    Array<std::int8_t> codes;
+    Array<InputGroup> groups;
 };
 
 class Decoder {
@@ -56,29 +58,59 @@ class Decoder {
         Range rows;
         const Adapter* adapter;
     };
+    struct Part {  // what a branch adds to some rows
+        const Branch* branch;
+        Range rows;
+        float* t;  // narrow values
+        bool scaled;
+    };
+    struct Read {  // weights of a linear, or what a part adds to it
+        std::size_t linear;
+        const Part* part;
+        const BackMatrix* back;
+    };
+    struct Own {  // memory of a thread
+        InputRows inputs;
+        std::vector<Part> parts;
+        std::vector<Read> reads;
+        std::vector<float> queries, states, weights;
+    };
+    struct Outputs {
+        float* to;
+        std::int64_t stride;
+        bool add;
+    };
 
     void check(const std::vector<Row>& rows) const;
     void prepare(const std::vector<Row>& rows, float* logits);
+
+    std::int64_t rows() const { return static_cast<std::int64_t>(rows_.size()); }
+    const Row& row(std::int64_t i) const { return rows_[static_cast<std::size_t>(i)]; }
+    bool alone() const { return rows_.size() == 1; }
+    Range mine(int thread, std::int64_t count) const;
+    Range my_rows(int thread) const;
+    Range share(int thread, const Linears& linears, Place place, std::size_t linear) const;
+    const void* weights_of(int thread, const Layer& layer, Place place) const;
+    InputRows& prepared(int thread);
+    void meet_if_shared(int thread);
+
     void work(int thread);
     void embed(int thread);
     void layer(int thread, std::int64_t index);
-    void rotate_and_keep(int thread, std::int64_t layer);
-    void attend(int thread, std::int64_t layer);
-    void collect(int thread);
+    Inputs norm(int thread, const std::vector<float>& weight);
+    Inputs gate(int thread, const Linears& mlp);
+    void apply(int thread, std::int64_t layer, Place place, const Inputs& inputs, const Outputs& out,
+               const void* then);
+    void narrow(int thread, const std::vector<Part>& parts, const Inputs& inputs, const void* then);
     void head(int thread);
 
-    bool alone() const { return rows_.size() == 1; }
-    Workspace& space(int thread) { return alone() ? own_[static_cast<std::size_t>(thread)] : shared_; }
-    Range mine(int thread, std::int64_t count) const;
-    Range my_rows(int thread) const;
-    void norm(int thread, const std::vector<float>& weight);
-    void apply(int thread, const Linears& linears, Place place, std::int64_t layer, const float* x,
-               std::int64_t stride, float* out, std::int64_t out_stride, bool add);
-    void narrow(const Branch& branch, const Inputs& inputs, Range rows, float* t);
-    void add_backs(const Branch& branch, std::size_t linear, const float* t, Range rows, Range blocks,
-                   float* out, std::int64_t stride);
-    Heads heads(const Row& row) const;
-    float* state(std::int64_t row, std::int64_t head, std::int64_t block);
+    Heads heads(std::int64_t row) const;
+    void rotate(std::int64_t row, float* x) const;
+    void keep(std::int64_t layer, std::int64_t row, std::int64_t head);
+    void attend(int thread, std::int64_t layer);
+    void attend(int thread, std::int64_t layer, std::int64_t pair, Range blocks, const void* then);
+    Inputs attended(const InputRows& codes) const;
+    Inputs attended(int thread);
 
     Model model_;
     const Kernels& kernels_;
@@ -90,14 +122,17 @@ class Decoder {
     std::vector<Run> runs_;
     std::vector<std::int64_t> wanted_;  // rows, in the caller's order
     float* logits_ = nullptr;
-    std::vector<float> x_, out_;  // [rows, dim], [rows, width]
-    std::vector<float> states_;   // of attention
-    bool split_ = false;          // whether blocks of a head are states of their own
-    std::int64_t most_blocks_ = 0;
-    std::int64_t ranks_ = 0;  // narrow values that a row has room for: those of its adapter, which may differ
-    Workspace shared_;
-    std::vector<Workspace> own_;    // of each thread
-    std::vector<float> cos_, sin_;  // [positions so far, head_dim / 2]
+    std::int64_t most_blocks_ = 0;  // of positions
+    bool chained_ = false;          // whether rows attend to others of the step
+    bool split_ = false;            // whether blocks of one head are attended to by several threads
+    bool whole_groups_ = false;     // whether what one head comes to is whole groups of inputs
+    std::int64_t ranks_ = 0;        // narrow values that a row has room for
+    std::vector<float> x_, out_;    // [rows, dim], [rows, width]
+    InputRows inputs_, hidden_;     // of all linears but the last of a layer; of the last
+    std::vector<float> corrected_, adapted_;  // narrow values, [rows, ranks]
+    std::vector<float> states_;               // of attention, [rows, kv heads, blocks], if it is split
+    std::vector<Own> own_;                    // of each thread
+    std::vector<float> cos_, sin_;            // [positions so far, head_dim / 2]
 };
 
 }  // namespace bedplate

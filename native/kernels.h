@@ -12,6 +12,7 @@ namespace bedplate {
 
 constexpr int kBlock = 16;  // rows of weights that lie side by side
 constexpr int kGroup = 32;  // columns that share a scale of the inputs
+constexpr int kSide = 16;   // rows of inputs that lie side by side, in a step of several
 
 enum class Coding : uint8_t { kFloat, kFour, kEight };
 
@@ -35,20 +36,24 @@ struct Weights {
 };
 
 // 32 columns of a row of inputs: scale, what the columns come to in all (scale · the sum of their codes), and
-// eight times the sum of their codes, by which codes of weights are too large (see lanes.h).
+// minus eight times the sum of their codes: with it begin the sums of products, for codes of weights are eight
+// too large (see lanes.h).
 struct InputGroup {
     float scale, sum;
-    int32_t eights;
+    int32_t start;
 };
 
 // Rows of inputs. Their codes stand in groups of 32 columns, and in each 8 of them first the even columns,
-// then the odd.
+// then the odd. The groups of `side` rows lie side by side: a row alone, or kSide.
 struct Inputs {
     const float* floats;       // [rows, stride]
     int64_t stride;            //
-    const int8_t* codes;       // [rows, groups, 32], within ±127
-    const InputGroup* groups;  // [rows, n_groups]
-    int64_t n_groups;          //
+    const int8_t* codes;       // [rows / side, n_groups, side, 32], within ±127
+    const InputGroup* groups;  // [rows / side, n_groups, side]
+    int64_t n_groups, side;    //
+
+    // Where the first group of a row is, counted in groups; the next ones follow `side` apart.
+    int64_t place(int64_t row) const { return row / side * side * n_groups + row % side; }
 };
 
 // The wide half of a low-rank branch: y[r] = scale[r] · Σ_j w[r, j] · t[j].
@@ -77,15 +82,15 @@ struct Heads {
 
 struct Kernels {
     const char* name;
-    // One row of `columns` floats in groups, the last one filled up with zeros.
-    void (*quantize)(const float* x, int64_t columns, int8_t* codes, InputGroup* groups);
+    // One row of `columns` floats in groups that are `side` apart, the last one filled up with zeros.
+    void (*quantize)(const float* x, int64_t columns, int64_t side, int8_t* codes, InputGroup* groups);
     // out[row, r] = y[r], or += with `add`, for rows of inputs and blocks of weights; `out` has `stride`
-    // floats a row.
+    // floats a row. What stands at `then` is read next: it is fetched while the last weights are used.
     void (*product)(const Weights&, const Inputs&, Range rows, Range blocks, float* out, int64_t stride,
-                    bool add);
+                    bool add, const void* then);
     // out[row, r] += y[r], of t [rows, t_stride].
     void (*back)(const Back&, const float* t, int64_t t_stride, Range rows, Range blocks, float* out,
-                 int64_t stride);
+                 int64_t stride, const void* then);
     // y = x / sqrt(mean(x²) + eps) · weight.
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t count, float* y);
     // x[i] · cos[i] + rotate_half(x)[i] · sin[i], in place, of one head; tables of head_dim / 2.
@@ -97,12 +102,11 @@ struct Kernels {
                  void* values);
     // Attention of a group's queries [group, head_dim] to the first `count` positions of a block. A state
     // holds, for each query, the largest score, the sum of weights and the weighted sum of values: [group, 2
-    // + head_dim].
+    // + head_dim]. What stands at `then` is read next.
     void (*attend)(const Heads&, const float* q, const void* keys, const void* values, int64_t count,
-                   float* state);
-    // Joins the state of the next block to those before it; and what a state comes to, [group, head_dim].
-    void (*join)(const Heads&, const float* next, float* state);
-    void (*finish)(const Heads&, const float* state, float* out);
+                   float* state, const void* then);
+    // out [group, head_dim] = what the states of `count` blocks come to; `weights` has room for `count`.
+    void (*join)(const Heads&, const float* states, int64_t count, float* weights, float* out);
 };
 
 }  // namespace bedplate
