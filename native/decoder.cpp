@@ -23,6 +23,9 @@ void at_least(Array<T>& memory, std::int64_t size) {
 
 std::int64_t side(std::int64_t rows) { return rows == 1 ? 1 : kSide; }
 
+// A block of 8-bit weights takes as long as so many of 4 bits.
+constexpr std::int64_t kNarrowCost = 2;
+
 Range overlap(Range a, Range b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
 
 }  // namespace
@@ -165,16 +168,21 @@ void Decoder::meet_if_shared(int thread) {
     if (!alone()) team_.meet(thread);
 }
 
-// A thread's blocks of one linear of a place.
-Range Decoder::share(int thread, const Linears& linears, Place place, std::size_t linear) const {
-    const std::int64_t blocks = linears.weights[linear]->blocks();
-    if (place == kMlpIn) {  // the same of gate and up, and whole groups of what follows
-        constexpr std::int64_t kUnit = kGroup / kBlock;
-        const Range units = mine(thread, whole(blocks, kUnit));
-        return {units.begin * kUnit, std::min(units.end * kUnit, blocks)};
-    }
-    const std::int64_t before = linears.firsts[linear] / kBlock;
-    const Range some = overlap(mine(thread, linears.width / kBlock), {before, before + blocks});
+// A thread's blocks of one linear of a place. `narrow`: blocks of narrow halves in the place, of which some
+// threads read one more than others: those read less of the weights.
+Range Decoder::share(int thread, const Linears& linears, Place place, std::size_t linear,
+                     std::int64_t narrow) const {
+    const std::int64_t blocks = linears.weights[linear]->blocks(), size = threads();
+    // gate and up: the same blocks of both, and whole groups of what follows
+    const bool pairs = place == kMlpIn;
+    const std::int64_t unit = pairs ? kGroup / kBlock : 1;
+    const std::int64_t units = pairs ? whole(blocks, unit) : linears.width / kBlock;
+    const std::int64_t before = pairs ? 0 : linears.firsts[linear] / kBlock;
+    const auto begin = [&](std::int64_t t) {
+        const std::int64_t less = (narrow * t % size * kNarrowCost + size * unit) / (size * unit * (pairs ? 2 : 1));
+        return std::min((units * t / size + std::min(less, units / size / 2)) * unit, pairs ? blocks : units);
+    };
+    const Range some = overlap({begin(thread), begin(thread + 1)}, {before, before + blocks});
     return {some.begin - before, std::max(some.begin, some.end) - before};
 }
 
@@ -182,7 +190,7 @@ Range Decoder::share(int thread, const Linears& linears, Place place, std::size_
 const void* Decoder::weights_of(int thread, const Layer& layer, Place place) const {
     const Linears& linears = layer.places[place];
     for (std::size_t l = 0; l < linears.weights.size(); ++l) {
-        const Range blocks = share(thread, linears, place, l);
+        const Range blocks = share(thread, linears, place, l, 0);
         if (blocks.begin < blocks.end) return linears.weights[l]->block(blocks.begin);
     }
     return linears.weights[0]->block(0);
@@ -222,7 +230,7 @@ void Decoder::layer(int thread, std::int64_t index) {
 
     apply(thread, index, kMlpIn, norm(thread, layer.mlp_norm), {out_.data(), width(kMlpIn), false},
           weights_of(thread, layer, kMlpOut));
-    const Inputs hidden = gate(thread, layer.places[kMlpIn]);
+    const Inputs hidden = gate(thread, index);
     team_.meet(thread);
     const auto next = static_cast<std::size_t>(index) + 1;
     apply(thread, index, kMlpOut, hidden, {x_.data(), dim, true},
@@ -246,9 +254,10 @@ Inputs Decoder::norm(int thread, const std::vector<float>& weight) {
 }
 
 // silu(gate) · up of all rows, in the columns of which this thread has both.
-Inputs Decoder::gate(int thread, const Linears& mlp) {
+Inputs Decoder::gate(int thread, std::int64_t layer) {
+    const Linears& mlp = model_.layers[static_cast<std::size_t>(layer)].places[kMlpIn];
     const Inputs inputs = hidden_.view(out_.data(), mlp.width, rows(), model_.hidden);
-    const Range blocks = share(thread, mlp, kMlpIn, 0);
+    const Range blocks = share(thread, mlp, kMlpIn, 0, narrow_blocks(parts_of(thread, layer, kMlpIn)));
     const Range columns{blocks.begin * kBlock, std::min(blocks.end * kBlock, model_.hidden)};
     for (std::int64_t i = 0; i < rows() && columns.begin < columns.end; ++i) {
         float* gates = out_.data() + i * mlp.width + columns.begin;
@@ -258,21 +267,28 @@ Inputs Decoder::gate(int thread, const Linears& mlp) {
     return inputs;
 }
 
+// What is added to the products of a place, in this order.
+const std::vector<Decoder::Part>& Decoder::parts_of(int thread, std::int64_t layer, Place place) {
+    const auto l = static_cast<std::size_t>(layer);
+    auto& parts = own_[static_cast<std::size_t>(thread)].parts;
+    parts.clear();
+    if (const auto& correction = model_.layers[l].places[place].correction)
+        parts.push_back({correction.get(), {0, rows()}, corrected_.data(), false});
+    for (const Run& run : runs_)
+        if (run.adapter != nullptr)
+            if (const auto& branch = run.adapter->layers[l].places[place])
+                parts.push_back({branch.get(), run.rows, adapted_.data(), true});
+    return parts;
+}
+
 // out = or += W x + b + B D x + B A x of the place's linears, for this thread's blocks of each. What stands at
 // `then` is read next.
 void Decoder::apply(int thread, std::int64_t layer, Place place, const Inputs& inputs, const Outputs& out,
                     const void* then) {
     const Layer& of = model_.layers[static_cast<std::size_t>(layer)];
     const Linears& linears = of.places[place];
-    auto& parts = own_[static_cast<std::size_t>(thread)].parts;
-    parts.clear();
-    if (linears.correction != nullptr)
-        parts.push_back({linears.correction.get(), {0, rows()}, corrected_.data(), false});
-    for (const Run& run : runs_)
-        if (run.adapter != nullptr)
-            if (const auto& branch = run.adapter->layers[static_cast<std::size_t>(layer)].places[place])
-                parts.push_back({branch.get(), run.rows, adapted_.data(), true});
-
+    const std::vector<Part>& parts = parts_of(thread, layer, place);
+    const std::int64_t narrow_count = narrow_blocks(parts);
     std::uint64_t arrivals = 0;
     if (!parts.empty()) {
         narrow(thread, parts, inputs, weights_of(thread, of, place));
@@ -287,10 +303,10 @@ void Decoder::apply(int thread, std::int64_t layer, Place place, const Inputs& i
                 if (back->linear() == static_cast<std::int64_t>(l)) reads.push_back({l, &part, back.get()});
     for (std::size_t i = 0; i < reads.size(); ++i) {
         const auto [l, part, back] = reads[i];
-        const Range blocks = share(thread, linears, place, l);
+        const Range blocks = share(thread, linears, place, l, narrow_count);
         const void* next = then;
         if (i + 1 < reads.size()) {
-            const std::int64_t first = share(thread, linears, place, reads[i + 1].linear).begin;
+            const std::int64_t first = share(thread, linears, place, reads[i + 1].linear, narrow_count).begin;
             next = reads[i + 1].back != nullptr ? reads[i + 1].back->block(first)
                                                 : linears.weights[reads[i + 1].linear]->block(first);
         }
@@ -309,9 +325,8 @@ void Decoder::apply(int thread, std::int64_t layer, Place place, const Inputs& i
 // This thread's share of t = A x of each part, [rows, ranks_]: some of the rows if they are many, else some of
 // the blocks.
 void Decoder::narrow(int thread, const std::vector<Part>& parts, const Inputs& inputs, const void* then) {
-    std::int64_t blocks = 0, before = 0;
-    for (const Part& part : parts) blocks += part.branch->narrow->blocks();
-    const Range mine_of_all = mine(thread, blocks);
+    std::int64_t before = 0;
+    const Range mine_of_all = mine(thread, narrow_blocks(parts));
     for (const Part& part : parts) {
         const Matrix& a = *part.branch->narrow;
         const std::int64_t count = part.rows.end - part.rows.begin;

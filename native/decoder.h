@@ -89,7 +89,8 @@ class Decoder {
     bool alone() const { return rows_.size() == 1; }
     Range mine(int thread, std::int64_t count) const;
     Range my_rows(int thread) const;
-    Range share(int thread, const Linears& linears, Place place, std::size_t linear) const;
+    Range share(int thread, const Linears& linears, Place place, std::size_t linear,
+                std::int64_t narrow) const;
     const void* weights_of(int thread, const Layer& layer, Place place) const;
     InputRows& prepared(int thread);
     void meet_if_shared(int thread);
@@ -98,7 +99,13 @@ class Decoder {
     void embed(int thread);
     void layer(int thread, std::int64_t index);
     Inputs norm(int thread, const std::vector<float>& weight);
-    Inputs gate(int thread, const Linears& mlp);
+    Inputs gate(int thread, std::int64_t layer);
+    const std::vector<Part>& parts_of(int thread, std::int64_t layer, Place place);
+    static std::int64_t narrow_blocks(const std::vector<Part>& parts) {
+        std::int64_t blocks = 0;
+        for (const Part& part : parts) blocks += part.branch->narrow->blocks();
+        return blocks;
+    }
     void apply(int thread, std::int64_t layer, Place place, const Inputs& inputs, const Outputs& out,
                const void* then);
     void narrow(int thread, const std::vector<Part>& parts, const Inputs& inputs, const void* then);
