@@ -168,32 +168,26 @@ void Decoder::meet_if_shared(int thread) {
     if (!alone()) team_.meet(thread);
 }
 
-// A thread's blocks of one linear of a place. `narrow`: blocks of narrow halves in the place, of which some
-// threads read one more than others: those read less of the weights.
-Range Decoder::share(int thread, const Linears& linears, Place place, std::size_t linear,
-                     std::int64_t narrow) const {
-    const std::int64_t blocks = linears.weights[linear]->blocks(), size = threads();
-    // gate and up: the same blocks of both, and whole groups of what follows
+// A thread's blocks of each linear of a place. `narrow`: blocks of narrow halves there, of which some threads
+// read one more than others: those read less of the weights.
+Decoder::Shares Decoder::shares(int thread, const Linears& linears, Place place, std::int64_t narrow) const {
+    // Of gate and up a thread has the same blocks, and whole groups of what they come to.
     const bool pairs = place == kMlpIn;
-    const std::int64_t unit = pairs ? kGroup / kBlock : 1;
-    const std::int64_t units = pairs ? whole(blocks, unit) : linears.width / kBlock;
-    const std::int64_t before = pairs ? 0 : linears.firsts[linear] / kBlock;
+    const std::int64_t blocks = pairs ? linears.weights[0]->blocks() : linears.width / kBlock;
+    const std::int64_t unit = pairs ? kGroup / kBlock : 1, units = whole(blocks, unit), size = threads();
     const auto begin = [&](std::int64_t t) {
-        const std::int64_t less = (narrow * t % size * kNarrowCost + size * unit) / (size * unit * (pairs ? 2 : 1));
-        return std::min((units * t / size + std::min(less, units / size / 2)) * unit, pairs ? blocks : units);
+        const std::int64_t odd = narrow * t % size * kNarrowCost, cost = size * unit * (pairs ? 2 : 1);
+        const std::int64_t more = std::min((odd + cost / 2) / cost, units / size / 2);
+        return std::min((units * t / size + more) * unit, blocks);
     };
-    const Range some = overlap({begin(thread), begin(thread + 1)}, {before, before + blocks});
-    return {some.begin - before, std::max(some.begin, some.end) - before};
-}
-
-// What a thread reads first of a place's weights.
-const void* Decoder::weights_of(int thread, const Layer& layer, Place place) const {
-    const Linears& linears = layer.places[place];
+    const Range mine{begin(thread), begin(thread + 1)};
+    Shares shares;
     for (std::size_t l = 0; l < linears.weights.size(); ++l) {
-        const Range blocks = share(thread, linears, place, l, 0);
-        if (blocks.begin < blocks.end) return linears.weights[l]->block(blocks.begin);
+        const std::int64_t before = pairs ? 0 : linears.firsts[l] / kBlock;
+        const Range some = overlap(mine, {before, before + linears.weights[l]->blocks()});
+        shares[l] = {some.begin - before, std::max(some.begin, some.end) - before};
     }
-    return linears.weights[0]->block(0);
+    return shares;
 }
 
 void Decoder::work(int thread) {
@@ -220,22 +214,18 @@ void Decoder::layer(int thread, std::int64_t index) {
     const auto width = [&](Place place) { return layer.places[place].width; };
 
     apply(thread, index, kAttentionIn, norm(thread, layer.attention_norm),
-          {out_.data(), width(kAttentionIn), false}, weights_of(thread, layer, kAttentionOut));
+          {out_.data(), width(kAttentionIn), false});
     team_.meet(thread);
     attend(thread, index);
     team_.meet(thread);
-    apply(thread, index, kAttentionOut, attended(thread), {x_.data(), dim, true},
-          weights_of(thread, layer, kMlpIn));
+    apply(thread, index, kAttentionOut, attended(thread), {x_.data(), dim, true});
     team_.meet(thread);
 
-    apply(thread, index, kMlpIn, norm(thread, layer.mlp_norm), {out_.data(), width(kMlpIn), false},
-          weights_of(thread, layer, kMlpOut));
-    const Inputs hidden = gate(thread, index);
+    const Shares blocks = apply(thread, index, kMlpIn, norm(thread, layer.mlp_norm),
+                                {out_.data(), width(kMlpIn), false});
+    const Inputs hidden = gate(layer.places[kMlpIn], blocks[0]);
     team_.meet(thread);
-    const auto next = static_cast<std::size_t>(index) + 1;
-    apply(thread, index, kMlpOut, hidden, {x_.data(), dim, true},
-          next < model_.layers.size() ? weights_of(thread, model_.layers[next], kAttentionIn)
-                                      : model_.head->block(mine(thread, model_.head->blocks()).begin));
+    apply(thread, index, kMlpOut, hidden, {x_.data(), dim, true});
     team_.meet(thread);
 }
 
@@ -253,11 +243,9 @@ Inputs Decoder::norm(int thread, const std::vector<float>& weight) {
     return inputs;
 }
 
-// silu(gate) · up of all rows, in the columns of which this thread has both.
-Inputs Decoder::gate(int thread, std::int64_t layer) {
-    const Linears& mlp = model_.layers[static_cast<std::size_t>(layer)].places[kMlpIn];
+// silu(gate) · up as inputs, all rows; this thread writes what the blocks come to that it has of both.
+Inputs Decoder::gate(const Linears& mlp, Range blocks) {
     const Inputs inputs = hidden_.view(out_.data(), mlp.width, rows(), model_.hidden);
-    const Range blocks = share(thread, mlp, kMlpIn, 0, narrow_blocks(parts_of(thread, layer, kMlpIn)));
     const Range columns{blocks.begin * kBlock, std::min(blocks.end * kBlock, model_.hidden)};
     for (std::int64_t i = 0; i < rows() && columns.begin < columns.end; ++i) {
         float* gates = out_.data() + i * mlp.width + columns.begin;
@@ -281,52 +269,37 @@ const std::vector<Decoder::Part>& Decoder::parts_of(int thread, std::int64_t lay
     return parts;
 }
 
-// out = or += W x + b + B D x + B A x of the place's linears, for this thread's blocks of each. What stands at
-// `then` is read next.
-void Decoder::apply(int thread, std::int64_t layer, Place place, const Inputs& inputs, const Outputs& out,
-                    const void* then) {
-    const Layer& of = model_.layers[static_cast<std::size_t>(layer)];
-    const Linears& linears = of.places[place];
+// out = or += W x + b + B D x + B A x of the place's linears, for this thread's blocks of each.
+Decoder::Shares Decoder::apply(int thread, std::int64_t layer, Place place, const Inputs& inputs,
+                               const Outputs& out) {
+    const Linears& linears = model_.layers[static_cast<std::size_t>(layer)].places[place];
     const std::vector<Part>& parts = parts_of(thread, layer, place);
-    const std::int64_t narrow_count = narrow_blocks(parts);
-    std::uint64_t arrivals = 0;
-    if (!parts.empty()) {
-        narrow(thread, parts, inputs, weights_of(thread, of, place));
-        arrivals = team_.arrive();
-    }
-    std::vector<Read>& reads = own_[static_cast<std::size_t>(thread)].reads;
-    reads.clear();
-    for (std::size_t l = 0; l < linears.weights.size(); ++l) reads.push_back({l, nullptr, nullptr});
+    std::int64_t narrow_blocks = 0;
+    for (const Part& part : parts) narrow_blocks += part.branch->narrow->blocks();
+    const Shares blocks = shares(thread, linears, place, narrow_blocks);
+
+    // Narrow values come first: each thread has those of the others long before it is through with its weights.
+    if (!parts.empty()) narrow(thread, parts, narrow_blocks, inputs);
+    const std::uint64_t arrivals = parts.empty() ? 0 : team_.arrive();
     for (std::size_t l = 0; l < linears.weights.size(); ++l)
-        for (const Part& part : parts)
-            for (const auto& back : part.branch->backs)
-                if (back->linear() == static_cast<std::int64_t>(l)) reads.push_back({l, &part, back.get()});
-    for (std::size_t i = 0; i < reads.size(); ++i) {
-        const auto [l, part, back] = reads[i];
-        const Range blocks = share(thread, linears, place, l, narrow_count);
-        const void* next = then;
-        if (i + 1 < reads.size()) {
-            const std::int64_t first = share(thread, linears, place, reads[i + 1].linear, narrow_count).begin;
-            next = reads[i + 1].back != nullptr ? reads[i + 1].back->block(first)
-                                                : linears.weights[reads[i + 1].linear]->block(first);
+        kernels_.product(linears.weights[l]->view(), inputs, {0, rows()}, blocks[l],
+                         out.to + linears.firsts[l], out.stride, out.add);
+    if (parts.empty()) return blocks;
+    team_.wait(thread, arrivals);
+    for (const Part& part : parts)
+        for (const auto& back : part.branch->backs) {
+            const auto l = static_cast<std::size_t>(back->linear());
+            kernels_.back(back->view(), part.t + back->narrow(), ranks_, part.rows, blocks[l],
+                          out.to + linears.firsts[l], out.stride);
         }
-        float* const to = out.to + linears.firsts[l];
-        if (back == nullptr) {
-            kernels_.product(linears.weights[l]->view(), inputs, {0, rows()}, blocks, to, out.stride, out.add,
-                             next);
-            continue;
-        }
-        if (arrivals != 0) team_.wait(thread, arrivals);
-        arrivals = 0;
-        kernels_.back(back->view(), part->t + back->narrow(), ranks_, part->rows, blocks, to, out.stride, next);
-    }
+    return blocks;
 }
 
 // This thread's share of t = A x of each part, [rows, ranks_]: some of the rows if they are many, else some of
 // the blocks.
-void Decoder::narrow(int thread, const std::vector<Part>& parts, const Inputs& inputs, const void* then) {
+void Decoder::narrow(int thread, const std::vector<Part>& parts, std::int64_t blocks, const Inputs& inputs) {
     std::int64_t before = 0;
-    const Range mine_of_all = mine(thread, narrow_blocks(parts));
+    const Range mine_of_all = mine(thread, blocks);
     for (const Part& part : parts) {
         const Matrix& a = *part.branch->narrow;
         const std::int64_t count = part.rows.end - part.rows.begin;
@@ -340,9 +313,7 @@ void Decoder::narrow(int thread, const std::vector<Part>& parts, const Inputs& i
                               {part.rows.begin + sides.begin * kSide, part.rows.begin + sides.end * kSide});
         }
         if (some.begin >= some.end || of_rows.begin >= of_rows.end) continue;
-        const bool goes_on = before < mine_of_all.end && &part != &parts.back();
-        kernels_.product(a.view(), inputs, of_rows, some, part.t, ranks_, false,
-                         goes_on ? (&part + 1)->branch->narrow->block(0) : then);
+        kernels_.product(a.view(), inputs, of_rows, some, part.t, ranks_, false);
         if (!part.scaled) continue;
         const std::int64_t end = std::min(some.end * kBlock, a.rows());
         for (std::int64_t i = of_rows.begin; i < of_rows.end; ++i)
@@ -385,11 +356,9 @@ void Decoder::attend(int thread, std::int64_t layer) {
         const Range blocks =
             split_ ? overlap({tasks.begin - pair * parts, tasks.end - pair * parts}, all) : all;
         if (blocks.begin >= blocks.end) continue;
-        const std::int64_t next = pair + 1, head = next % model_.kv_heads;
+        const std::int64_t next = std::min((tasks.end - 1) / parts, pair + 1);
         attend(thread, layer, pair, blocks,
-               next * parts < tasks.end
-                   ? row(next / model_.kv_heads).kv->keys(layer, head, 0)
-                   : weights_of(thread, model_.layers[static_cast<std::size_t>(layer)], kAttentionOut));
+               row(next / model_.kv_heads).kv->keys(layer, next % model_.kv_heads, 0));
     }
 }
 
@@ -461,7 +430,7 @@ void Decoder::head(int thread) {
     }
     meet_if_shared(thread);
     kernels_.product(model_.head->view(), inputs, {0, count}, mine(thread, model_.head->blocks()), logits_,
-                     model_.vocab, false, weights_of(thread, model_.layers[0], kAttentionIn));
+                     model_.vocab, false);
 }
 
 }  // namespace bedplate

@@ -5,6 +5,7 @@
 // session's tokens were cut into steps.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <mutex>
 #include <vector>
@@ -64,15 +65,9 @@ class Decoder {
         float* t;  // narrow values
         bool scaled;
     };
-    struct Read {  // weights of a linear, or what a part adds to it
-        std::size_t linear;
-        const Part* part;
-        const BackMatrix* back;
-    };
     struct Own {  // memory of a thread
         InputRows inputs;
         std::vector<Part> parts;
-        std::vector<Read> reads;
         std::vector<float> queries, states, weights;
     };
     struct Outputs {
@@ -80,6 +75,8 @@ class Decoder {
         std::int64_t stride;
         bool add;
     };
+
+    using Shares = std::array<Range, 3>;  // blocks of each linear of a place
 
     void check(const std::vector<Row>& rows) const;
     void prepare(const std::vector<Row>& rows, float* logits);
@@ -89,9 +86,7 @@ class Decoder {
     bool alone() const { return rows_.size() == 1; }
     Range mine(int thread, std::int64_t count) const;
     Range my_rows(int thread) const;
-    Range share(int thread, const Linears& linears, Place place, std::size_t linear,
-                std::int64_t narrow) const;
-    const void* weights_of(int thread, const Layer& layer, Place place) const;
+    Shares shares(int thread, const Linears& linears, Place place, std::int64_t narrow) const;
     InputRows& prepared(int thread);
     void meet_if_shared(int thread);
 
@@ -99,16 +94,10 @@ class Decoder {
     void embed(int thread);
     void layer(int thread, std::int64_t index);
     Inputs norm(int thread, const std::vector<float>& weight);
-    Inputs gate(int thread, std::int64_t layer);
+    Inputs gate(const Linears& mlp, Range blocks);
     const std::vector<Part>& parts_of(int thread, std::int64_t layer, Place place);
-    static std::int64_t narrow_blocks(const std::vector<Part>& parts) {
-        std::int64_t blocks = 0;
-        for (const Part& part : parts) blocks += part.branch->narrow->blocks();
-        return blocks;
-    }
-    void apply(int thread, std::int64_t layer, Place place, const Inputs& inputs, const Outputs& out,
-               const void* then);
-    void narrow(int thread, const std::vector<Part>& parts, const Inputs& inputs, const void* then);
+    Shares apply(int thread, std::int64_t layer, Place place, const Inputs& inputs, const Outputs& out);
+    void narrow(int thread, const std::vector<Part>& parts, std::int64_t blocks, const Inputs& inputs);
     void head(int thread);
 
     Heads heads(std::int64_t row) const;

@@ -111,23 +111,14 @@ INLINE void group_sums(const uint8_t* codes, const int8_t* x, const InputGroup* 
     }
 }
 
-// Where weights end, and what is read after them.
-struct Stream {
-    const void *end, *then;
-
-    // Asks for the bytes that are read kFetchAhead after those at `from`.
-    INLINE void fetch(const void* from, int64_t bytes) const {
-        const char* at = (const char*)from + kFetchAhead;
-        const int64_t beyond = at - (const char*)end;
-        if (beyond >= 0) at = (const char*)then + beyond;
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
-    }
-};
+// Asks for bytes of weights that are read kFetchAhead after those at `from`.
+INLINE void fetch(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + kFetchAhead + i);
+}
 
 // T rows of inputs from `row` on, side by side; one part of one block of weights.
 template <Coding C, bool kGroupScales, bool kOffsets, int T>
-INLINE void tile(const Weights& w, const Inputs& x, int64_t row, int64_t block, int part, const Stream& stream,
-                 Floats (&y)[T]) {
+INLINE void tile(const Weights& w, const Inputs& x, int64_t row, int64_t block, int part, Floats (&y)[T]) {
     constexpr int64_t kBytes = C == Coding::kFour ? 256 : 512;
     const int64_t groups = x.n_groups, lane = part * kLanes;
     const uint8_t* codes = w.codes + block * groups * kBytes + lane * 4;
@@ -138,7 +129,7 @@ INLINE void tile(const Weights& w, const Inputs& x, int64_t row, int64_t block, 
     Floats acc[T];
     EACH (t, T) acc[t] = Floats{};
     for (int64_t g = 0; g < groups; ++g) {
-        if (part == 0) stream.fetch(codes, kBytes);
+        if (part == 0) fetch(codes, kBytes);
         Ints totals[T];
         group_sums<C, T>(codes, inputs, input_groups, totals);
         const Floats scale = kGroupScales ? from_bfloat16(w.group_scales + first + g * kBlock) : Floats{};
@@ -168,15 +159,15 @@ INLINE void float_tile(const Weights& w, const Inputs& x, int64_t row, int64_t b
 }
 
 template <Coding C, bool kGroupScales, bool kOffsets, int T>
-void block_rows(const Weights& w, const Inputs& x, int64_t row, int64_t block, const Stream& stream,
-                float* out, int64_t stride, bool add) {
+void block_rows(const Weights& w, const Inputs& x, int64_t row, int64_t block, float* out, int64_t stride,
+                bool add) {
     for (int part = 0; part < kParts; ++part) {
         const int64_t first = block * kBlock + part * kLanes;
         Floats y[T];
         if constexpr (C == Coding::kFloat)
             float_tile<T>(w, x, row, block, part, y);
         else
-            tile<C, kGroupScales, kOffsets, T>(w, x, row, block, part, stream, y);
+            tile<C, kGroupScales, kOffsets, T>(w, x, row, block, part, y);
         EACH (t, T) {
             if (!kGroupScales && C != Coding::kFloat) y[t] = y[t] * load(w.row_scales + first);
             if (w.bias != nullptr) y[t] = y[t] + load(w.bias + first);
@@ -187,14 +178,11 @@ void block_rows(const Weights& w, const Inputs& x, int64_t row, int64_t block, c
 
 template <Coding C, bool kGroupScales, bool kOffsets>
 void product_of(const Weights& w, const Inputs& x, Range rows, Range blocks, float* out, int64_t stride,
-                bool add, const void* then) {
-    Stream stream{};
-    if (C != Coding::kFloat)
-        stream = {w.codes + blocks.end * x.n_groups * (C == Coding::kFour ? 256 : 512), then};
+                bool add) {
     for (int64_t block = blocks.begin; block < blocks.end; ++block)
         for (int64_t row = rows.begin; row < rows.end;) {
             const auto take = [&](auto of_rows, int64_t count) {
-                of_rows(w, x, row, block, stream, out, stride, add);
+                of_rows(w, x, row, block, out, stride, add);
                 row += count;
             };
             const int64_t beside = x.side - row % x.side;
@@ -211,11 +199,9 @@ void product_of(const Weights& w, const Inputs& x, Range rows, Range blocks, flo
 }
 
 void product(const Weights& w, const Inputs& x, Range rows, Range blocks, float* out, int64_t stride,
-             bool add, const void* then) {
+             bool add) {
     const bool offsets = w.offsets != nullptr, groups = w.group_scales != nullptr;
-    const auto of = [&](auto product_of_kind) {
-        product_of_kind(w, x, rows, blocks, out, stride, add, then);
-    };
+    const auto of = [&](auto product_of_kind) { product_of_kind(w, x, rows, blocks, out, stride, add); };
     switch (w.coding) {
         case Coding::kFloat:
             return of(product_of<Coding::kFloat, false, false>);
@@ -231,11 +217,11 @@ void product(const Weights& w, const Inputs& x, Range rows, Range blocks, float*
 // T rows of narrow values from `row` on; V vectors of outputs from number `vector` on.
 template <bool kCodes, int T, int V>
 INLINE void back_tile(const Back& b, const float* t, int64_t t_stride, int64_t row, int64_t vector,
-                      const Stream& stream, float* out, int64_t stride) {
+                      float* out, int64_t stride) {
     int64_t first[V];
     Floats acc[V][T];
     const int64_t bytes = V * b.rank * kLanes * (kCodes ? 1 : 4);
-    stream.fetch((kCodes ? (const char*)b.codes : (const char*)b.floats) + vector * bytes / V, bytes);
+    fetch((kCodes ? (const char*)b.codes : (const char*)b.floats) + vector * bytes / V, bytes);
     EACH (v, V) {
         first[v] = (vector + v) / kParts * b.rank * kBlock + (vector + v) % kParts * kLanes;
         EACH (i, T) acc[v][i] = Floats{};
@@ -257,23 +243,22 @@ INLINE void back_tile(const Back& b, const float* t, int64_t t_stride, int64_t r
 
 template <bool kCodes>
 void back_of(const Back& b, const float* t, int64_t t_stride, Range rows, Range blocks, float* out,
-             int64_t stride, const void* then) {
-    const int64_t end = blocks.end * kParts, codes_end = blocks.end * b.rank * kBlock;
-    const Stream stream{kCodes ? (const void*)(b.codes + codes_end) : b.floats + codes_end, then};
+             int64_t stride) {
+    const int64_t end = blocks.end * kParts;
     int64_t row = rows.begin;
     for (; row + 4 <= rows.end; row += 4)
         for (int64_t v = blocks.begin * kParts; v < end; ++v)
-            back_tile<kCodes, 4, 1>(b, t, t_stride, row, v, stream, out, stride);
+            back_tile<kCodes, 4, 1>(b, t, t_stride, row, v, out, stride);
     for (; row < rows.end; ++row) {
         int64_t v = blocks.begin * kParts;
-        for (; v + 4 <= end; v += 4) back_tile<kCodes, 1, 4>(b, t, t_stride, row, v, stream, out, stride);
-        for (; v < end; ++v) back_tile<kCodes, 1, 1>(b, t, t_stride, row, v, stream, out, stride);
+        for (; v + 4 <= end; v += 4) back_tile<kCodes, 1, 4>(b, t, t_stride, row, v, out, stride);
+        for (; v < end; ++v) back_tile<kCodes, 1, 1>(b, t, t_stride, row, v, out, stride);
     }
 }
 
 void back(const Back& b, const float* t, int64_t t_stride, Range rows, Range blocks, float* out,
-          int64_t stride, const void* then) {
-    (b.codes != nullptr ? back_of<true> : back_of<false>)(b, t, t_stride, rows, blocks, out, stride, then);
+          int64_t stride) {
+    (b.codes != nullptr ? back_of<true> : back_of<false>)(b, t, t_stride, rows, blocks, out, stride);
 }
 
 // --- Between products

@@ -85,12 +85,12 @@ struct Kernels {
     // One row of `columns` floats in groups that are `side` apart, the last one filled up with zeros.
     void (*quantize)(const float* x, int64_t columns, int64_t side, int8_t* codes, InputGroup* groups);
     // out[row, r] = y[r], or += with `add`, for rows of inputs and blocks of weights; `out` has `stride`
-    // floats a row. What stands at `then` is read next: it is fetched while the last weights are used.
+    // floats a row.
     void (*product)(const Weights&, const Inputs&, Range rows, Range blocks, float* out, int64_t stride,
-                    bool add, const void* then);
+                    bool add);
     // out[row, r] += y[r], of t [rows, t_stride].
     void (*back)(const Back&, const float* t, int64_t t_stride, Range rows, Range blocks, float* out,
-                 int64_t stride, const void* then);
+                 int64_t stride);
     // y = x / sqrt(mean(x²) + eps) · weight.
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t count, float* y);
     // x[i] · cos[i] + rotate_half(x)[i] · sin[i], in place, of one head; tables of head_dim / 2.

@@ -167,11 +167,6 @@ void Matrix::fill_offsets(const Offsets& offsets) {
     }
 }
 
-const void* Matrix::block(std::int64_t number) const {
-    if (view_.coding == Coding::kFloat) return view_.floats + number * kBlock * view_.columns;
-    return view_.codes + number * groups() * (view_.coding == Coding::kFour ? kFourBytes : kEightBytes);
-}
-
 std::size_t Matrix::bytes() const {
     return codes_.bytes() + floats_.bytes() + row_scales_.bytes() + offset_scales_.bytes() + bias_.bytes() +
            group_scales_.bytes() + offsets_.bytes();

@@ -52,8 +52,6 @@ class Matrix {
     std::int64_t groups() const { return (view_.columns + kGroup - 1) / kGroup; }
     bool takes_codes() const { return view_.coding != Coding::kFloat; }
     const Weights& view() const { return view_; }
-    // Where the codes or floats of a block are.
-    const void* block(std::int64_t number) const;
     std::size_t bytes() const;
     // Writes row `row` of 8 bits or floats: an embedding that is stored as the head is.
     void read_row(std::int64_t row, float* out) const;
@@ -80,11 +78,6 @@ class BackMatrix {
     BackMatrix& operator=(const BackMatrix&) = delete;
 
     const Back& view() const { return view_; }
-    // Where the codes or floats of a block are.
-    const void* block(std::int64_t number) const {
-        const std::int64_t at = number * view_.rank * kBlock;
-        return view_.codes != nullptr ? static_cast<const void*>(view_.codes + at) : view_.floats + at;
-    }
     std::int64_t linear() const { return linear_; }
     std::int64_t narrow() const { return narrow_; }
     std::size_t bytes() const { return codes_.bytes() + floats_.bytes() + scales_.bytes(); }
