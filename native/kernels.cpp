@@ -18,18 +18,12 @@ constexpr int64_t kFetchAhead = 4096;  // bytes between asking for weights and t
 
 // --- Inputs in groups
 
-// Two words of four columns each for 8 columns: the even ones, then the odd.
+// Of each 8 columns first the even ones, then the odd.
 INLINE void apart(const int8_t* from, int8_t* to) {
-    uint64_t x, odd;
-    __builtin_memcpy(&x, from, 8);
-    odd = x >> 8;
-    const auto packed = [](uint64_t bytes) {
-        bytes &= 0x00ff00ff00ff00ff;
-        bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffff;
-        return (bytes | bytes >> 16) & 0x00000000ffffffff;
-    };
-    x = packed(x) | packed(odd) << 32;
-    __builtin_memcpy(to, &x, 8);
+    typedef int8_t Sixteen __attribute__((vector_size(16)));
+    const Sixteen x = load_as<Sixteen>(from);
+    const Sixteen y = __builtin_shufflevector(x, x, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    __builtin_memcpy(to, &y, sizeof y);
 }
 
 INLINE void quantize_group(const float* x, int8_t* codes, InputGroup* group) {
@@ -47,14 +41,13 @@ INLINE void quantize_group(const float* x, int8_t* codes, InputGroup* group) {
     EACH (i, kVectors) {
         const Floats code = rounded(values[i] * inverse);
         sums += code;  // integers, exactly
-        const FewBytes bytes = __builtin_convertvector(__builtin_convertvector(code, Ints), FewBytes);
-        __builtin_memcpy(in_order + i * kLanes, &bytes, sizeof bytes);
+        to_bytes(in_order + i * kLanes, code);
     }
     const float total = sum(sums);
     // A number that is none has no code: it must not pass for a zero.
     const bool known = total == total;
     *group = {known ? scale : total, scale * total, known ? -8 * (int32_t)total : 0};
-    EACH (i, kGroup / 8) apart(in_order + 8 * i, codes + 8 * i);
+    EACH (i, kGroup / 16) apart(in_order + 16 * i, codes + 16 * i);
 }
 
 void quantize(const float* x, int64_t columns, int64_t side, int8_t* codes, InputGroup* groups) {

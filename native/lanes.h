@@ -57,28 +57,22 @@ INLINE Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
-template <class Half, class Whole>
-INLINE Half half_of(const Whole& x, int number) {
-    return load_as<Half>((const char*)&x + number * sizeof(Half));
-}
 typedef float Four __attribute__((vector_size(16)));
-INLINE float sum(Four x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 INLINE float larger(float a, float b) { return a > b ? a : b; }
+INLINE float sum(Four x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 INLINE float largest(Four x) { return larger(larger(x[0], x[2]), larger(x[1], x[3])); }
 #if defined(__AVX2__)
 typedef float Eight __attribute__((vector_size(32)));
-INLINE float sum(Eight x) { return sum(half_of<Four>(x, 0) + half_of<Four>(x, 1)); }
-INLINE float largest(Eight x) {
-    const Four low = half_of<Four>(x, 0), high = half_of<Four>(x, 1);
-    return largest(low > high ? low : high);
-}
+INLINE Four low(Eight x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3); }
+INLINE Four high(Eight x) { return __builtin_shufflevector(x, x, 4, 5, 6, 7); }
+INLINE float sum(Eight x) { return sum(low(x) + high(x)); }
+INLINE float largest(Eight x) { return largest(low(x) > high(x) ? low(x) : high(x)); }
 #endif
 #if defined(__AVX512F__)
-INLINE float sum(Floats x) { return sum(half_of<Eight>(x, 0) + half_of<Eight>(x, 1)); }
-INLINE float largest(Floats x) {
-    const Eight low = half_of<Eight>(x, 0), high = half_of<Eight>(x, 1);
-    return largest(low > high ? low : high);
-}
+INLINE Eight low(Floats x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
+INLINE Eight high(Floats x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
+INLINE float sum(Floats x) { return sum(low(x) + high(x)); }
+INLINE float largest(Floats x) { return largest(low(x) > high(x) ? low(x) : high(x)); }
 #endif
 
 // The nearest integers of |x| < 2^22, ties to even.
@@ -108,8 +102,13 @@ INLINE Floats exp2(Floats x) {
 
 // --- Numbers of fewer bits
 
-// By intrinsics where there are some: GCC takes a vector of bytes apart one by one.
+// By intrinsics where there are some: GCC takes a vector of bytes apart one by one. to_bytes takes integers
+// within ±127.
 #if defined(__AVX512F__)
+INLINE void to_bytes(int8_t* to, Floats x) {
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x));
+    __builtin_memcpy(to, &bytes, sizeof bytes);
+}
 INLINE Floats from_bytes(const int8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from)));
 }
@@ -117,6 +116,11 @@ INLINE Floats from_bfloat16(const uint16_t* from) {
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(from)), 16);
 }
 #elif defined(__AVX2__)
+INLINE void to_bytes(int8_t* to, Floats x) {
+    const __m256i ints = _mm256_cvtps_epi32(x);
+    const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
+    _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(shorts, shorts));
+}
 INLINE Floats from_bytes(const int8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 }
@@ -124,6 +128,10 @@ INLINE Floats from_bfloat16(const uint16_t* from) {
     return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(from)), 16);
 }
 #else
+INLINE void to_bytes(int8_t* to, Floats x) {
+    const FewBytes bytes = __builtin_convertvector(__builtin_convertvector(x, Ints), FewBytes);
+    __builtin_memcpy(to, &bytes, sizeof bytes);
+}
 INLINE Floats from_bytes(const int8_t* from) {
     return to_floats(__builtin_convertvector(load_as<FewBytes>(from), Ints));
 }
