@@ -32,7 +32,6 @@ Range overlap(Range a, Range b) { return {std::max(a.begin, b.begin), std::min(a
 
 void InputRows::fit(std::int64_t rows, std::int64_t columns) {
     const std::int64_t groups = whole(rows, side(rows)) * side(rows) * whole(columns, kGroup);
-    at_least(floats, rows * columns);
     at_least(codes, groups * kGroup);
     at_least(this->groups, groups);
 }
@@ -79,7 +78,6 @@ void Decoder::check(const std::vector<Row>& rows) const {
 }
 
 void Decoder::prepare(const std::vector<Row>& rows, float* logits) {
-    const auto count = static_cast<std::int64_t>(rows.size());
     std::vector<std::int64_t> order(rows.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) {
@@ -104,7 +102,20 @@ void Decoder::prepare(const std::vector<Row>& rows, float* logits) {
         if (rows[i].wanted) wanted_.push_back(place[i]);
     for (const Row& row : rows_) row.kv->reserve(row.position + 1);
     logits_ = logits;
+    make_room(last);
 
+    const std::int64_t half = model_.head_dim / 2;
+    for (auto position = static_cast<std::int64_t>(cos_.size()) / half; position <= last; ++position)
+        for (const float frequency : model_.inverse_frequencies) {
+            const float angle = static_cast<float>(position) * frequency;
+            cos_.push_back(std::cos(angle));
+            sin_.push_back(std::sin(angle));
+        }
+}
+
+// For the rows of a step, of which the last position is `last`.
+void Decoder::make_room(std::int64_t last) {
+    const std::int64_t count = rows();
     std::int64_t columns = std::max(model_.dim, model_.heads * model_.head_dim), width = 0;
     ranks_ = 0;
     const auto ranks_of = [&](const std::shared_ptr<const Branch>& branch) {
@@ -119,8 +130,11 @@ void Decoder::prepare(const std::vector<Row>& rows, float* logits) {
         }
     inputs_.fit(count, columns);
     hidden_.fit(count, model_.hidden);
-    if (alone())
-        for (auto& own : own_) own.inputs.fit(1, columns);
+    at_least(inputs_.floats, count * columns);
+    for (auto& own : own_) {
+        own.inputs.fit(1, columns);
+        at_least(own.inputs.floats, columns);
+    }
     at_least(corrected_, count * ranks_);
     at_least(adapted_, count * ranks_);
     at_least(x_, count * model_.dim);
@@ -141,14 +155,6 @@ void Decoder::prepare(const std::vector<Row>& rows, float* logits) {
     for (const Row& row : rows_) sessions.push_back(row.kv);
     std::sort(sessions.begin(), sessions.end(), std::less<const Kv*>());
     chained_ = std::adjacent_find(sessions.begin(), sessions.end()) != sessions.end();
-
-    const std::int64_t half = model_.head_dim / 2;
-    for (auto position = static_cast<std::int64_t>(cos_.size()) / half; position <= last; ++position)
-        for (const float frequency : model_.inverse_frequencies) {
-            const float angle = static_cast<float>(position) * frequency;
-            cos_.push_back(std::cos(angle));
-            sin_.push_back(std::sin(angle));
-        }
 }
 
 // --- What every thread does
@@ -382,23 +388,19 @@ void Decoder::attend(int thread, std::int64_t layer, std::int64_t pair, Range bl
                         states + block * floats,
                         block + 1 < blocks.end ? kv.keys(layer, head, block + 1) : then);
     if (split_) return;
-    kernels_.join(shape, states, blocks.end, own.weights.data(),
-                  inputs_.floats.data() + pair * width);
-    if (whole_groups_)
-        inputs_.quantize(kernels_, attended(inputs_), i, {head * width, (head + 1) * width});
-}
-
-Inputs Decoder::attended(const InputRows& rows_of) const {
-    const std::int64_t width = model_.heads * model_.head_dim;
-    return rows_of.view(inputs_.floats.data(), width, rows(), width);
+    kernels_.join(shape, states, blocks.end, own.weights.data(), inputs_.floats.data() + pair * width);
+    if (!whole_groups_) return;
+    const std::int64_t all = model_.heads * model_.head_dim;
+    inputs_.quantize(kernels_, inputs_.view(inputs_.floats.data(), all, rows(), all), i,
+                     {head * width, (head + 1) * width});
 }
 
 // What attention comes to as inputs, all rows.
 Inputs Decoder::attended(int thread) {
-    if (whole_groups_) return attended(inputs_);
+    const std::int64_t width = model_.heads * model_.head_dim;
+    if (whole_groups_) return inputs_.view(inputs_.floats.data(), width, rows(), width);
     InputRows& to = prepared(thread);
     Own& own = own_[static_cast<std::size_t>(thread)];
-    const std::int64_t width = model_.heads * model_.head_dim;
     const Inputs inputs = to.view(split_ ? to.floats.data() : inputs_.floats.data(), width, rows(), width);
     const Range some = my_rows(thread);
     for (std::int64_t i = some.begin; i < some.end; ++i) {

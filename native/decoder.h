@@ -25,15 +25,16 @@ struct Row {
     bool wanted;             // whether its logits are
 };
 
-// Rows of inputs of linears; grows as it is needed.
+// Rows of inputs of linears; memory grows as it is needed.
 struct InputRows {
+    // For the codes of so many rows.
     void fit(std::int64_t rows, std::int64_t columns);
     // `rows` rows of x, whose codes stand here, as kernels take them.
     Inputs view(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t columns) const;
     // Writes the codes of some columns of a row, from a multiple of kGroup on.
     void quantize(const Kernels& kernels, const Inputs& view, std::int64_t row, Range columns);
 
-    std::vector<float> floats;
+    std::vector<float> floats;  // [rows, columns], if nothing else holds them
     Array<std::int8_t> codes;
     Array<InputGroup> groups;
 };
@@ -75,11 +76,11 @@ class Decoder {
         std::int64_t stride;
         bool add;
     };
-
     using Shares = std::array<Range, 3>;  // blocks of each linear of a place
 
     void check(const std::vector<Row>& rows) const;
     void prepare(const std::vector<Row>& rows, float* logits);
+    void make_room(std::int64_t last);
 
     std::int64_t rows() const { return static_cast<std::int64_t>(rows_.size()); }
     const Row& row(std::int64_t i) const { return rows_[static_cast<std::size_t>(i)]; }
@@ -105,7 +106,6 @@ class Decoder {
     void keep(std::int64_t layer, std::int64_t row, std::int64_t head);
     void attend(int thread, std::int64_t layer);
     void attend(int thread, std::int64_t layer, std::int64_t pair, Range blocks, const void* then);
-    Inputs attended(const InputRows& codes) const;
     Inputs attended(int thread);
 
     Model model_;
