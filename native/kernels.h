@@ -38,10 +38,11 @@ struct Weights {
 };
 
 // 32 columns of a row of inputs: scale, what the columns come to in all (scale · the sum of their codes), and
-// eight times the sum of their codes, by which codes of weights are too large (see lanes.h).
+// minus eight times the sum of their codes: with it begin the sums of products, for codes of weights are
+// eight too large (see lanes.h).
 struct InputGroup {
     float scale, sum;
-    int32_t eights;
+    int32_t start;
 };
 
 // Rows of inputs. Their codes stand in groups of 32 columns, and in each 8 of them first the even columns,
@@ -106,12 +107,11 @@ struct Kernels {
                  void* values);
     // Attention of a group's queries [group, head_dim] to the first `count` positions of a block. A state
     // holds, for each query, the largest score, the sum of weights and the weighted sum of values: [group, 2
-    // + head_dim].
+    // + head_dim]. What stands at `then` is read next.
     void (*attend)(const Heads&, const float* q, const void* keys, const void* values, int64_t count,
-                   float* state);
-    // Joins the state of the next block to those before it; and what a state comes to, [group, head_dim].
-    void (*join)(const Heads&, const float* next, float* state);
-    void (*finish)(const Heads&, const float* state, float* out);
+                   float* state, const void* then);
+    // out [group, head_dim] = what the states of `count` blocks come to; `weights` has room for `count`.
+    void (*join)(const Heads&, const float* states, int64_t count, float* weights, float* out);
 };
 
 }  // namespace bedplate
