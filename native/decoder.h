@@ -5,12 +5,14 @@
 // session's tokens were cut into steps.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <mutex>
 #include <vector>
 
 #include "kernels.h"
 #include "kv.h"
+#include "memory.h"
 #include "model.h"
 #include "team.h"
 
@@ -24,17 +26,18 @@ struct Row {
     bool wanted;             // whether its logits are
 };
 
-// Memory of a step for some rows; grows as it is needed.
-struct Workspace {
-    void fit(std::int64_t rows, std::int64_t columns, std::int64_t ranks);
-    // Where `rows` rows of x, whose codes stand here, are for kernels.
-    Inputs inputs(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t columns) const;
+// Rows of inputs of linears; memory grows as it is needed.
+struct InputRows {
+    // For the codes of so many rows.
+    void fit(std::int64_t rows, std::int64_t columns);
+    // `rows` rows of x, whose codes stand here, as kernels take them.
+    Inputs view(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t columns) const;
+    // Writes the codes of some columns of a row, from a multiple of kGroup on.
+    void quantize(const Kernels& kernels, const Inputs& view, std::int64_t row, Range columns);
 
-    Array<float> floats;       // inputs of linears, [rows, columns]
-    Array<std::int8_t> codes;  // the same in groups
+    Array<float> floats;  // [rows, columns], if nothing else holds them
+    Array<std::int8_t> codes;
     Array<InputGroup> groups;
-    Array<float> corrected, adapted;  // narrow values, [rows, ranks]
-    Array<float> state;               // of one kv head's attention; of a thread's own
 };
 
 class Decoder {
@@ -58,29 +61,53 @@ class Decoder {
         Range rows;
         const Adapter* adapter;
     };
+    struct Part {  // what a branch adds to some rows
+        const Branch* branch;
+        Range rows;
+        float* t;  // narrow values
+        bool scaled;
+    };
+    struct Own {  // memory of a thread
+        InputRows inputs;
+        std::vector<Part> parts;
+        Array<float> queries, states, weights;
+    };
+    struct Outputs {
+        float* to;
+        std::int64_t stride;
+        bool add;
+    };
+    using Shares = std::array<Range, 3>;  // blocks of each linear of a place
 
     void check(const std::vector<Row>& rows) const;
     void prepare(const std::vector<Row>& rows, float* logits);
+    void make_room(std::int64_t last);
+
+    std::int64_t rows() const { return static_cast<std::int64_t>(rows_.size()); }
+    const Row& row(std::int64_t i) const { return rows_[static_cast<std::size_t>(i)]; }
+    bool alone() const { return rows_.size() == 1; }
+    Range mine(int thread, std::int64_t count) const;
+    Range my_rows(int thread) const;
+    Shares shares(int thread, const Linears& linears, Place place, std::int64_t narrow) const;
+    InputRows& prepared(int thread);
+    void meet_if_shared(int thread);
+
     void work(int thread);
     void embed(int thread);
     void layer(int thread, std::int64_t index);
-    void rotate_and_keep(int thread, std::int64_t layer);
-    void attend(int thread, std::int64_t layer);
-    void collect(int thread);
+    Inputs norm(int thread, const std::vector<float>& weight);
+    Inputs gate(const Linears& mlp, Range blocks);
+    const std::vector<Part>& parts_of(int thread, std::int64_t layer, Place place);
+    Shares apply(int thread, std::int64_t layer, Place place, const Inputs& inputs, const Outputs& out);
+    void narrow(int thread, const std::vector<Part>& parts, std::int64_t blocks, const Inputs& inputs);
     void head(int thread);
 
-    bool alone() const { return rows_.size() == 1; }
-    Workspace& space(int thread) { return alone() ? own_[static_cast<std::size_t>(thread)] : shared_; }
-    Range mine(int thread, std::int64_t count) const;
-    Range my_rows(int thread) const;
-    void norm(int thread, const std::vector<float>& weight);
-    void apply(int thread, const Linears& linears, Place place, std::int64_t layer, const float* x,
-               std::int64_t stride, float* out, std::int64_t out_stride, bool add);
-    void narrow(const Branch& branch, const Inputs& inputs, Range rows, float* t);
-    void add_backs(const Branch& branch, std::size_t linear, const float* t, Range rows, Range blocks,
-                   float* out, std::int64_t stride);
-    Heads heads(const Row& row) const;
-    float* state(std::int64_t row, std::int64_t head, std::int64_t block);
+    Heads heads(std::int64_t row) const;
+    void rotate(std::int64_t row, float* x) const;
+    void keep(std::int64_t layer, std::int64_t row, std::int64_t head);
+    void attend(int thread, std::int64_t layer);
+    void attend(int thread, std::int64_t layer, std::int64_t pair, Range blocks, const void* then);
+    Inputs attended(int thread);
 
     Model model_;
     const Kernels& kernels_;
@@ -92,14 +119,17 @@ class Decoder {
     std::vector<Run> runs_;
     std::vector<std::int64_t> wanted_;  // rows, in the caller's order
     float* logits_ = nullptr;
-    Array<float> x_, out_;  // [rows, stride], [rows, width]
-    Array<float> states_;   // of attention
-    bool split_ = false;    // whether blocks of a head are states of their own
-    std::int64_t most_blocks_ = 0;
-    std::int64_t ranks_ = 0;  // narrow values that a row has room for: those of its adapter, which may differ
-    Workspace shared_;
-    std::vector<Workspace> own_;    // of each thread
-    std::vector<float> cos_, sin_;  // [positions so far, head_dim / 2]
+    std::int64_t most_blocks_ = 0;      // of positions
+    bool chained_ = false;              // whether rows attend to others of the step
+    bool split_ = false;                // whether blocks of one head are attended to by several threads
+    bool whole_groups_ = false;         // whether what one head comes to is whole groups of inputs
+    std::int64_t ranks_ = 0;            // narrow values that a row has room for
+    Array<float> x_, out_;              // [rows, stride], [rows, width]
+    InputRows inputs_, hidden_;         // of all linears but the last of a layer; of the last
+    Array<float> corrected_, adapted_;  // narrow values, [rows, ranks]
+    Array<float> states_;               // of attention, [rows, kv heads, blocks], if it is split
+    std::vector<Own> own_;              // of each thread
+    std::vector<float> cos_, sin_;      // [positions so far, head_dim / 2]
 };
 
 }  // namespace bedplate

@@ -14,23 +14,20 @@ namespace {
 
 constexpr int kParts = kBlock / kLanes;  // of a block's rows, one after the other
 constexpr int kRowsAtOnce = kRegisters == 32 ? 8 : 4;
-constexpr int64_t kFetchAhead =
-    4096;  // bytes between asking for weights and their use, where they are used once
+constexpr int64_t kNear = 1024, kFar = 4096;  // bytes between asking for weights and their use
 
 // --- Inputs in groups
 
-// Two words of four columns each for 8 columns: the even ones, then the odd.
+// Of each 8 columns first the even ones, then the odd.
 INLINE void apart(const int8_t* from, int8_t* to) {
-    uint64_t x, odd;
-    __builtin_memcpy(&x, from, 8);
-    odd = x >> 8;
-    const auto packed = [](uint64_t bytes) {
-        bytes &= 0x00ff00ff00ff00ff;
-        bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffff;
-        return (bytes | bytes >> 16) & 0x00000000ffffffff;
-    };
-    x = packed(x) | packed(odd) << 32;
-    __builtin_memcpy(to, &x, 8);
+    typedef int8_t Sixteen __attribute__((vector_size(16)));
+    const Sixteen x = load_as<Sixteen>(from);
+#if defined(__clang__)
+    const Sixteen y = __builtin_shufflevector(x, x, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+#else
+    const Sixteen y = __builtin_shuffle(x, Sixteen{0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
+#endif
+    __builtin_memcpy(to, &y, sizeof y);
 }
 
 INLINE void quantize_group(const float* x, int8_t* codes, InputGroup* group) {
@@ -48,14 +45,13 @@ INLINE void quantize_group(const float* x, int8_t* codes, InputGroup* group) {
     EACH (i, kVectors) {
         const Floats code = rounded(values[i] * inverse);
         sums += code;  // integers, exactly
-        const FewBytes bytes = __builtin_convertvector(__builtin_convertvector(code, Ints), FewBytes);
-        __builtin_memcpy(in_order + i * kLanes, &bytes, sizeof bytes);
+        to_bytes(in_order + i * kLanes, code);
     }
     const float total = sum(sums);
     // A number that is none has no code: it must not pass for a zero.
     const bool known = total == total;
-    *group = {known ? scale : total, scale * total, known ? 8 * (int32_t)total : 0};
-    EACH (i, kGroup / 8) apart(in_order + 8 * i, codes + 8 * i);
+    *group = {known ? scale : total, scale * total, known ? -8 * (int32_t)total : 0};
+    EACH (i, kGroup / 16) apart(in_order + 16 * i, codes + 16 * i);
 }
 
 void quantize(const float* x, int64_t columns, int64_t side, int8_t* codes, InputGroup* groups) {
@@ -85,14 +81,14 @@ INLINE void put(float* out, Floats y, int64_t count, bool add) {
     for (int64_t i = 0; i < count; ++i) out[i] = add ? out[i] + y[i] : y[i];
 }
 
-// Bytes of a block's group.
-constexpr int64_t code_bytes(Coding coding) { return coding == Coding::kFour ? 256 : 512; }
+constexpr int64_t code_bytes(Coding coding) { return coding == Coding::kFour ? kFourBytes : kEightBytes; }
 
 // The sums of one group of columns, for T rows of inputs side by side.
 template <Coding C, int T>
 INLINE void group_sums(const uint8_t* codes, const int8_t* x, const InputGroup* group, Ints (&totals)[T]) {
     if constexpr (C == Coding::kFour) {
         Sum4 found[T];
+        EACH (t, T) found[t].begin(group[t].start);
         EACH (j, 4) {
             const Bytes both = load_as<Bytes>(codes + j * 64);
             const Bytes low = both & (int8_t)15;
@@ -102,44 +98,55 @@ INLINE void group_sums(const uint8_t* codes, const int8_t* x, const InputGroup* 
                 found[t].add(high, broadcast(x + t * kGroup + 8 * j + 4));
             }
         }
-        EACH (t, T) totals[t] = found[t].total(group[t].eights);
+        EACH (t, T) totals[t] = found[t].total();
     } else {
         Sum8 found[T];
+        EACH (t, T) found[t].begin(group[t].start);
         EACH (j, 8) {
             const Bytes code = load_as<Bytes>(codes + j * 64);
             EACH (t, T) found[t].add(code, broadcast(x + t * kGroup + 4 * j));
         }
-        EACH (t, T) totals[t] = found[t].total(group[t].eights);
+        EACH (t, T) totals[t] = found[t].total();
     }
 }
 
-// T rows of inputs from `row` on, side by side; one part of one block of weights.
-template <Coding C, bool kGroupScales, bool kOffsets, int T>
-INLINE void tile(const Weights& w, const Inputs& x, int64_t row, int64_t block, int part, Floats (&y)[T]) {
-    constexpr int64_t kBytes = code_bytes(C);
+// Asks for what follows the bytes at `from`: what comes soon for the first cache, what comes later for the
+// second.
+INLINE void fetch(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) {
+        __builtin_prefetch((const char*)from + kNear + i);
+        __builtin_prefetch((const char*)from + kFar + i, 0, 2);
+    }
+}
+
+// T rows of inputs from `row` on, side by side; P parts of one block of weights, from `part` on.
+template <Coding C, bool kGroupScales, bool kOffsets, int T, int P>
+INLINE void tile(const Weights& w, const Inputs& x, int64_t row, int64_t block, int part, Floats (&y)[P][T]) {
     const int64_t groups = x.n_groups, lane = part * kLanes;
-    const uint8_t* codes = w.codes + block * groups * kBytes + lane * 4;
+    const uint8_t* codes = w.codes + block * groups * code_bytes(C) + lane * 4;
     const int64_t first = block * groups * kBlock + lane;
     const int8_t* inputs = x.codes + x.place(row) * kGroup;
     const InputGroup* input_groups = x.groups + x.place(row);
-    const Floats offset_scale = kOffsets ? load(w.offset_scales + block * kBlock + lane) : Floats{};
-    Floats acc[T];
-    EACH (t, T) acc[t] = Floats{};
+    EACH (p, P)
+        EACH (t, T) y[p][t] = Floats{};
     for (int64_t g = 0; g < groups; ++g) {
-        if (T == 1 && part == 0)
-            for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(codes + kFetchAhead + line);
-        Ints totals[T];
-        group_sums<C, T>(codes, inputs, input_groups, totals);
-        const Floats scale = kGroupScales ? from_bfloat16(w.group_scales + first + g * kBlock) : Floats{};
-        const Floats offset = kOffsets ? from_bytes(w.offsets + first + g * kBlock) * offset_scale : Floats{};
-        EACH (t, T) {
-            const Floats total = to_floats(totals[t]);
-            acc[t] = fma(kGroupScales ? total * scale : total, splat(input_groups[t].scale), acc[t]);
-            if (kOffsets) acc[t] = fma(offset, splat(input_groups[t].sum), acc[t]);
+        if (part == 0) fetch(codes, code_bytes(C));
+        EACH (p, P) {
+            const int64_t at = first + g * kBlock + p * kLanes;
+            Ints totals[T];
+            group_sums<C, T>(codes + p * kLanes * 4, inputs, input_groups, totals);
+            const Floats scale = kGroupScales ? from_bfloat16(w.group_scales + at) : Floats{};
+            const Floats offset = kOffsets ? from_bytes(w.offsets + at) *
+                                                 load(w.offset_scales + block * kBlock + lane + p * kLanes)
+                                           : Floats{};
+            EACH (t, T) {
+                const Floats total = to_floats(totals[t]);
+                y[p][t] = fma(kGroupScales ? total * scale : total, splat(input_groups[t].scale), y[p][t]);
+                if (kOffsets) y[p][t] = fma(offset, splat(input_groups[t].sum), y[p][t]);
+            }
         }
-        codes += kBytes, inputs += x.side * kGroup, input_groups += x.side;
+        codes += code_bytes(C), inputs += x.side * kGroup, input_groups += x.side;
     }
-    EACH (t, T) y[t] = acc[t];
 }
 
 template <int T>
@@ -168,35 +175,39 @@ INLINE void finish_row(const Weights& w, int64_t block, int part, Floats y, floa
 template <Coding C, bool kGroupScales, bool kOffsets, int T>
 void block_rows(const Weights& w, const Inputs& x, int64_t row, int64_t block, float* out, int64_t stride,
                 bool add) {
-    for (int part = 0; part < kParts; ++part) {
-        Floats y[T];
+    constexpr int P = T == 1 && C != Coding::kFloat ? kParts : 1;  // for one row, weights are read once
+    for (int part = 0; part < kParts; part += P) {
+        Floats y[P][T];
         if constexpr (C == Coding::kFloat)
-            float_tile<T>(w, x, row, block, part, y);
+            float_tile<T>(w, x, row, block, part, y[0]);
         else
-            tile<C, kGroupScales, kOffsets, T>(w, x, row, block, part, y);
-        EACH (t, T) finish_row<C, kGroupScales>(w, block, part, y[t], out + (row + t) * stride, add);
+            tile<C, kGroupScales, kOffsets, T, P>(w, x, row, block, part, y);
+        EACH (p, P)
+            EACH (t, T)
+                finish_row<C, kGroupScales>(w, block, part + p, y[p][t], out + (row + t) * stride, add);
     }
 }
 
 template <Coding C, bool kGroupScales, bool kOffsets>
 void vector_product(const Weights& w, const Inputs& x, Range rows, Range blocks, float* out, int64_t stride,
                     bool add) {
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    for (int64_t block = blocks.begin; block < blocks.end; ++block)
         for (int64_t row = rows.begin; row < rows.end;) {
+            const auto take = [&](auto of_rows, int64_t count) {
+                of_rows(w, x, row, block, out, stride, add);
+                row += count;
+            };
             const int64_t beside = x.side - row % x.side;
             const int64_t left = rows.end - row < beside ? rows.end - row : beside;
-            if (left >= kRowsAtOnce) {
-                block_rows<C, kGroupScales, kOffsets, kRowsAtOnce>(w, x, row, block, out, stride, add);
-                row += kRowsAtOnce;
-            } else if (left >= 2) {
-                block_rows<C, kGroupScales, kOffsets, 2>(w, x, row, block, out, stride, add);
-                row += 2;
-            } else {
-                block_rows<C, kGroupScales, kOffsets, 1>(w, x, row, block, out, stride, add);
-                row += 1;
-            }
+            if (left >= kRowsAtOnce)
+                take(block_rows<C, kGroupScales, kOffsets, kRowsAtOnce>, kRowsAtOnce);
+            else if (left >= 4)
+                take(block_rows<C, kGroupScales, kOffsets, 4>, 4);
+            else if (left >= 2)
+                take(block_rows<C, kGroupScales, kOffsets, 2>, 2);
+            else
+                take(block_rows<C, kGroupScales, kOffsets, 1>, 1);
         }
-    }
 }
 
 #if defined(__AMX_INT8__)
@@ -223,37 +234,59 @@ void product_of(const Weights& w, const Inputs& x, Range rows, Range blocks, flo
 void product(const Weights& w, const Inputs& x, Range rows, Range blocks, float* out, int64_t stride,
              bool add) {
     const bool offsets = w.offsets != nullptr, groups = w.group_scales != nullptr;
+    const auto of = [&](auto product_of_kind) { product_of_kind(w, x, rows, blocks, out, stride, add); };
     switch (w.coding) {
         case Coding::kFloat:
-            return product_of<Coding::kFloat, false, false>(w, x, rows, blocks, out, stride, add);
+            return of(product_of<Coding::kFloat, false, false>);
         case Coding::kEight:
-            return product_of<Coding::kEight, false, false>(w, x, rows, blocks, out, stride, add);
+            return of(product_of<Coding::kEight, false, false>);
         case Coding::kFour:
-            if (groups && offsets)
-                return product_of<Coding::kFour, true, true>(w, x, rows, blocks, out, stride, add);
-            if (groups) return product_of<Coding::kFour, true, false>(w, x, rows, blocks, out, stride, add);
-            return product_of<Coding::kFour, false, false>(w, x, rows, blocks, out, stride, add);
+            if (groups && offsets) return of(product_of<Coding::kFour, true, true>);
+            if (groups) return of(product_of<Coding::kFour, true, false>);
+            return of(product_of<Coding::kFour, false, false>);
+    }
+}
+
+// T rows of narrow values from `row` on; V vectors of outputs from number `vector` on.
+template <bool kCodes, int T, int V>
+INLINE void back_tile(const Back& b, const float* t, int64_t t_stride, int64_t row, int64_t vector,
+                      float* out, int64_t stride) {
+    int64_t first[V];
+    Floats acc[V][T];
+    const int64_t bytes = V * b.rank * kLanes * (kCodes ? 1 : 4);
+    fetch((kCodes ? (const char*)b.codes : (const char*)b.floats) + vector * bytes / V, bytes);
+    EACH (v, V) {
+        first[v] = (vector + v) / kParts * b.rank * kBlock + (vector + v) % kParts * kLanes;
+        EACH (i, T) acc[v][i] = Floats{};
+    }
+    const float* narrow = t + row * t_stride;
+    for (int64_t j = 0; j < b.rank; ++j)
+        EACH (v, V) {
+            const int64_t at = first[v] + j * kBlock;
+            const Floats weight = kCodes ? from_bytes(b.codes + at) : load(b.floats + at);
+            EACH (i, T) acc[v][i] = fma(weight, splat(narrow[i * t_stride + j]), acc[v][i]);
+        }
+    EACH (v, V) {
+        const int64_t at = (vector + v) * kLanes;
+        EACH (i, T)
+            put(out + (row + i) * stride + at, kCodes ? acc[v][i] * load(b.scales + at) : acc[v][i],
+                b.rows - at, true);
     }
 }
 
 template <bool kCodes>
 void back_of(const Back& b, const float* t, int64_t t_stride, Range rows, Range blocks, float* out,
              int64_t stride) {
-    for (int64_t block = blocks.begin; block < blocks.end; ++block)
-        for (int64_t row = rows.begin; row < rows.end; ++row)
-            for (int part = 0; part < kParts; ++part) {
-                const int64_t first = block * b.rank * kBlock + part * kLanes,
-                              at = block * kBlock + part * kLanes;
-                const float* narrow = t + row * t_stride;
-                Floats acc{};
-                for (int64_t j = 0; j < b.rank; ++j) {
-                    const int64_t place = first + j * kBlock;
-                    acc = fma(kCodes ? from_bytes(b.codes + place) : load(b.floats + place), splat(narrow[j]),
-                              acc);
-                }
-                if (kCodes) acc = acc * load(b.scales + at);
-                put(out + row * stride + at, acc, b.rows - at, true);
-            }
+    const int64_t end = blocks.end * kParts;
+    int64_t row = rows.begin;
+    for (; row + 4 <= rows.end; row += 4)
+        for (int64_t v = blocks.begin * kParts; v < end; ++v)
+            back_tile<kCodes, 4, 1>(b, t, t_stride, row, v, out, stride);
+    for (; row < rows.end; ++row) {
+        int64_t v = blocks.begin * kParts;
+        for (; v + 4 <= end; v += 4) back_tile<kCodes, 1, 4>(b, t, t_stride, row, v, out, stride);
+        for (; v < end; ++v) back_tile<kCodes, 1, 1>(b, t, t_stride, row, v, out, stride);
+    }
 }
 
 void back(const Back& b, const float* t, int64_t t_stride, Range rows, Range blocks, float* out,
@@ -311,30 +344,45 @@ INLINE Floats load_kv(const void* base, int64_t at) {
     return kHalf ? from_half((const uint16_t*)base + at) : load((const float*)base + at);
 }
 
-INLINE void put_kv(bool half, void* base, int64_t at, const float* x, int64_t count) {
+// Writes x[0] … x[count - 1] to places from `at` on, `step` apart.
+INLINE void put_kv(bool half, void* base, int64_t at, int64_t step, const float* x, int64_t count) {
     if (!half) {
-        __builtin_memcpy((float*)base + at, x, (size_t)count * 4);
+        for (int64_t i = 0; i < count; ++i) ((float*)base)[at + i * step] = x[i];
         return;
     }
     uint16_t halves[kLanes];
     for (int64_t i = 0; i < count; i += kLanes) {
         to_half(halves, load_part(x + i, count - i));
         const int64_t rest = count - i < kLanes ? count - i : kLanes;
-        __builtin_memcpy((uint16_t*)base + at + i, halves, (size_t)rest * 2);
+        for (int64_t j = 0; j < rest; ++j) ((uint16_t*)base)[at + (i + j) * step] = halves[j];
     }
+}
+
+// Of lanes that stand for `count` items, those that do; -1 or 0.
+INLINE Ints among(int64_t count) {
+    Ints lane;
+    EACH (i, kLanes) lane[i] = i;
+    return lane < (int32_t)(count < kLanes ? count : kLanes);
 }
 
 void keep(const Heads& h, const float* key, const float* value, int64_t position, void* keys, void* values) {
     const int64_t part = position / kPart, lane = position % kPart;
-    for (int64_t d = 0; d < h.head_dim; ++d)
-        put_kv(h.half, keys, (part * h.head_dim + d) * kPart + lane, key + d, 1);
-    put_kv(h.half, values, position * h.head_dim, value, h.head_dim);
+    put_kv(h.half, keys, part * h.head_dim * kPart + lane, kPart, key, h.head_dim);
+    put_kv(h.half, values, position * h.head_dim, 1, value, h.head_dim);
 }
 
-// G queries that read the same keys and values.
+// Asks for what stands as far from `base` as item `at` of keys or values does from theirs.
+template <bool kHalf>
+INLINE void fetch_kv(const void* base, int64_t at, int64_t count) {
+    constexpr int64_t kItem = kHalf ? 2 : 4;
+    for (int64_t i = 0; i < count * kItem; i += 64) __builtin_prefetch((const char*)base + at * kItem + i);
+}
+
+// G queries that read the same keys and values. Values are fetched while keys are read, and `then` while
+// values are.
 template <bool kHalf, int G>
 void attend_some(const Heads& h, const float* q, const void* keys, const void* values, int64_t count,
-                 float* state) {
+                 float* state, const void* then) {
     const int64_t dim = h.head_dim, state_floats = 2 + dim;
     float scores[G][kPositions];
     Floats most[G];
@@ -347,14 +395,14 @@ void attend_some(const Heads& h, const float* q, const void* keys, const void* v
         for (int64_t d = 0; d < dim; d += 2) {
             const Floats k0 = load_kv<kHalf>(keys, base + d * kPart);
             const Floats k1 = load_kv<kHalf>(keys, base + (d + 1) * kPart);
+            if (first % kPart == 0) fetch_kv<kHalf>(values, base + d * kPart, 2 * kPart);
             EACH (g, G) {
                 even[g] = fma(k0, splat(q[g * dim + d]), even[g]);
                 odd[g] = fma(k1, splat(q[g * dim + d + 1]), odd[g]);
             }
         }
         EACH (g, G) {
-            Floats score = (even[g] + odd[g]) * scale;
-            for (int64_t i = count - first; i < kLanes; ++i) score[i] = -3.0e38f;
+            const Floats score = among(count - first) ? (even[g] + odd[g]) * scale : splat(-3.0e38f);
             most[g] = larger(most[g], score);
             store(&scores[g][first], score);
         }
@@ -363,15 +411,15 @@ void attend_some(const Heads& h, const float* q, const void* keys, const void* v
         const float top = largest(most[g]);
         Floats sums{};
         for (int64_t first = 0; first < count; first += kLanes) {
-            Floats weight = exp2((load(&scores[g][first]) - splat(top)) * splat(1.44269504f));
-            for (int64_t i = count - first; i < kLanes; ++i) weight[i] = 0.0f;
+            const Floats power = (load(&scores[g][first]) - splat(top)) * splat(1.44269504f);
+            const Floats weight = among(count - first) ? exp2(power) : Floats{};
             sums += weight;
             store(&scores[g][first], weight);
         }
         state[g * state_floats] = top;
         state[g * state_floats + 1] = sum(sums);
     }
-    constexpr int kStrip = G > 2 ? 4 : 8;  // vectors of head_dim at once
+    constexpr int kStrip = G > 2 || kLanes == 16 ? 4 : 8;  // vectors of head_dim at once
     for (int64_t d = 0; d < dim; d += kStrip * kLanes) {
         const int64_t rest = dim - d;
         Floats acc[G][kStrip];
@@ -381,6 +429,7 @@ void attend_some(const Heads& h, const float* q, const void* keys, const void* v
             for (int64_t p = 0; p < count; ++p) {
                 Floats v[kStrip];
                 EACH (i, kStrip) v[i] = load_kv<kHalf>(values, p * dim + d + i * kLanes);
+                fetch_kv<kHalf>(then, p * dim + d, kStrip * kLanes);
                 EACH (g, G)
                     EACH (i, kStrip) acc[g][i] = fma(splat(scores[g][p]), v[i], acc[g][i]);
             }
@@ -401,47 +450,50 @@ void attend_some(const Heads& h, const float* q, const void* keys, const void* v
 
 template <bool kHalf>
 void attend_of(const Heads& h, const float* q, const void* keys, const void* values, int64_t count,
-               float* state) {
-    const int64_t dim = h.head_dim, state_floats = 2 + dim;
-    int64_t g = 0;
-    for (; g + 4 <= h.group; g += 4)
-        attend_some<kHalf, 4>(h, q + g * dim, keys, values, count, state + g * state_floats);
-    switch (h.group - g) {
-        case 3:
-            return attend_some<kHalf, 3>(h, q + g * dim, keys, values, count, state + g * state_floats);
-        case 2:
-            return attend_some<kHalf, 2>(h, q + g * dim, keys, values, count, state + g * state_floats);
-        case 1:
-            return attend_some<kHalf, 1>(h, q + g * dim, keys, values, count, state + g * state_floats);
+               float* state, const void* then) {
+    for (int64_t g = 0; g < h.group;) {
+        const auto take = [&](auto attend_g, int64_t n) {
+            attend_g(h, q + g * h.head_dim, keys, values, count, state + g * (2 + h.head_dim), then);
+            g += n;
+        };
+        const int64_t left = h.group - g;
+        if (left >= 4)
+            take(attend_some<kHalf, 4>, 4);
+        else if (left == 3)
+            take(attend_some<kHalf, 3>, 3);
+        else if (left == 2)
+            take(attend_some<kHalf, 2>, 2);
+        else
+            take(attend_some<kHalf, 1>, 1);
     }
 }
 
-void attend(const Heads& h, const float* q, const void* keys, const void* values, int64_t count,
-            float* state) {
-    (h.half ? attend_of<true> : attend_of<false>)(h, q, keys, values, count, state);
+void attend(const Heads& h, const float* q, const void* keys, const void* values, int64_t count, float* state,
+            const void* then) {
+    (h.half ? attend_of<true> : attend_of<false>)(h, q, keys, values, count, state, then);
 }
 
-void join(const Heads& h, const float* next, float* state) {
-    const int64_t state_floats = 2 + h.head_dim;
-    for (int64_t g = 0; g < h.group; ++g, next += state_floats, state += state_floats) {
-        const float top = next[0] > state[0] ? next[0] : state[0];
-        const Floats before = exp2(splat((state[0] - top) * 1.44269504f));
-        const Floats after = exp2(splat((next[0] - top) * 1.44269504f));
-        state[0] = top;
-        state[1] = state[1] * before[0] + next[1] * after[0];
-        for (int64_t d = 2; d < state_floats; d += kLanes) {
-            const int64_t rest = state_floats - d;
-            const Floats sum = fma(load_part(next + d, rest), after, load_part(state + d, rest) * before);
-            store_part(state + d, sum, rest);
+void join(const Heads& h, const float* states, int64_t count, float* weights, float* out) {
+    const int64_t floats = 2 + h.head_dim, step = h.group * floats;
+    for (int64_t g = 0; g < h.group; ++g, states += floats, out += h.head_dim) {
+        float top = states[0], total = 0.0f;
+        for (int64_t i = 0; i < count; ++i) {
+            weights[i] = states[i * step];
+            top = weights[i] > top ? weights[i] : top;
         }
-    }
-}
-
-void finish(const Heads& h, const float* state, float* out) {
-    for (int64_t g = 0; g < h.group; ++g, state += 2 + h.head_dim, out += h.head_dim) {
-        const Floats inverse = splat(1.0f / state[1]);
-        for (int64_t d = 0; d < h.head_dim; d += kLanes)
-            store_part(out + d, load_part(state + 2 + d, h.head_dim - d) * inverse, h.head_dim - d);
+        for (int64_t i = 0; i < count; i += kLanes) {
+            const Floats power = load_part(weights + i, count - i) - splat(top);
+            store_part(weights + i, exp2(power * splat(1.44269504f)), count - i);
+        }
+        for (int64_t i = 0; i < count; ++i) total += weights[i] * states[i * step + 1];
+        const Floats inverse = splat(1.0f / total);
+        for (int64_t d = 0; d < h.head_dim; d += kLanes) {
+            const int64_t rest = h.head_dim - d;
+            Floats sum{};
+            for (int64_t i = 0; i < count; ++i)
+                sum = fma(splat(weights[i]), load_part(states + i * step + 2 + d, rest), sum);
+            store_part(out + d, sum * inverse, rest);
+        }
     }
 }
 
@@ -451,6 +503,6 @@ void finish(const Heads& h, const float* state, float* out) {
 #define NAME(isa) NAME_OF(isa)
 extern const Kernels kernels;
 const Kernels kernels{
-    NAME(BEDPLATE_ISA), quantize, product, back, rms_norm, rotate, gate, keep, attend, join, finish};
+    NAME(BEDPLATE_ISA), quantize, product, back, rms_norm, rotate, gate, keep, attend, join};
 
 }  // namespace bedplate::BEDPLATE_ISA

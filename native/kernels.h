@@ -14,6 +14,8 @@ constexpr int kBlock = 16;  // rows of weights that lie side by side
 constexpr int kGroup = 32;  // columns that share a scale of the inputs
 constexpr int kSide = 16;   // rows of inputs that lie side by side, in a step of several
 
+constexpr int64_t kFourBytes = 256, kEightBytes = 512;  // codes of a block's group
+
 enum class Coding : uint8_t { kFloat, kFour, kEight };
 
 // Weights [rows, columns] as `Matrix` lays them out, in blocks of 16 rows and groups of 32 columns; what is
@@ -36,10 +38,11 @@ struct Weights {
 };
 
 // 32 columns of a row of inputs: scale, what the columns come to in all (scale · the sum of their codes), and
-// eight times the sum of their codes, by which codes of weights are too large (see lanes.h).
+// minus eight times the sum of their codes: with it begin the sums of products, for codes of weights are
+// eight too large (see lanes.h).
 struct InputGroup {
     float scale, sum;
-    int32_t eights;
+    int32_t start;
 };
 
 // Rows of inputs. Their codes stand in groups of 32 columns, and in each 8 of them first the even columns,
@@ -51,8 +54,11 @@ struct Inputs {
     const InputGroup* groups;  // [rows / side, n_groups, side]
     int64_t n_groups, side;    //
 
-    // Where the first group of a row is, counted in groups; the next ones follow `side` apart.
-    int64_t place(int64_t row) const { return row / side * side * n_groups + row % side; }
+    // Where the first group of a row is, counted in groups; the next ones follow `side` apart. Never a
+    // function of its own: the linker could keep the copy of an instruction set that this CPU has not.
+    __attribute__((always_inline)) int64_t place(int64_t row) const {
+        return row / side * side * n_groups + row % side;
+    }
 };
 
 // The wide half of a low-rank branch: y[r] = scale[r] · Σ_j w[r, j] · t[j].
@@ -101,12 +107,11 @@ struct Kernels {
                  void* values);
     // Attention of a group's queries [group, head_dim] to the first `count` positions of a block. A state
     // holds, for each query, the largest score, the sum of weights and the weighted sum of values: [group, 2
-    // + head_dim].
+    // + head_dim]. What stands at `then` is read next.
     void (*attend)(const Heads&, const float* q, const void* keys, const void* values, int64_t count,
-                   float* state);
-    // Joins the state of the next block to those before it; and what a state comes to, [group, head_dim].
-    void (*join)(const Heads&, const float* next, float* state);
-    void (*finish)(const Heads&, const float* state, float* out);
+                   float* state, const void* then);
+    // out [group, head_dim] = what the states of `count` blocks come to; `weights` has room for `count`.
+    void (*join)(const Heads&, const float* states, int64_t count, float* weights, float* out);
 };
 
 }  // namespace bedplate

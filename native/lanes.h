@@ -58,27 +58,30 @@ INLINE Floats fma(Floats a, Floats b, Floats c) {
 }
 
 template <class Half, class Whole>
-INLINE Half fold(Whole x) {
-    Half low, high;
-    __builtin_memcpy(&low, &x, sizeof low);
-    __builtin_memcpy(&high, (const char*)&x + sizeof low, sizeof high);
-    return low + high;
+INLINE Half half(Whole x, int which) {
+    Half y;
+    __builtin_memcpy(&y, (const char*)&x + which * sizeof y, sizeof y);
+    return y;
 }
 typedef float Four __attribute__((vector_size(16)));
+INLINE float larger(float a, float b) { return a > b ? a : b; }
 INLINE float sum(Four x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+INLINE float largest(Four x) { return larger(larger(x[0], x[2]), larger(x[1], x[3])); }
 #if defined(__AVX2__)
 typedef float Eight __attribute__((vector_size(32)));
-INLINE float sum(Eight x) { return sum(fold<Four>(x)); }
+INLINE float sum(Eight x) { return sum(half<Four>(x, 0) + half<Four>(x, 1)); }
+INLINE float largest(Eight x) {
+    const Four low = half<Four>(x, 0), high = half<Four>(x, 1);
+    return largest(low > high ? low : high);
+}
 #endif
 #if defined(__AVX512F__)
-INLINE float sum(Floats x) { return sum(fold<Eight>(x)); }
-#endif
-
+INLINE float sum(Floats x) { return sum(half<Eight>(x, 0) + half<Eight>(x, 1)); }
 INLINE float largest(Floats x) {
-    float most = x[0];
-    for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
-    return most;
+    const Eight low = half<Eight>(x, 0), high = half<Eight>(x, 1);
+    return largest(low > high ? low : high);
 }
+#endif
 
 // The nearest integers of |x| < 2^22, ties to even.
 INLINE Floats rounded(Floats x) {
@@ -107,8 +110,13 @@ INLINE Floats exp2(Floats x) {
 
 // --- Numbers of fewer bits
 
-// By intrinsics where there are some: GCC takes a vector of bytes apart one by one.
+// By intrinsics where there are some: GCC takes a vector of bytes apart one by one. to_bytes takes integers
+// within ±127.
 #if defined(__AVX512F__)
+INLINE void to_bytes(int8_t* to, Floats x) {
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x));
+    __builtin_memcpy(to, &bytes, sizeof bytes);
+}
 INLINE Floats from_bytes(const int8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from)));
 }
@@ -116,6 +124,11 @@ INLINE Floats from_bfloat16(const uint16_t* from) {
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(from)), 16);
 }
 #elif defined(__AVX2__)
+INLINE void to_bytes(int8_t* to, Floats x) {
+    const __m256i ints = _mm256_cvtps_epi32(x);
+    const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
+    _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(shorts, shorts));
+}
 INLINE Floats from_bytes(const int8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 }
@@ -123,6 +136,10 @@ INLINE Floats from_bfloat16(const uint16_t* from) {
     return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(from)), 16);
 }
 #else
+INLINE void to_bytes(int8_t* to, Floats x) {
+    const FewBytes bytes = __builtin_convertvector(__builtin_convertvector(x, Ints), FewBytes);
+    __builtin_memcpy(to, &bytes, sizeof bytes);
+}
 INLINE Floats from_bytes(const int8_t* from) {
     return to_floats(__builtin_convertvector(load_as<FewBytes>(from), Ints));
 }
@@ -185,12 +202,13 @@ INLINE void to_half(uint16_t* to, Floats x) {
 // --- Products of integers: in each lane, the sum of four codes times four inputs
 //
 // Codes are unsigned, inputs are signed: within ±127. Sum4 takes codes of 4 bits, at most 8 times before
-// total(); Sum8 takes codes of 8 bits, 128 more than the weight. total() subtracts what the codes are too
-// large by; `eights` is eight times the sum of all inputs taken.
+// total(); Sum8 takes codes of 8 bits, 128 more than the weight. `start` makes up for what the codes are too
+// large by: it is minus eight times the sum of all inputs.
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 struct Sum4 {
-    Ints sums{};
+    Ints sums;
+    INLINE void begin(int32_t start) { sums = splat(start); }
     INLINE void add(Bytes codes, Bytes inputs) {
 #if defined(__AVX512F__)
         sums = (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)inputs);
@@ -198,14 +216,16 @@ struct Sum4 {
         sums = (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)inputs);
 #endif
     }
-    INLINE Ints total(int32_t eights) const { return sums - splat(eights); }
+    INLINE Ints total() const { return sums; }
 };
 struct Sum8 : Sum4 {
-    INLINE Ints total(int32_t eights) const { return sums - (splat(eights) << 4); }
+    INLINE void begin(int32_t start) { sums = splat(start) << 4; }
 };
 #elif defined(__AVX2__)
 struct Sum4 {  // in 16 bits: 8 · 2 · 15 · 127 is below 2^15
     Shorts sums{};
+    int32_t first;
+    INLINE void begin(int32_t start) { first = start; }
     INLINE void add(Bytes codes, Bytes inputs) {
 #if defined(__AVX512F__)
         sums += (Shorts)_mm512_maddubs_epi16((__m512i)codes, (__m512i)inputs);
@@ -213,16 +233,17 @@ struct Sum4 {  // in 16 bits: 8 · 2 · 15 · 127 is below 2^15
         sums += (Shorts)_mm256_maddubs_epi16((__m256i)codes, (__m256i)inputs);
 #endif
     }
-    INLINE Ints total(int32_t eights) const {
+    INLINE Ints total() const {
 #if defined(__AVX512F__)
-        return (Ints)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1)) - splat(eights);
+        return (Ints)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1)) + splat(first);
 #else
-        return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)) - splat(eights);
+        return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)) + splat(first);
 #endif
     }
 };
 struct Sum8 {  // |weight| times the input with the weight's sign: 2 · 128 · 127 is below 2^15
     Ints sums{};
+    INLINE void begin(int32_t) {}
     INLINE void add(Bytes codes, Bytes inputs) {
         const Bytes weights = codes ^ (int8_t)-128;
 #if defined(__AVX512F__)
@@ -236,18 +257,20 @@ struct Sum8 {  // |weight| times the input with the weight's sign: 2 · 128 · 1
         sums += (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #endif
     }
-    INLINE Ints total(int32_t) const { return sums; }
+    INLINE Ints total() const { return sums; }
 };
 #elif defined(__ARM_FEATURE_DOTPROD)
 struct Sum4 {
-    Ints sums{};
+    Ints sums;
+    INLINE void begin(int32_t start) { sums = splat(start); }
     INLINE void add(Bytes codes, Bytes inputs) { sums = (Ints)vdotq_s32(sums, codes, inputs); }
-    INLINE Ints total(int32_t eights) const { return sums - splat(eights); }
+    INLINE Ints total() const { return sums; }
 };
 struct Sum8 {
     Ints sums{};
+    INLINE void begin(int32_t) {}
     INLINE void add(Bytes codes, Bytes inputs) { sums = (Ints)vdotq_s32(sums, codes ^ (int8_t)-128, inputs); }
-    INLINE Ints total(int32_t) const { return sums; }
+    INLINE Ints total() const { return sums; }
 };
 #else
 INLINE Ints four_products(Bytes a, Bytes b) {
@@ -259,13 +282,15 @@ INLINE Ints four_products(Bytes a, Bytes b) {
     return sums;
 }
 struct Sum4 {
-    Ints sums{};
+    Ints sums;
+    INLINE void begin(int32_t start) { sums = splat(start); }
     INLINE void add(Bytes codes, Bytes inputs) { sums += four_products(codes, inputs); }
-    INLINE Ints total(int32_t eights) const { return sums - splat(eights); }
+    INLINE Ints total() const { return sums; }
 };
 struct Sum8 {
     Ints sums{};
+    INLINE void begin(int32_t) {}
     INLINE void add(Bytes codes, Bytes inputs) { sums += four_products(codes ^ (int8_t)-128, inputs); }
-    INLINE Ints total(int32_t) const { return sums; }
+    INLINE Ints total() const { return sums; }
 };
 #endif

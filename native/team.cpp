@@ -1,6 +1,6 @@
 #include "team.h"
 
-#include <chrono>
+#include <algorithm>
 #include <system_error>
 
 #include "memory.h"
@@ -8,11 +8,16 @@
 namespace bedplate {
 namespace {
 
-// A thread that waits looks often at first. It then lets others run, for a machine may have more threads than
-// cores.
-constexpr int kLooks = 500;
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+
 // What a thread of no work waits for the next step before it sleeps: longer than what lies between two steps.
-constexpr std::chrono::microseconds kAwake{200};
+constexpr microseconds kBetweenSteps{200};
+// The others are at most so much later where each thread has a core of its own. Where some wait for a core, a
+// thread that looks for them may hold it: then each learns to sleep at once.
+constexpr microseconds kMostPatience{100}, kLeastPatience{2};
+
+constexpr int kLooks = 16;  // between looks at the clock
 
 void pause() {
 #if defined(__x86_64__)
@@ -24,7 +29,33 @@ void pause() {
 
 }  // namespace
 
-Team::Team(int count) : count_(count) {
+void Count::wake() {
+    // Either this sees a thread that is about to sleep, or that thread sees the value.
+    if (asleep_.load() == 0) return;
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+    }
+    woken_.notify_all();
+}
+
+bool Count::wait(std::uint64_t value, std::chrono::nanoseconds awake) {
+    Clock::time_point limit;
+    for (int looks = 1; !reached(value); ++looks) {
+        pause();
+        if (looks % kLooks != 0) continue;
+        const auto now = Clock::now();
+        if (looks == kLooks) limit = now + awake;
+        if (now < limit) continue;
+        std::unique_lock<std::mutex> lock(mutex_);
+        ++asleep_;
+        woken_.wait(lock, [&] { return value_.load() >= value; });
+        --asleep_;
+        return false;
+    }
+    return true;
+}
+
+Team::Team(int count) : count_(count), patience_(static_cast<std::size_t>(count), {kMostPatience}) {
     try {
         for (int i = 1; i < count; ++i) threads_.emplace_back([this, i] { serve(i); });
     } catch (const std::system_error&) {
@@ -36,58 +67,43 @@ Team::Team(int count) : count_(count) {
 Team::~Team() { end(); }
 
 void Team::end() {
-    {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        ended_ = true;
-    }
-    woken_.notify_all();
+    ended_ = true;
+    works_.add();
+    works_.wake();
     for (auto& thread : threads_) thread.join();
 }
 
 void Team::run(const std::function<void(int)>& work) {
     if (count_ == 1) return work(0);
     work_ = &work;
-    bool wake;
-    {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        turn_.fetch_add(1, std::memory_order_release);
-        wake = asleep_ > 0;
-    }
-    if (wake) woken_.notify_all();
+    works_.add();
+    works_.wake();
     work(0);
-    meet();
+    meet(0);
 }
 
-void Team::meet() {
-    if (count_ == 1) return;
-    const unsigned meeting = meeting_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count_ - 1) {
-        arrived_.store(0, std::memory_order_relaxed);
-        meeting_.store(meeting + 1, std::memory_order_release);
-        return;
-    }
-    for (int looks = 0; meeting_.load(std::memory_order_acquire) == meeting; ++looks) {
-        if (looks < kLooks)
-            pause();
-        else
-            std::this_thread::yield();
-    }
+std::uint64_t Team::arrive() {
+    const auto size = static_cast<std::uint64_t>(count_);
+    const std::uint64_t arrivals = arrivals_.add();
+    if (arrivals % size != 0) return arrivals + size - arrivals % size;
+    arrivals_.wake();
+    return arrivals;
+}
+
+void Team::wait(int thread, std::uint64_t arrivals) {
+    if (arrivals_.reached(arrivals)) return;
+    auto& patience = patience_[static_cast<std::size_t>(thread)].time;
+    const bool paid = arrivals_.wait(arrivals, patience);
+    patience = std::clamp<std::chrono::nanoseconds>(paid ? patience * 2 : patience / 2, kLeastPatience,
+                                                    kMostPatience);
 }
 
 void Team::serve(int index) {
-    for (unsigned seen = 0;; ++seen) {
-        const auto limit = std::chrono::steady_clock::now() + kAwake;
-        for (int looks = 1; turn_.load(std::memory_order_acquire) == seen && !ended_; ++looks) {
-            pause();
-            if (looks % 64 != 0 || std::chrono::steady_clock::now() < limit) continue;
-            std::unique_lock<std::mutex> lock(mutex_);
-            ++asleep_;
-            woken_.wait(lock, [&] { return turn_ != seen || ended_; });
-            --asleep_;
-        }
+    for (std::uint64_t next = 1;; ++next) {
+        works_.wait(next, kBetweenSteps);
         if (ended_) return;
         (*work_)(index);
-        meet();
+        meet(index);
     }
 }
 

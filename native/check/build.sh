@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # build.sh COMPILER OUT "SET:FLAGS"…: the check program with the kernels of these instruction sets.
 set -euo pipefail
+compiler=$1 out=$(realpath -m "$2")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-compiler=$1 out=$2
 shift 2
 flags="-std=c++17 -O3 -ffp-contract=off -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -fno-tree-loop-distribute-patterns"
 mkdir -p "$out"

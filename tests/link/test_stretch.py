@@ -75,7 +75,7 @@ def test_linked_program_equals_whole_graph_export_to_the_bit(
     assert torch.equal(linked.run("logits", torch.tensor([TOKENS]), torch.tensor([0])), everywhere)
 
 
-@pytest.mark.parametrize("quantize", [None, "8w"])
+@pytest.mark.parametrize("quantize", ["8w"])
 def test_stretched_units_name_what_the_whole_graph_names(
     quantize: AdapterScheme | None, deep_bundle: tuple[Bundle, Path], unit_cache: Path
 ) -> None:
