@@ -17,7 +17,8 @@ from bedplate.runtime.weights import check_native
 
 VOCABULARY = 320
 TOKENS = [
-    int(token) for token in torch.randint(0, VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    int(token)
+    for token in torch.randint(0, VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(1))
 ]
 
 
