@@ -19,6 +19,7 @@ from typing import Any, Literal
 # attention_norm and mlp_norm: of what attention and the MLP read. attention_output_norm and mlp_output_norm: of what
 # they give, before it is added to the residual stream.
 NormPlace = Literal["attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm"]
+NORMS: tuple[NormPlace, ...] = ("attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm")
 
 
 @dataclass(frozen=True, kw_only=True)

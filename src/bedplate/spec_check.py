@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bedplate.spec import ModelSpec, RopeTable
+from bedplate.spec import NORMS, ModelSpec, RopeTable
 
 _MOST = 1 << 24  # of any dimension: as the native layer
 _MOST_HEAD_DIM = 4096
@@ -13,7 +13,6 @@ _MOST_TABLES = 16
 LARGEST_FACTOR, SMALLEST_FACTOR = 1e6, 1e-9
 _SIZES = ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_positions")
 _FACTORS = ("embedding_scale", "residual_scale", "attention_scale", "logit_scale", "score_cap", "logit_cap")
-_NORMS = ("attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm")
 
 
 def flaw(spec: ModelSpec) -> str | None:
@@ -34,7 +33,7 @@ def _flaws(spec: ModelSpec) -> Iterator[str]:
         value = getattr(spec, name)
         if value is not None and not SMALLEST_FACTOR <= value <= LARGEST_FACTOR:
             yield f"the field {name!r} is {value}"
-    if list(spec.norms) != [name for name in _NORMS if name in spec.norms]:
+    if list(spec.norms) != [name for name in NORMS if name in spec.norms]:
         yield f"the field 'norms' is {spec.norms}"
     if spec.parallel and spec.norms != ("attention_norm",):
         yield f"a parallel layer has one norm, not {spec.norms}"

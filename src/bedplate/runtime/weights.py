@@ -14,7 +14,7 @@ from bedplate.background import Background
 from bedplate.bundle.named import NamedConstants, Part, Source
 from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError, UnsupportedError
-from bedplate.spec import ModelSpec, correction_places, linear_shapes
+from bedplate.spec import NORMS, ModelSpec, correction_places, linear_shapes
 
 _T = TypeVar("_T")
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -77,11 +77,16 @@ def load_foundation(
         reader = _Reader(constants, spec)
         layers = [
             _native.Layer(
-                attention_norm=constants.floats(f"layers.{layer}.attention_norm.weight", spec.dim),
-                mlp_norm=constants.floats(f"layers.{layer}.mlp_norm.weight", spec.dim),
-                places=[reader.place(layer, place) for place in reader.places],
+                norms=[
+                    reader.norm(f"layers.{number}.{name}") if name in spec.norms else (None, None)
+                    for name in NORMS
+                ],
+                head_norms=[reader.head_norm(number, part) for part in ("q", "k")],
+                rope=-1 if layer.rope is None else layer.rope,
+                window=layer.window or 0,
+                places=[reader.place(number, place) for place in reader.places],
             )
-            for layer in range(spec.n_layers)
+            for number, layer in enumerate(spec.layers)
         ]
         read = partial(
             _native.Decoder,
@@ -92,11 +97,11 @@ def load_foundation(
             hidden=spec.hidden_dim,
             vocab=spec.vocab_size,
             max_positions=max_context,
-            norm_eps=spec.norm_eps,
-            inverse_frequencies=spec.ropes[0].frequencies,
+            rules=_rules(spec),
+            ropes=[(table.frequencies, table.scale) for table in spec.ropes],
             embedding=_embedding(constants),
             head=_native.Matrix([constants.matrix(_HEAD)]),
-            norm=constants.floats("norm.weight", spec.dim),
+            norm=reader.norm("norm"),
             layers=layers,
             threads=threads,
             readers=threads if meanwhile is None else max(1, threads - 1),
@@ -109,32 +114,31 @@ def load_foundation(
 
 def check_native(spec: ModelSpec, where: Path) -> None:
     """UnsupportedError: the native decoder does not compute something that the model needs."""
-    first = spec.layers[0]
-    plain = {
-        "norm": spec.norm == "rms",
-        "norms": spec.norms == ("attention_norm", "mlp_norm"),
-        "parallel": not spec.parallel,
-        "qk_norm": spec.qk_norm is None,
-        "activation": spec.activation == "silu",
-        "gated": spec.gated,
-        "embedding_scale": spec.embedding_scale == 1,
-        "residual_scale": spec.residual_scale == 1,
-        "attention_scale": spec.attention_scale == spec.head_dim**-0.5,
-        "logit_scale": spec.logit_scale == 1,
-        "score_cap": spec.score_cap is None,
-        "logit_cap": spec.logit_cap is None,
-        "query_growth": spec.query_growth is None,
-        "layers": first.rope == 0 and first.window is None and set(spec.layers) == {first},
-        "ropes": all(table.scale == 1 and table.long is None for table in spec.ropes),
-    }
-    for name, is_plain in plain.items():
-        if not is_plain:
-            raise UnsupportedError(
-                f"bedplate's runtime does not compute this model: its description has another {name!r} than "
-                "that of a Llama",
-                where=where,
-                hint="docs/inputs.md lists the models that run",
-            )
+    if any(table.long for table in spec.ropes):
+        raise UnsupportedError(
+            "bedplate's runtime does not compute this model: it turns long texts by other frequencies (longrope)",
+            where=where,
+            hint="docs/inputs.md lists the models that run",
+        )
+
+
+def _rules(spec: ModelSpec) -> _native.Rules:
+    growth = spec.query_growth
+    return _native.Rules(
+        layer_norm=spec.norm == "layer",
+        norm_eps=spec.norm_eps,
+        parallel=spec.parallel,
+        activation=spec.activation,
+        gated=spec.gated,
+        embedding_scale=spec.embedding_scale,
+        residual_scale=spec.residual_scale,
+        attention_scale=spec.attention_scale,
+        logit_scale=spec.logit_scale,
+        score_cap=spec.score_cap or 0.0,
+        logit_cap=spec.logit_cap or 0.0,
+        query_growth=growth.beta if growth else 0.0,
+        growth_positions=growth.original_positions if growth else 1,
+    )
 
 
 def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> Weights:
@@ -194,10 +198,25 @@ class _Reader:
         ranks: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.places = correction_places(spec)
-        self._constants, self._ranks = constants, ranks
+        self._spec, self._constants, self._ranks = spec, constants, ranks
         self._rows = {name.rpartition(".")[2]: rows for name, (rows, _) in linear_shapes(spec).items()}
         self._parts: dict[str, Part] = {}  # of joined matrices
         self._units: dict[tuple[str, str, int], float | None] = {}
+
+    def norm(self, name: str) -> _native.Norm:
+        dim, bias = self._spec.dim, f"{name}.bias"
+        return (
+            self._constants.floats(f"{name}.weight", dim),
+            self._constants.floats(bias, dim) if self._spec.norm_bias else None,
+        )
+
+    def head_norm(self, layer: int, part: str) -> Source | None:
+        """The norm of the queries' or the keys' heads. None: there is none."""
+        if self._spec.qk_norm is None:
+            return None
+        heads = {"q": self._spec.n_heads, "k": self._spec.n_kv_heads}[part]
+        width = self._spec.head_dim * (heads if self._spec.qk_norm == "whole" else 1)
+        return self._constants.floats(f"layers.{layer}.self_attn.{part}_norm.weight", width)
 
     def place(self, layer: int, place: str) -> tuple[list[_native.Matrix], _native.Branch | None]:
         """The linears of a place with their offsets and biases, and the rest of their correction."""
