@@ -55,9 +55,9 @@ Norm = tuple[Source | None, Source | None]
 
 class Layer:
     """norms: before and after attention, before and after the MLP. head_norms: of queries and of keys, float32
-    [head_dim], or of all heads together; None: none. rope: number of the rotary embedding; -1: none. window: keys that a
-    query sees; 0: all. places: (weights, correction) of what reads the attention's input, of its output, of what reads
-    the MLP's input, and of its output.
+    [head_dim], or of all heads together; None: none. rope: number of the rotary embedding; -1: none. window: keys that
+    a query sees; 0: all. places: (weights, correction) of what reads the attention's input, of its output, of what
+    reads the MLP's input, and of its output.
     """
 
     def __init__(
