@@ -106,6 +106,11 @@ def measure_smollm2(measure: Any, model: Path, folder: Path, adapters: list[Path
     measure("bedplate add, r16 on seven linears, nothing cached", bedplate("add", folder / "a", one, *units))
     measure("bedplate add, the same, units cached", bedplate("add", folder / "a", two, *units))
     measure("bedplate add, three at once", bedplate("add", folder / "b", one, two, three, *units))
+    measure(
+        "bedplate build --no-programs, from float32 safetensors",
+        bedplate("build", folder / "smollm2", "-o", folder / "d", "--no-programs"),
+    )
+    measure("bedplate add to it, r16 on seven linears", bedplate("add", folder / "d", one))
     eight = ["--quantize", "8w", *units]
     measure("bedplate add, 8 bits, nothing cached", bedplate("add", folder / "c", one, *eight))
     measure("bedplate add, 8 bits, units cached", bedplate("add", folder / "c", two, *eight))
@@ -245,7 +250,9 @@ def save_adapter(model: Path, folder: Path, seed: int) -> Path:
 def run(command: Sequence[object], folder: Path) -> dict[str, float]:
     """Seconds and peak resident memory (MB of 10^6 bytes) of a process in `folder`. CalledProcessError: it failed."""
     words = [sys.executable, "-c", LAUNCHER, *map(str, command)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=folder)
+    environment = dict(os.environ)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as installed, modules are compiled once
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
     if done.returncode:
         sys.stderr.write(done.stderr[-3000:])
         raise subprocess.CalledProcessError(done.returncode, words)

@@ -247,6 +247,7 @@ def output(python: str, script: str, arguments: list[str]) -> list[str]:
     """Lines that a process prints which runs `script` in a folder of its own."""
     words = [python, "-W", "ignore", "-c", script, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as installed, modules are compiled once
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
     if done.returncode:
