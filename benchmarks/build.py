@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from models import SHAPES, llama_config, openvino_command, save_adapters, save_hugging_face, save_random
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 SMOLLM2 = {"layers": 30, "dim": 576, "kv_heads": 3, "heads": 9}
 # ExecuTorch's own names of the weights, after Meta's.
@@ -49,17 +48,6 @@ print(json.dumps([time.perf_counter() - start, usage.ru_maxrss]))
 sys.exit(os.waitstatus_to_exitcode(status))
 """
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
-LLAMA_1B: dict[str, Any] = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "intermediate_size": 8192,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-}
 
 
 def main() -> None:
@@ -78,14 +66,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_hugging_face(options.model, folder / "smollm2")
-        adapters = [save_adapter(folder / "smollm2", folder / f"adapter{seed}", seed) for seed in range(3)]
+        save_adapters(folder / "smollm2", 3, folder / "adapters")
+        adapters = [folder / "adapters" / str(number) for number in range(3)]
         measure_smollm2(measure, options.model.absolute(), folder, adapters)
         measure_depth(measure, folder)
         measure_llama_1b(measure, folder)
         if options.openvino:
             measure(
                 "OpenVINO: optimum-cli export, int4 sym g32",
-                openvino_command(options.openvino.absolute(), folder),
+                openvino_command(options.openvino.absolute(), folder / "smollm2", folder / "openvino"),
             )
         if not options.skip_stock:
             measure("ExecuTorch: export_llm, 8da4w g32", stock_command(folder))
@@ -120,7 +109,7 @@ def measure_depth(measure: Any, folder: Path) -> None:
     for depth in (30, 60):
         model = folder / f"depth{depth}"
         config = LlamaConfig.from_pretrained(folder / "smollm2", num_hidden_layers=depth)
-        save_random(config, model, folder / "smollm2")
+        save_random(config, folder / "smollm2", model)
         for state in ("nothing", "units"):
             out = folder / f"depth{depth}.{state}"
             command = ["build", model, "-o", out, "--unit-cache", folder / f"units{depth}"]
@@ -128,8 +117,8 @@ def measure_depth(measure: Any, folder: Path) -> None:
 
 
 def measure_llama_1b(measure: Any, folder: Path) -> None:
-    config = LlamaConfig(**LLAMA_1B, bos_token_id=0, eos_token_id=1)
-    save_random(config, folder / "llama", folder / "smollm2")
+    config = llama_config(**{**SHAPES["1B"], "vocab_size": 128256})
+    save_random(config, folder / "smollm2", folder / "llama")
     for state in ("nothing", "units"):
         out = folder / f"llama.{state}"
         command = ["build", folder / "llama", "-o", out, "--unit-cache", folder / "llama-units"]
@@ -191,60 +180,6 @@ def meta_layout(name: str, value: torch.Tensor) -> torch.Tensor:
     if heads is None:
         return value
     return value.view(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
-
-
-def openvino_command(python: Path, folder: Path) -> list[object]:
-    int4 = ["--weight-format", "int4", "--sym", "--group-size", "32", "--ratio", "1.0"]
-    task = ["--task", "text-generation-with-past"]
-    return [
-        python.with_name("optimum-cli"),
-        *("export", "openvino", "--model", folder / "smollm2", *task, *int4),
-        folder / "openvino",
-    ]
-
-
-def save_hugging_face(gguf: Path, folder: Path) -> None:
-    """The model of a GGUF as a Hugging Face folder of float32."""
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
-    save(model, config, folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
-
-def save_random(config: LlamaConfig, folder: Path, tokenizer: Path) -> None:
-    """A model of random bfloat16 weights, with the tokenizer of another."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config)
-    model.to(dtype=torch.bfloat16)
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02)
-    model.tie_weights()
-    save(model, config.to_dict(), folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-
-
-def save(model: Any, config: dict[str, Any], folder: Path) -> None:
-    folder.mkdir()
-    weights = {
-        name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
-
-
-def save_adapter(model: Path, folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapted = get_peft_model(
-        base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.02)
-    adapted.save_pretrained(folder)
-    return folder
 
 
 def run(command: Sequence[object], folder: Path) -> dict[str, float]:

@@ -1,14 +1,11 @@
-"""Speed and memory of running, beside ExecuTorch's own runtime, llama.cpp and OpenVINO, in one run.
+"""What running must show, in one run: bedplate beside its runtime before (c8bd865), llama.cpp and OpenVINO.
 
-    python benchmarks/runtime.py BUNDLE --machine WORDS --adapter NAME --adapter8 NAME
-        [--stock FILE] [--other PYTHON --gguf FILE --openvino FOLDER]
+    python benchmarks/runtime.py FOLDER --peers PYTHON --before PYTHON [--rounds N] [--only NAME]
 
-BUNDLE holds a rank-16 adapter on all seven linears twice: in float32 (--adapter) and in 8 bits (--adapter8). The file
---stock is the program that ExecuTorch's `export_llm` makes of the model (build.py has it made). PYTHON is that of an
-environment with `openvino-genai` and `llama-cpp-python`; FILE is the model as Q4_0, FOLDER what `optimum-cli export
-openvino` made. Each system runs in a process of its own, with 2 threads, and all take turns for several rounds: the
-best of a system's rounds counts, for what else the machine does only takes away. Prints a Markdown table, and writes
-its figures under WORDS into runtime.json beside this file.
+models.py has made FOLDER. PYTHON are those of environments with `llama-cpp-python` and `openvino-genai`, and with
+bedplate of commit c8bd865. Each system runs in a process of its own, with 2 threads (`systems/`). All take turns for
+several rounds, and the best of a system's rounds counts, because what else the machine does only takes away. Prints
+Markdown tables, and writes all figures under the machine's name into runtime.json beside this file.
 """
 
 from __future__ import annotations
@@ -20,264 +17,327 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-ROUNDS, GENERATIONS = 3, 7
-# Each reads its arguments and prints one JSON object of figures. Speeds in tokens/s, times in ms, memory in MB.
-COMMON = """
-import json, os, sys, time
-def resident(): return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
-def seconds(work):
-    start = time.perf_counter(); work(); return time.perf_counter() - start
-def moments(step, count):
-    found = [time.perf_counter()]
-    for i in range(count): step(PROMPT[i]); found.append(time.perf_counter())
-    return found
-# Over the fastest 50 tokens in a row: what else the machine does comes in bursts.
-def speed(times): return max(50 / (end - start) for start, end in zip(times, times[50:]))
-PROMPT = [(i * 7919) % 40000 + 100 for i in range(1000)]
-"""
-BEDPLATE = """
-import bedplate
-path, adapter, adapter8 = sys.argv[1:]
-bundle = bedplate.Bundle.open(path, check=False)
-engine = bedplate.Engine(bundle, threads=2)
-def decode(session, start, count):
-    session.reset()
-    session.step(PROMPT[:start])
-    return speed(moments(lambda token: session.step([token]), count))
-# Tokens of all sessions together: each step takes one of each.
-def batch(names, count=200):
-    sessions = [engine.session(name) for name in names]
-    engine.step([(one, PROMPT[:16]) for one in sessions])
-    return len(sessions) * speed(moments(lambda token: engine.step([(one, [token]) for one in sessions]), count))
-session = engine.session()
-found = {"load_ms": 1e3 * seconds(lambda: engine.load(None))}
-session.step(PROMPT[:16])
-found["decode"] = max(decode(session, 16, 200) for _ in range(2))
-def prefill(): session.reset(); session.step(PROMPT[:241])
-found["prefill"] = 241 / min(seconds(prefill) for _ in range(3))
-found["decode_1000"] = decode(session, 1000, 200)
-for name, key in ((adapter, "float32"), (adapter8, "8bit")):
-    found[f"adapter_{key}_load_ms"] = 1e3 * seconds(lambda: engine.load(name))
-    used = engine.session(name)
-    found[f"decode_{key}"] = max(decode(used, 16, 200) for _ in range(2))
-    found[f"prefill_{key}"] = 241 / min(seconds(lambda: (used.reset(), used.step(PROMPT[:241]))) for _ in range(3))
-sessions = {"base": session, "float32": engine.session(adapter), "8bit": engine.session(adapter8)}
-steps = {name: [] for name in sessions}
-for _ in range(100):  # in turns, so that what else the machine does hits all alike
-    for name, one in sessions.items():
-        one.reset(); one.step(PROMPT[:16])
-        steps[name] += [seconds(lambda: one.step([PROMPT[i]])) for i in range(8)]
-quartile = {name: sorted(times)[len(times) // 4] for name, times in steps.items()}
-for key in ("float32", "8bit"): found[f"decode_{key}_ratio"] = quartile["base"] / quartile[key]
-eight = [None] * 8
-for key, names in (("base", eight), ("float32", [adapter] * 8), ("8bit", [adapter8] * 8)):
-    found[f"decode_8_{key}"] = max(batch(names) for _ in range(2))
-found["decode_8_mixed"] = max(batch([None, adapter, adapter8, None] * 2) for _ in range(2))
-session.reset()
-found["switch_ms"] = 1e3 * min(seconds(lambda: session.use(name)) for name in (adapter, adapter8) * 50)
-print(json.dumps(found))
-"""
-# What an adapter takes beside a base that has run: when it is loaded, and with what its first steps want.
-BEDPLATE_ADAPTER = """
-import bedplate
-path, adapter = sys.argv[1:]
-engine = bedplate.Engine(bedplate.Bundle.open(path, check=False), threads=2)
-def use(name):
-    session = engine.session(name)
-    session.step(PROMPT[:241])
-    for token in PROMPT[:20]: session.step([token])
-use(None)
-before = resident()
-engine.load(adapter)
-loaded = resident()
-use(adapter)
-print(json.dumps({"load_mb": loaded - before, "mb": resident() - before}))
-"""
-STOCK = """
-import torch, executorch.kernels.quantized
-from executorch.extension.llm.custom_ops import custom_ops
-from executorch.extension.pybindings.portable_lib import _load_for_executorch
-torch.set_num_threads(2)
-program, data = sys.argv[1:]
-module = _load_for_executorch(program, data or None)
-def step(tokens, position):
-    module.run_method("forward", (torch.tensor([tokens]), torch.tensor([position])))
-def fill(count):
-    for at in range(0, count, 128): step(PROMPT[at:min(at + 128, count)], at)
-def decode(start, count):
-    fill(start)
-    positions = iter(range(start, start + count))
-    return speed(moments(lambda token: step([token], next(positions)), count))
-found = {"decode": max(decode(16, 200) for _ in range(2))}
-found["prefill"] = 241 / min(seconds(lambda: fill(241)) for _ in range(3))
-found["decode_1000"] = decode(1000, 200)
-print(json.dumps(found))
-"""
-LLAMA_CPP = """
-from llama_cpp import Llama
-model = Llama(sys.argv[1], n_ctx=2048, n_threads=2, n_threads_batch=2, n_batch=256, verbose=False)
-def decode(start, count):
-    model.reset(); model.eval(PROMPT[:start])
-    return speed(moments(lambda token: model.eval([token]), count))
-found = {"decode": max(decode(16, 200) for _ in range(2))}
-def prefill(): model.reset(); model.eval(PROMPT[:241])
-found["prefill"] = 241 / min(seconds(prefill) for _ in range(3))
-found["decode_1000"] = decode(1000, 200)
-print(json.dumps(found))
-"""
-OPENVINO = """
-import numpy, openvino, openvino_genai as genai
-pipe = genai.LLMPipeline(sys.argv[1], "CPU", INFERENCE_NUM_THREADS=2, ATTENTION_BACKEND="SDPA")
-def run(start, count):
-    config = genai.GenerationConfig(max_new_tokens=count, min_new_tokens=count, ignore_eos=True)
-    tokens, mask = numpy.array([PROMPT[:start]], numpy.int64), numpy.ones((1, start), numpy.int64)
-    inputs = genai.TokenizedInputs(openvino.Tensor(tokens), openvino.Tensor(mask))
-    return pipe.generate(inputs, config).perf_metrics
-def decode(start):
-    return speed([moment / 1e3 for moment in run(start, 200).raw_metrics.m_new_token_times])
-run(16, 2)
-found = {"decode": max(decode(16) for _ in range(2))}
-found["prefill"] = 241e3 / min(run(241, 2).get_ttft().mean for _ in range(3))
-found["decode_1000"] = decode(1000)
-print(json.dumps(found))
-"""
-# What a user waits for and pays: from the start of the process to one token, and after 200 more.
-GENERATION = """
-def first(): print(time.clock_gettime(time.CLOCK_MONOTONIC))  # of the machine: the same in all processes
-def last(): print(resident())
-"""
-BEDPLATE_GENERATES = """
-import bedplate
-engine = bedplate.Engine(bedplate.Bundle.open(sys.argv[1], check=False), threads=2)
-session = engine.session()
-session.generate("Hello", max_tokens=1)
-first()
-session.generate("Once upon a time there was a", max_tokens=200)
-assert session.last.generated_tokens == 200
-last()
-"""
-STOCK_GENERATES = """
-import torch, executorch.kernels.quantized
-from executorch.extension.llm.custom_ops import custom_ops
-from executorch.extension.pybindings.portable_lib import _load_for_executorch
-torch.set_num_threads(2)
-module = _load_for_executorch(sys.argv[1])
-def step(token, position): module.run_method("forward", (torch.tensor([[token]]), torch.tensor([position])))
-step(PROMPT[0], 0)
-first()
-for i in range(208): step(PROMPT[i], i)
-last()
-"""
-LLAMA_CPP_GENERATES = """
-from llama_cpp import Llama
-model = Llama(sys.argv[1], n_ctx=2048, n_threads=2, n_threads_batch=2, n_batch=256, verbose=False)
-model.create_completion("Hello", max_tokens=1)
-first()
-assert model.create_completion("Once upon a time there was a", max_tokens=200)["usage"]["completion_tokens"] == 200
-last()
-"""
-OPENVINO_GENERATES = """
-import openvino_genai as genai
-pipe = genai.LLMPipeline(sys.argv[1], "CPU", INFERENCE_NUM_THREADS=2, ATTENTION_BACKEND="SDPA")
-pipe.generate("Hello", max_new_tokens=1)
-first()
-pipe.generate("Once upon a time there was a", max_new_tokens=200, ignore_eos=True)
-last()
-"""
+from bedplate import _native
+
+HERE = Path(__file__).parent
+Figures = dict[str, float]
+OURS, BEFORE, LLAMA_CPP, OPENVINO = "bedplate", "c8bd865", "llama.cpp", "OpenVINO"
+PEERS = (LLAMA_CPP, OPENVINO)
+POSITIONS = {"decode": 16, "decode_800": 800, "avx2": 16}
+KV_BYTES = {OURS: 2, BEFORE: 4, LLAMA_CPP: 2, OPENVINO: 1}  # of a number
+MEMORY_MB = 2000  # read to measure how fast memory is: more than any cache holds
+BUILD = "from bedplate.cli.main import main; main()"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a model is measured. A speed is that of the fastest `window` tokens in a row, of `turns` times as many.
+
+    starts: how often processes start, to measure the time to the first token.
+    """
+
+    window: int
+    turns: int
+    starts: int
+
+
+EFFORTS = {"135M": Effort(25, 8, 5), "0.6B": Effort(16, 4, 3), "1B": Effort(16, 3, 3)}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a figure must reach, for the small model and for the large ones. most: it must be at most this."""
+
+    small: float | None
+    large: float | None
+    most: bool = False
+
+    def of(self, model: str) -> float | None:
+        return self.small if model == "135M" else self.large
+
+    def met(self, model: str, value: float) -> bool:
+        wanted = self.of(model)
+        return wanted is None or (value <= wanted if self.most else value >= wanted)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--adapter", required=True)
-    parser.add_argument("--adapter8", required=True)
-    parser.add_argument("--machine", required=True, help="in a few words: figures are kept by it")
-    parser.add_argument("--stock", type=Path, help="a program of ExecuTorch's export_llm")
-    parser.add_argument("--other", type=Path, help="python of an environment with llama.cpp and OpenVINO")
-    parser.add_argument("--gguf", type=Path)
-    parser.add_argument("--openvino", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--peers", type=Path, required=True)
+    parser.add_argument("--before", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=EFFORTS)
     options = parser.parse_args()
-    bundle = options.bundle.absolute()
-    ours, other = sys.executable, str(options.other)
-    systems: dict[str, list[str]] = {
-        "bedplate": [ours, BEDPLATE, str(bundle), options.adapter, options.adapter8],
+    begin = time.perf_counter()
+    models = [options.only] if options.only else list(EFFORTS)
+    folders = {model: options.folder.absolute() / model for model in models}
+    pythons = {
+        OURS: Path(sys.executable),
+        BEFORE: options.before.absolute(),
+        **dict.fromkeys(PEERS, options.peers.absolute()),
     }
-    if (bundle / "base.pte").exists():
-        files = (str(bundle / "base.pte"), str(bundle / "foundation.ptd"))
-        systems["ExecuTorch's runtime, bedplate's files"] = [ours, STOCK, *files]
-    generators: dict[str, list[str]] = {
-        "bedplate": [ours, BEDPLATE_GENERATES, str(bundle)],
+    found: dict[str, dict[str, list[Figures]]] = {model: {} for model in models}
+    with tempfile.TemporaryDirectory() as scratch:
+        bandwidth = Bandwidth(Path(scratch))
+        for number in range(options.rounds):
+            for model, folder in folders.items():
+                print(f"round {number + 1}, {model}", file=sys.stderr, flush=True)
+                for system, figures in one_round(folder, EFFORTS[model], pythons, bandwidth):
+                    found[model].setdefault(system, []).append(figures)
+        for model, folder in folders.items():
+            print(f"start and build, {model}", file=sys.stderr, flush=True)
+            for system, figures in starts(folder, EFFORTS[model].starts, pythons):
+                found[model].setdefault(system, []).append(figures)
+            found[model][OURS] += [build_times(folder, Path(scratch)) for _ in range(2)]
+    best_of = {
+        model: {system: best(rounds) for system, rounds in by_system.items()}
+        for model, by_system in found.items()
     }
-    if options.stock:
-        name = "ExecuTorch's export_llm and runtime"
-        systems[name] = [ours, STOCK, str(options.stock), ""]
-        generators[name] = [ours, STOCK_GENERATES, str(options.stock)]
-    if options.gguf:
-        systems["llama.cpp Q4_0"] = [other, LLAMA_CPP, str(options.gguf)]
-        generators["llama.cpp Q4_0"] = [other, LLAMA_CPP_GENERATES, str(options.gguf)]
-    if options.openvino:
-        systems["OpenVINO int4"] = [other, OPENVINO, str(options.openvino)]
-        generators["OpenVINO int4"] = [other, OPENVINO_GENERATES, str(options.openvino)]
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
-    for number in range(ROUNDS):
-        for name, (python, script, *arguments) in systems.items():
-            print(f"round {number + 1}: {name} …", file=sys.stderr, flush=True)
-            rounds[name].append(figures(python, script, arguments))
-    rows = {name: best(found) for name, found in rounds.items()}
-    for key, name in (("float32", options.adapter), ("8bit", options.adapter8)):
-        found = best([figures(ours, BEDPLATE_ADAPTER, [str(bundle), name]) for _ in range(ROUNDS)])
-        rows["bedplate"] |= {f"adapter_{key}_{figure}": value for figure, value in found.items()}
-    for name, found in generations(generators).items():
-        rows.setdefault(name, {}).update(found)
-    file = Path(__file__).parent / "runtime.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
-    results[options.machine] = {"date": time.strftime("%Y-%m-%d"), "rows": rows}
-    file.write_text(json.dumps(results, indent=2) + "\n")
-    print_table(rows)
+    keep(best_of)
+    print(tables(best_of, folders))
+    print(f"the run took {(time.perf_counter() - begin) / 60:.1f} minutes", file=sys.stderr)
 
 
-def figures(python: str, script: str, arguments: list[str]) -> dict[str, float]:
-    found = json.loads(output(python, COMMON + script, arguments)[-1])
-    return {name: float(value) for name, value in found.items()}
+def one_round(
+    folder: Path, effort: Effort, pythons: dict[str, Path], bandwidth: Bandwidth
+) -> Iterator[tuple[str, Figures]]:
+    """Figures of each system once."""
+    speeds = ("speeds", effort.window, effort.turns)
+    hqq = [folder / "hqq"] if (folder / "hqq").exists() else []
+    ours = run(pythons[OURS], "run_bedplate", *speeds, folder / "bundle", *hqq)
+    yield OURS, ours
+    yield OURS, run(pythons[OURS], "run_bedplate", "adapters", folder / "bundle")
+    before = ("base", effort.window, effort.turns, folder / "before")
+    yield BEFORE, run(pythons[BEFORE], "run_bedplate", *before)
+    yield LLAMA_CPP, run(pythons[LLAMA_CPP], "run_llama_cpp", *speeds, folder / "q4_0.gguf")
+    yield OPENVINO, run(pythons[OPENVINO], "run_openvino", *speeds, folder / "openvino")
+    yield (
+        "memory",
+        {
+            "gb_per_second": bandwidth.measure(MEMORY_MB),
+            "as_much_gb_per_second": bandwidth.measure(round(ours["weights_mb"])),
+        },
+    )
 
 
-def output(python: str, script: str, arguments: list[str]) -> list[str]:
-    """Lines that a process prints which runs `script` in a folder of its own."""
-    words = [python, "-W", "ignore", "-c", script, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as installed, modules are compiled once
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
+def starts(folder: Path, count: int, pythons: dict[str, Path]) -> Iterator[tuple[str, Figures]]:
+    """Milliseconds from the start of a process to its first token, and resident MB after 200 more tokens."""
+    files = {OURS: "bundle", LLAMA_CPP: "q4_0.gguf", OPENVINO: "openvino"}
+    scripts = {OURS: "run_bedplate", LLAMA_CPP: "run_llama_cpp", OPENVINO: "run_openvino"}
+    for number in range(count):
+        for system, file in files.items():
+            tokens = 0 if number else 200
+            begin = time.clock_gettime(time.CLOCK_MONOTONIC)
+            figures = run(pythons[system], scripts[system], "start", folder / file, tokens)
+            figures["first_token_ms"] = 1e3 * (figures.pop("first_token") - begin)
+            if not tokens:
+                del figures["resident_mb"]
+            yield system, figures
+
+
+def build_times(folder: Path, scratch: Path) -> Figures:
+    """Seconds of whole processes that build a bundle without programs and add one adapter."""
+    out = scratch / "built"
+    seconds = {}
+    for name, words in {
+        "build_s": ("build", folder / "hf", "-o", out, "--force"),
+        "add_s": ("add", out, folder / "adapters" / "0"),
+    }.items():
+        begin = time.perf_counter()
+        finish([sys.executable, "-W", "ignore", "-c", BUILD, *words, "--no-programs"])
+        seconds[name] = time.perf_counter() - begin
+    return seconds
+
+
+class Bandwidth:
+    """GB/s at which two threads read memory, as `systems/bandwidth.c` measures it."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._program = scratch / "bandwidth"
+        source = HERE / "systems" / "bandwidth.c"
+        finish(["cc", "-O3", "-march=native", "-pthread", source, "-o", self._program])
+
+    def measure(self, megabytes: int) -> float:
+        return float(finish([self._program, megabytes, 2]))
+
+
+def run(python: Path, script: str, *words: object) -> Figures:
+    """Figures that a script of `systems/` prints last."""
+    command = [python, "-W", "ignore", HERE / "systems" / f"{script}.py", *words]
+    found: Figures = json.loads(finish(command).splitlines()[-1])
+    return found
+
+
+def finish(command: list[object]) -> str:
+    """What a process prints."""
+    words = [str(word) for word in command]
+    # As installed, modules are compiled once. Here, the first process of a system does it.
+    compiled = str(Path(tempfile.gettempdir()) / "bedplate-benchmarks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPYCACHEPREFIX": compiled}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    return done.stdout.splitlines()
+        raise SystemExit(f"{' '.join(words)}\n{done.stderr[-3000:]}")
+    return done.stdout
 
 
-def best(rounds: list[dict[str, float]]) -> dict[str, float]:
+def best(rounds: list[Figures]) -> Figures:
     """Of each figure the best: the highest speed, the lowest time and memory."""
-    pick = {name: min if name.endswith(("_ms", "mb")) else max for name in rounds[0]}
-    return {name: pick[name](found[name] for found in rounds) for name in rounds[0]}
+    found: Figures = {}
+    for figures in rounds:
+        for name, value in figures.items():
+            pick = min if name.endswith(("_ms", "_mb", "_s")) else max
+            found[name] = pick(found.get(name, value), value)
+    return found
 
 
-def generations(systems: dict[str, list[str]]) -> dict[str, dict[str, float]]:
-    """Milliseconds from the start of a process to its first token, and its resident MB 200 tokens later."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
-    for number in range(GENERATIONS + 1):
-        for name, (python, script, *arguments) in systems.items():
-            start = time.clock_gettime(time.CLOCK_MONOTONIC)
-            first, resident = map(float, output(python, COMMON + GENERATION + script, arguments)[-2:])
-            if number:  # the first time, files are read from the disk
-                found[name].append({"first_token_ms": 1e3 * (first - start), "generated_mb": resident})
-    return {name: best(rounds) for name, rounds in found.items()}
+def keep(found: dict[str, dict[str, Figures]]) -> None:
+    file = HERE / "runtime.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results[machine()] = {"date": time.strftime("%Y-%m-%d"), "models": found}
+    file.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def print_table(rows: dict[str, dict[str, float]]) -> None:
-    print(f"| | {' | '.join(rows)} |\n|---|{'---|' * len(rows)}")
-    for figure in dict.fromkeys(figure for row in rows.values() for figure in row):
-        cells = (f"{row[figure]:,.3g}" if figure in row else "–" for row in rows.values())
-        print(f"| {figure} | {' | '.join(cells)} |")
+def machine() -> str:
+    """The processor as lscpu names it, and what bedplate's kernels and the peers can use of it."""
+    said = dict(line.split(":", 1) for line in finish(["lscpu"]).splitlines() if ":" in line)
+    said = {name.strip(): value.strip() for name, value in said.items()}
+    sets = [*_native.instruction_sets()[:1], *(["AMX"] if "amx_int8" in said["Flags"].split() else [])]
+    cache = said.get("L3 cache", "unknown").partition("(")[0].strip()
+    model = f"family {said['CPU family']}, model {said['Model']}"
+    return f"{said['Model name']} ({model}; {', '.join(sets)}), {said['CPU(s)']} cores, {cache} L3"
+
+
+def goals() -> dict[str, Goal]:
+    sets = _native.instruction_sets()
+    wide, amx = any("avx512" in name for name in sets), "AMX" in machine()
+    return {
+        "decode ÷ c8bd865": Goal(1.8, None) if wide else Goal(1.3, None),
+        "decode: share of memory's limit": Goal(None, 0.95 if wide else 0.85),
+        "decode with AVX2 alone: share of memory's limit": Goal(None, 0.85),
+        "decode ÷ best peer": Goal(3, 2) if wide else Goal(1.6, 1.3),
+        "decode from position 800 ÷ best peer": Goal(4, 2),
+        "decode, default recipe ÷ `hqq`": Goal(0.97, None),
+        "decode with r16 adapter, 8 bits ÷ base": Goal(0.94, 0.96),
+        "decode with r16 adapter, float32 ÷ base": Goal(None, None),
+        "8 sessions in a step, no adapter ÷ one": Goal(3, 4.5),
+        "8 sessions in a step, one adapter ÷ one": Goal(3, 4.5),
+        "8 sessions in a step, 8 adapters ÷ one": Goal(2, 3.8),
+        "prefill of 241 tokens ÷ best peer": Goal(1.0, 1.0) if amx else Goal(1.5, 1.5),
+        "process start to first token ÷ llama.cpp": Goal(0.5, 0.5, most=True),
+        "resident after 200 tokens, MB beyond the weights": Goal(45, 45, most=True),
+        "build from safetensors, `--no-programs`, s": Goal(5, None, most=True),
+        "add, `--no-programs`, s": Goal(0.4, None, most=True),
+        "load of an adapter, 8 bits, ms": Goal(10, 10, most=True),
+        "load of an adapter, float32, ms": Goal(None, None),
+        "memory of a used adapter, MB beyond its bytes": Goal(1, 1, most=True),
+    }
+
+
+def shown(found: dict[str, Figures], share: dict[str, Figures]) -> dict[str, tuple[float, str]]:
+    """Value of each goal's row, and what it was made from."""
+    ours, before = found[OURS], found[BEFORE]
+
+    def ratio(value: float, other: float) -> tuple[float, str]:
+        return value / other, f"{value:,.4g} : {other:,.4g}"
+
+    def beside_peers(figure: str) -> tuple[float, str]:
+        return ratio(ours[figure], max(found[peer][figure] for peer in PEERS))
+
+    one = ours["decode"]
+    start = found[LLAMA_CPP]["first_token_ms"]
+    rows = {
+        "decode ÷ c8bd865": ratio(one, before["decode"]),
+        "decode: share of memory's limit": (share[OURS]["decode"], ""),
+        "decode ÷ best peer": beside_peers("decode"),
+        "decode from position 800 ÷ best peer": beside_peers("decode_800"),
+        "decode with r16 adapter, 8 bits ÷ base": ratio(ours["8bit"], one),
+        "decode with r16 adapter, float32 ÷ base": ratio(ours["float32"], one),
+        "8 sessions in a step, no adapter ÷ one": ratio(ours["batch"], one),
+        "8 sessions in a step, one adapter ÷ one": ratio(ours["batch_one_adapter"], one),
+        "8 sessions in a step, 8 adapters ÷ one": ratio(ours["batch_adapters"], one),
+        "prefill of 241 tokens ÷ best peer": beside_peers("prefill"),
+        "process start to first token ÷ llama.cpp": ratio(ours["first_token_ms"], start),
+        "resident after 200 tokens, MB beyond the weights": (
+            ours["resident_mb"] - ours["weights_mb"],
+            f"{ours['resident_mb']:.0f} − {ours['weights_mb']:.0f}",
+        ),
+        "build from safetensors, `--no-programs`, s": (ours["build_s"], ""),
+        "add, `--no-programs`, s": (ours["add_s"], ""),
+        "load of an adapter, 8 bits, ms": (ours["load_8bit_ms"], ""),
+        "load of an adapter, float32, ms": (ours["load_float32_ms"], ""),
+        "memory of a used adapter, MB beyond its bytes": (ours["beyond_bytes_mb"], ""),
+    }
+    if "avx2" in ours:
+        alone = "decode with AVX2 alone: share of memory's limit"
+        rows[alone] = (share[OURS]["avx2"], f"{ours['avx2']:.4g}")
+    if "hqq" in ours:
+        rows["decode, default recipe ÷ `hqq`"] = ratio(one, ours["hqq"])
+    return rows
+
+
+def shares(found: dict[str, Figures], folder: Path) -> dict[str, Figures]:
+    """Of each decode speed: the bytes that it reads a second ÷ those that memory gives."""
+    config = json.loads((folder / "hf" / "config.json").read_text())
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    numbers = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim
+    ours = found[OURS]["weights_mb"] * 1e6
+    weights = {
+        OURS: ours,
+        BEFORE: ours,
+        LLAMA_CPP: (folder / "q4_0.gguf").stat().st_size,
+        OPENVINO: (folder / "openvino" / "openvino_model.bin").stat().st_size,
+    }
+    return {
+        system: {
+            figure: (nbytes + numbers * KV_BYTES[system] * position)
+            * found[system][figure]
+            / (1e9 * found["memory"]["gb_per_second"])
+            for figure, position in POSITIONS.items()
+            if figure in found[system]
+        }
+        for system, nbytes in weights.items()
+    }
+
+
+def tables(found: dict[str, dict[str, Figures]], folders: dict[str, Path]) -> str:
+    share = {model: shares(by_system, folders[model]) for model, by_system in found.items()}
+    lines = [f"{time.strftime('%Y-%m-%d')}, {machine()}. What misses its goal is bold.", ""]
+    lines += [f"| | {' | '.join(found)} | goal: 135M · larger |", f"|---|{'---|' * (len(found) + 1)}"]
+    rows = {model: shown(by_system, share[model]) for model, by_system in found.items()}
+    for label, goal in goals().items():
+        cells = [cell(label, goal, model, rows[model]) for model in found]
+        wanted = " · ".join("–" if value is None else f"{value:g}" for value in (goal.small, goal.large))
+        lines.append(f"| {label} | {' | '.join(cells)} | {'≤' if goal.most else '≥'} {wanted} |")
+    for model, by_system in found.items():
+        systems = [OURS, BEFORE, *PEERS]
+        lines += ["", f"{model}: memory gives {by_system['memory']['gb_per_second']:.1f} GB/s, and"]
+        lines[-1] += (
+            f" {by_system['memory']['as_much_gb_per_second']:.1f} where it reads as much as the weights"
+        )
+        lines += ["", f"| | {' | '.join(systems)} |", f"|---|{'---|' * len(systems)}"]
+        for figure in ("decode", "decode_800", "prefill", "first_token_ms", "resident_mb"):
+            cells = [plain(figure, by_system[system], share[model][system]) for system in systems]
+            lines.append(f"| {figure} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(label: str, goal: Goal, model: str, rows: dict[str, tuple[float, str]]) -> str:
+    if label not in rows:
+        return "–"
+    value, made_of = rows[label]
+    said = f"{value:.3g}" if goal.met(model, value) else f"**{value:.3g}**"
+    return f"{said} ({made_of})" if made_of else said
+
+
+def plain(figure: str, figures: Figures, share: Figures) -> str:
+    if figure not in figures:
+        return "–"
+    return f"{figures[figure]:,.4g}" + (f" ({share[figure]:.2f} of the limit)" if figure in share else "")
 
 
 if __name__ == "__main__":

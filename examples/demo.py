@@ -19,11 +19,12 @@ from rich.markup import escape
 from rich.table import Table
 
 import bedplate
+from bedplate.assemble.bundle_structure import read_recipe
 from bedplate.assemble.report import Reporter
 from bedplate.cli.output import progress_bars, reported_errors, size, stderr
 from bedplate.errors import BundleError, NotFoundError
 from bedplate.model.adapter import read_adapter
-from bedplate.quantize.recipe import make_recipe, recipe_from_dict
+from bedplate.quantize.recipe import make_recipe
 from bedplate.runtime.model_spec import read_spec
 
 BUNDLE = Path("smollm2.bundle")
@@ -66,7 +67,7 @@ def current_bundle(reporter: Reporter) -> bedplate.Bundle:
     try:
         bundle = bedplate.Bundle.open(BUNDLE)
         recipe = make_recipe(QUANTIZE, group_size=GROUP_SIZE)
-        if recipe_from_dict(bundle.manifest.recipe) == recipe:
+        if read_recipe(bundle) == recipe:
             stderr.print(f"using the {BUNDLE} that is there")
             return bundle
     except NotFoundError:

@@ -11,22 +11,29 @@ namespace {
 
 std::int64_t whole(std::int64_t count, std::int64_t unit) { return (count + unit - 1) / unit; }
 
+// What is there is lost if the memory grows.
 template <class T>
-void at_least(std::vector<T>& memory, std::int64_t size) {
-    if (memory.size() < static_cast<std::size_t>(size)) memory.resize(static_cast<std::size_t>(size));
+void at_least(Array<T>& memory, std::int64_t size) {
+    if (memory.size() < static_cast<std::size_t>(size)) memory = Array<T>(static_cast<std::size_t>(size));
 }
+
+std::int64_t side(std::int64_t rows) { return rows == 1 ? 1 : kSide; }
 
 Range overlap(Range a, Range b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
 
 }  // namespace
 
 void Workspace::fit(std::int64_t rows, std::int64_t columns, std::int64_t ranks) {
-    const std::int64_t groups = whole(columns, kGroup);
+    const std::int64_t groups = whole(rows, side(rows)) * side(rows) * whole(columns, kGroup);
     at_least(floats, rows * columns);
-    at_least(codes, rows * groups * kGroup);
-    at_least(this->groups, rows * groups);
+    at_least(codes, groups * kGroup);
+    at_least(this->groups, groups);
     at_least(corrected, rows * ranks);
     at_least(adapted, rows * ranks);
+}
+
+Inputs Workspace::inputs(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t columns) const {
+    return {x, stride, codes.data(), this->groups.data(), whole(columns, kGroup), side(rows)};
 }
 
 Decoder::Decoder(Model model, int threads)
@@ -105,7 +112,7 @@ void Decoder::prepare(const std::vector<Row>& rows, float* logits) {
     else
         shared_.fit(count, columns, ranks_);
     for (auto& own : own_) at_least(own.state, model_.heads / model_.kv_heads * (2 + model_.head_dim));
-    at_least(x_, count * model_.dim);
+    at_least(x_, count * model_.stride);
     at_least(out_, count * width);
 
     most_blocks_ = last / kPositions + 1;
@@ -144,7 +151,7 @@ void Decoder::embed(int thread) {
     const Range rows = mine(thread, static_cast<std::int64_t>(rows_.size()));
     for (std::int64_t i = rows.begin; i < rows.end; ++i) {
         const std::int64_t token = rows_[static_cast<std::size_t>(i)].token;
-        float* x = x_.data() + i * model_.dim;
+        float* x = x_.data() + i * model_.stride;
         if (model_.embedding != nullptr)
             model_.embedding->read_row(token, x);
         else
@@ -154,7 +161,7 @@ void Decoder::embed(int thread) {
 
 void Decoder::layer(int thread, std::int64_t index) {
     const Layer& layer = model_.layers[static_cast<std::size_t>(index)];
-    const auto& inputs = space(thread).floats;
+    const Array<float>& inputs = space(thread).floats;
     const std::int64_t dim = model_.dim, q = model_.heads * model_.head_dim;
 
     norm(thread, layer.attention_norm);
@@ -166,7 +173,8 @@ void Decoder::layer(int thread, std::int64_t index) {
     attend(thread, index);
     team_.meet();
     collect(thread);
-    apply(thread, layer.places[kAttentionOut], kAttentionOut, index, inputs.data(), q, x_.data(), dim, true);
+    apply(thread, layer.places[kAttentionOut], kAttentionOut, index, inputs.data(), q, x_.data(),
+          model_.stride, true);
     team_.meet();
 
     norm(thread, layer.mlp_norm);
@@ -180,14 +188,15 @@ void Decoder::layer(int thread, std::int64_t index) {
         if (begin < end) kernels_.gate(gate + begin, gate + mlp.firsts[1] + begin, end - begin, gate + begin);
     }
     team_.meet();
-    apply(thread, layer.places[kMlpOut], kMlpOut, index, out_.data(), mlp.width, x_.data(), dim, true);
+    apply(thread, layer.places[kMlpOut], kMlpOut, index, out_.data(), mlp.width, x_.data(), model_.stride,
+          true);
     team_.meet();
 }
 
 void Decoder::norm(int thread, const std::vector<float>& weight) {
     const Range rows = my_rows(thread);
     for (std::int64_t i = rows.begin; i < rows.end; ++i)
-        kernels_.rms_norm(x_.data() + i * model_.dim, weight.data(), model_.norm_eps, model_.dim,
+        kernels_.rms_norm(x_.data() + i * model_.stride, weight.data(), model_.norm_eps, model_.dim,
                           space(thread).floats.data() + i * model_.dim);
 }
 
@@ -196,9 +205,8 @@ void Decoder::norm(int thread, const std::vector<float>& weight) {
 void Decoder::apply(int thread, const Linears& linears, Place place, std::int64_t layer, const float* x,
                     std::int64_t stride, float* out, std::int64_t out_stride, bool add) {
     Workspace& own = space(thread);
-    const std::int64_t groups = whole(linears.columns, kGroup);
-    const Inputs inputs{x, stride, own.codes.data(), own.groups.data(), groups};
     const Range rows = my_rows(thread), all{0, static_cast<std::int64_t>(rows_.size())};
+    const Inputs inputs = own.inputs(x, stride, all.end, linears.columns);
     const auto branch_of = [&](const Run& run) -> const Branch* {
         return run.adapter == nullptr
                    ? nullptr
@@ -206,8 +214,8 @@ void Decoder::apply(int thread, const Linears& linears, Place place, std::int64_
     };
 
     for (std::int64_t i = rows.begin; i < rows.end; ++i)
-        kernels_.quantize(x + i * stride, linears.columns, own.codes.data() + i * groups * kGroup,
-                          own.groups.data() + i * groups);
+        kernels_.quantize(x + i * stride, linears.columns, inputs.side,
+                          own.codes.data() + inputs.place(i) * kGroup, own.groups.data() + inputs.place(i));
     if (linears.correction != nullptr) narrow(*linears.correction, inputs, rows, own.corrected.data());
     for (const Run& run : runs_) {
         const Branch* branch = branch_of(run);
@@ -322,18 +330,18 @@ void Decoder::collect(int thread) {
 void Decoder::head(int thread) {
     const auto count = static_cast<std::int64_t>(wanted_.size());
     const Matrix& head = *model_.head;
-    const std::int64_t dim = model_.dim, groups = head.groups();
+    const std::int64_t dim = model_.dim;
     Workspace& own = space(thread);
+    const Inputs inputs = own.inputs(own.floats.data(), dim, count, dim);
     const Range rows = alone() ? Range{0, count} : mine(thread, count);
     for (std::int64_t i = rows.begin; i < rows.end; ++i) {
         float* normed = own.floats.data() + i * dim;
-        kernels_.rms_norm(x_.data() + wanted_[static_cast<std::size_t>(i)] * dim, model_.norm.data(),
-                          model_.norm_eps, dim, normed);
-        kernels_.quantize(normed, dim, own.codes.data() + i * groups * kGroup,
-                          own.groups.data() + i * groups);
+        kernels_.rms_norm(x_.data() + wanted_[static_cast<std::size_t>(i)] * model_.stride,
+                          model_.norm.data(), model_.norm_eps, dim, normed);
+        kernels_.quantize(normed, dim, inputs.side, own.codes.data() + inputs.place(i) * kGroup,
+                          own.groups.data() + inputs.place(i));
     }
     if (!alone()) team_.meet();
-    const Inputs inputs{own.floats.data(), dim, own.codes.data(), own.groups.data(), groups};
     kernels_.product(head.view(), inputs, {0, count}, mine(thread, head.blocks()), logits_, model_.vocab,
                      false);
 }

@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "kv.h"
+#include "memory.h"
 #include "model.h"
 #include "team.h"
 
@@ -27,12 +28,14 @@ struct Row {
 // Memory of a step for some rows; grows as it is needed.
 struct Workspace {
     void fit(std::int64_t rows, std::int64_t columns, std::int64_t ranks);
+    // Where `rows` rows of x, whose codes stand here, are for kernels.
+    Inputs inputs(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t columns) const;
 
-    std::vector<float> floats;       // inputs of linears, [rows, columns]
-    std::vector<std::int8_t> codes;  // the same in groups
-    std::vector<InputGroup> groups;
-    std::vector<float> corrected, adapted;  // narrow values, [rows, ranks]
-    std::vector<float> state;               // of one kv head's attention; of a thread's own
+    Array<float> floats;       // inputs of linears, [rows, columns]
+    Array<std::int8_t> codes;  // the same in groups
+    Array<InputGroup> groups;
+    Array<float> corrected, adapted;  // narrow values, [rows, ranks]
+    Array<float> state;               // of one kv head's attention; of a thread's own
 };
 
 class Decoder {
@@ -90,9 +93,9 @@ class Decoder {
     std::vector<Run> runs_;
     std::vector<std::int64_t> wanted_;  // rows, in the caller's order
     float* logits_ = nullptr;
-    std::vector<float> x_, out_;  // [rows, dim], [rows, width]
-    std::vector<float> states_;   // of attention
-    bool split_ = false;          // whether blocks of a head are states of their own
+    Array<float> x_, out_;  // [rows, stride], [rows, width]
+    Array<float> states_;   // of attention
+    bool split_ = false;    // whether blocks of a head are states of their own
     std::int64_t most_blocks_ = 0;
     std::int64_t ranks_ = 0;  // narrow values that a row has room for: those of its adapter, which may differ
     Workspace shared_;

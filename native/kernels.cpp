@@ -58,13 +58,14 @@ INLINE void quantize_group(const float* x, int8_t* codes, InputGroup* group) {
     EACH (i, kGroup / 8) apart(in_order + 8 * i, codes + 8 * i);
 }
 
-void quantize(const float* x, int64_t columns, int8_t* codes, InputGroup* groups) {
+void quantize(const float* x, int64_t columns, int64_t side, int8_t* codes, InputGroup* groups) {
     const int64_t whole = columns / kGroup;
-    for (int64_t g = 0; g < whole; ++g) quantize_group(x + g * kGroup, codes + g * kGroup, groups + g);
+    for (int64_t g = 0; g < whole; ++g, codes += side * kGroup, groups += side)
+        quantize_group(x + g * kGroup, codes, groups);
     if (whole * kGroup == columns) return;
     float rest[kGroup] = {};
     for (int64_t i = whole * kGroup; i < columns; ++i) rest[i - whole * kGroup] = x[i];
-    quantize_group(rest, codes + whole * kGroup, groups + whole);
+    quantize_group(rest, codes, groups);
 }
 
 // --- Products
@@ -84,11 +85,12 @@ INLINE void put(float* out, Floats y, int64_t count, bool add) {
     for (int64_t i = 0; i < count; ++i) out[i] = add ? out[i] + y[i] : y[i];
 }
 
-// The sums of one group of columns, for T rows of inputs.
+// Bytes of a block's group.
+constexpr int64_t code_bytes(Coding coding) { return coding == Coding::kFour ? 256 : 512; }
+
+// The sums of one group of columns, for T rows of inputs side by side.
 template <Coding C, int T>
-INLINE void group_sums(const uint8_t* codes, const int8_t* x, const InputGroup* group, int64_t n_groups,
-                       Ints (&totals)[T]) {
-    const int64_t x_stride = n_groups * kGroup;
+INLINE void group_sums(const uint8_t* codes, const int8_t* x, const InputGroup* group, Ints (&totals)[T]) {
     if constexpr (C == Coding::kFour) {
         Sum4 found[T];
         EACH (j, 4) {
@@ -96,46 +98,46 @@ INLINE void group_sums(const uint8_t* codes, const int8_t* x, const InputGroup* 
             const Bytes low = both & (int8_t)15;
             const Bytes high = (Bytes)((Shorts)both >> 4) & (int8_t)15;
             EACH (t, T) {
-                found[t].add(low, broadcast(x + t * x_stride + 8 * j));
-                found[t].add(high, broadcast(x + t * x_stride + 8 * j + 4));
+                found[t].add(low, broadcast(x + t * kGroup + 8 * j));
+                found[t].add(high, broadcast(x + t * kGroup + 8 * j + 4));
             }
         }
-        EACH (t, T) totals[t] = found[t].total(group[t * n_groups].eights);
+        EACH (t, T) totals[t] = found[t].total(group[t].eights);
     } else {
         Sum8 found[T];
         EACH (j, 8) {
             const Bytes code = load_as<Bytes>(codes + j * 64);
-            EACH (t, T) found[t].add(code, broadcast(x + t * x_stride + 4 * j));
+            EACH (t, T) found[t].add(code, broadcast(x + t * kGroup + 4 * j));
         }
-        EACH (t, T) totals[t] = found[t].total(group[t * n_groups].eights);
+        EACH (t, T) totals[t] = found[t].total(group[t].eights);
     }
 }
 
-// T rows of inputs from `row` on, one part of one block of weights.
+// T rows of inputs from `row` on, side by side; one part of one block of weights.
 template <Coding C, bool kGroupScales, bool kOffsets, int T>
 INLINE void tile(const Weights& w, const Inputs& x, int64_t row, int64_t block, int part, Floats (&y)[T]) {
-    constexpr int64_t kBytes = C == Coding::kFour ? 256 : 512;
+    constexpr int64_t kBytes = code_bytes(C);
     const int64_t groups = x.n_groups, lane = part * kLanes;
     const uint8_t* codes = w.codes + block * groups * kBytes + lane * 4;
     const int64_t first = block * groups * kBlock + lane;
-    const int8_t* inputs = x.codes + row * groups * kGroup;
-    const InputGroup* input_groups = x.groups + row * groups;
+    const int8_t* inputs = x.codes + x.place(row) * kGroup;
+    const InputGroup* input_groups = x.groups + x.place(row);
     const Floats offset_scale = kOffsets ? load(w.offset_scales + block * kBlock + lane) : Floats{};
     Floats acc[T];
     EACH (t, T) acc[t] = Floats{};
-    for (int64_t g = 0; g < groups; ++g, codes += kBytes) {
+    for (int64_t g = 0; g < groups; ++g) {
         if (T == 1 && part == 0)
             for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(codes + kFetchAhead + line);
         Ints totals[T];
-        group_sums<C, T>(codes, inputs + g * kGroup, input_groups + g, groups, totals);
+        group_sums<C, T>(codes, inputs, input_groups, totals);
         const Floats scale = kGroupScales ? from_bfloat16(w.group_scales + first + g * kBlock) : Floats{};
         const Floats offset = kOffsets ? from_bytes(w.offsets + first + g * kBlock) * offset_scale : Floats{};
         EACH (t, T) {
-            const InputGroup& group = input_groups[t * groups + g];
             const Floats total = to_floats(totals[t]);
-            acc[t] = fma(kGroupScales ? total * scale : total, splat(group.scale), acc[t]);
-            if (kOffsets) acc[t] = fma(offset, splat(group.sum), acc[t]);
+            acc[t] = fma(kGroupScales ? total * scale : total, splat(input_groups[t].scale), acc[t]);
+            if (kOffsets) acc[t] = fma(offset, splat(input_groups[t].sum), acc[t]);
         }
+        codes += kBytes, inputs += x.side * kGroup, input_groups += x.side;
     }
     EACH (t, T) y[t] = acc[t];
 }
@@ -154,35 +156,68 @@ INLINE void float_tile(const Weights& w, const Inputs& x, int64_t row, int64_t b
     EACH (t, T) y[t] = acc[t];
 }
 
+// Writes part `part` of a row's outputs of one block of weights.
+template <Coding C, bool kGroupScales>
+INLINE void finish_row(const Weights& w, int64_t block, int part, Floats y, float* row, bool add) {
+    const int64_t first = block * kBlock + part * kLanes;
+    if (!kGroupScales && C != Coding::kFloat) y = y * load(w.row_scales + first);
+    if (w.bias != nullptr) y = y + load(w.bias + first);
+    put(row + first, y, w.rows - first, add);
+}
+
 template <Coding C, bool kGroupScales, bool kOffsets, int T>
 void block_rows(const Weights& w, const Inputs& x, int64_t row, int64_t block, float* out, int64_t stride,
                 bool add) {
     for (int part = 0; part < kParts; ++part) {
-        const int64_t first = block * kBlock + part * kLanes;
         Floats y[T];
         if constexpr (C == Coding::kFloat)
             float_tile<T>(w, x, row, block, part, y);
         else
             tile<C, kGroupScales, kOffsets, T>(w, x, row, block, part, y);
-        EACH (t, T) {
-            if (!kGroupScales && C != Coding::kFloat) y[t] = y[t] * load(w.row_scales + first);
-            if (w.bias != nullptr) y[t] = y[t] + load(w.bias + first);
-            put(out + (row + t) * stride + first, y[t], w.rows - first, add);
-        }
+        EACH (t, T) finish_row<C, kGroupScales>(w, block, part, y[t], out + (row + t) * stride, add);
     }
 }
 
 template <Coding C, bool kGroupScales, bool kOffsets>
+void vector_product(const Weights& w, const Inputs& x, Range rows, Range blocks, float* out, int64_t stride,
+                    bool add) {
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+        for (int64_t row = rows.begin; row < rows.end;) {
+            const int64_t beside = x.side - row % x.side;
+            const int64_t left = rows.end - row < beside ? rows.end - row : beside;
+            if (left >= kRowsAtOnce) {
+                block_rows<C, kGroupScales, kOffsets, kRowsAtOnce>(w, x, row, block, out, stride, add);
+                row += kRowsAtOnce;
+            } else if (left >= 2) {
+                block_rows<C, kGroupScales, kOffsets, 2>(w, x, row, block, out, stride, add);
+                row += 2;
+            } else {
+                block_rows<C, kGroupScales, kOffsets, 1>(w, x, row, block, out, stride, add);
+                row += 1;
+            }
+        }
+    }
+}
+
+#if defined(__AMX_INT8__)
+#include "tiles.h"
+#endif
+
+template <Coding C, bool kGroupScales, bool kOffsets>
 void product_of(const Weights& w, const Inputs& x, Range rows, Range blocks, float* out, int64_t stride,
                 bool add) {
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-        int64_t row = rows.begin;
-        for (; row + kRowsAtOnce <= rows.end; row += kRowsAtOnce)
-            block_rows<C, kGroupScales, kOffsets, kRowsAtOnce>(w, x, row, block, out, stride, add);
-        for (; row + 2 <= rows.end; row += 2)
-            block_rows<C, kGroupScales, kOffsets, 2>(w, x, row, block, out, stride, add);
-        if (row < rows.end) block_rows<C, kGroupScales, kOffsets, 1>(w, x, row, block, out, stride, add);
+#if defined(__AMX_INT8__)
+    if constexpr (C != Coding::kFloat) {
+        const Range fours{(rows.begin + 3) / 4 * 4, rows.end / 4 * 4};
+        if (x.side == kSide && fours.end - fours.begin >= kFewestRows) {
+            vector_product<C, kGroupScales, kOffsets>(w, x, {rows.begin, fours.begin}, blocks, out, stride,
+                                                      add);
+            product_by_tiles<C, kGroupScales, kOffsets>(w, x, fours, blocks, out, stride, add);
+            rows.begin = fours.end;
+        }
     }
+#endif
+    vector_product<C, kGroupScales, kOffsets>(w, x, rows, blocks, out, stride, add);
 }
 
 void product(const Weights& w, const Inputs& x, Range rows, Range blocks, float* out, int64_t stride,

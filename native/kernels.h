@@ -12,6 +12,7 @@ namespace bedplate {
 
 constexpr int kBlock = 16;  // rows of weights that lie side by side
 constexpr int kGroup = 32;  // columns that share a scale of the inputs
+constexpr int kSide = 16;   // rows of inputs that lie side by side, in a step of several
 
 enum class Coding : uint8_t { kFloat, kFour, kEight };
 
@@ -42,13 +43,16 @@ struct InputGroup {
 };
 
 // Rows of inputs. Their codes stand in groups of 32 columns, and in each 8 of them first the even columns,
-// then the odd.
+// then the odd. The groups of `side` rows lie side by side: a row alone, or kSide.
 struct Inputs {
     const float* floats;       // [rows, stride]
     int64_t stride;            //
-    const int8_t* codes;       // [rows, groups, 32], within ±127
-    const InputGroup* groups;  // [rows, n_groups]
-    int64_t n_groups;          //
+    const int8_t* codes;       // [rows / side, n_groups, side, 32], within ±127
+    const InputGroup* groups;  // [rows / side, n_groups, side]
+    int64_t n_groups, side;    //
+
+    // Where the first group of a row is, counted in groups; the next ones follow `side` apart.
+    int64_t place(int64_t row) const { return row / side * side * n_groups + row % side; }
 };
 
 // The wide half of a low-rank branch: y[r] = scale[r] · Σ_j w[r, j] · t[j].
@@ -77,8 +81,8 @@ struct Heads {
 
 struct Kernels {
     const char* name;
-    // One row of `columns` floats in groups, the last one filled up with zeros.
-    void (*quantize)(const float* x, int64_t columns, int8_t* codes, InputGroup* groups);
+    // One row of `columns` floats in groups that are `side` apart, the last one filled up with zeros.
+    void (*quantize)(const float* x, int64_t columns, int64_t side, int8_t* codes, InputGroup* groups);
     // out[row, r] = y[r], or += with `add`, for rows of inputs and blocks of weights; `out` has `stride`
     // floats a row.
     void (*product)(const Weights&, const Inputs&, Range rows, Range blocks, float* out, int64_t stride,

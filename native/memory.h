@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <new>
 #include <stdexcept>
 
@@ -46,6 +47,23 @@ class Region {
     static constexpr std::size_t kSpare = 256;
     std::uint8_t* data_;
     std::size_t size_;
+};
+
+// `size` items of a plain type in a region of their own.
+template <class T>
+class Array {
+  public:
+    Array() = default;
+    explicit Array(std::size_t size)
+        : size_(size), region_(std::make_unique<const Region>(size * sizeof(T), false)) {}
+
+    T* data() const { return region_ == nullptr ? nullptr : reinterpret_cast<T*>(region_->data()); }
+    T& operator[](std::size_t i) const { return data()[i]; }
+    std::size_t size() const { return size_; }
+
+  private:
+    std::size_t size_ = 0;
+    std::unique_ptr<const Region> region_;
 };
 
 // Hands out pieces of memory, each aligned to cache lines; without memory it only counts.

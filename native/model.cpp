@@ -9,6 +9,13 @@ namespace {
 
 constexpr std::int64_t kMostRanks = 4096;
 
+// Where the next row of so many floats begins: at a cache line, and an odd number of lines on. A product
+// writes the same columns of many rows, and lines that lie a power of two apart share few places of a cache.
+std::int64_t stride_of(std::int64_t floats) {
+    constexpr std::int64_t kLine = 16;
+    return ((floats + kLine - 1) / kLine | 1) * kLine;
+}
+
 void check_branch(const Branch& branch, const Linears& linears) {
     require(branch.narrow != nullptr && branch.narrow->columns() == linears.columns,
             "a branch takes another input than its linears");
@@ -37,6 +44,7 @@ void lay_out(Linears& linears, const std::vector<std::int64_t>& rows, std::int64
         linears.firsts.push_back(linears.width);
         linears.width += linears.weights[i]->blocks() * kBlock;
     }
+    linears.width = stride_of(linears.width);
     if (linears.correction != nullptr) check_branch(*linears.correction, linears);
 }
 
@@ -82,6 +90,7 @@ void complete(Model& m) {
     for (const std::int64_t size :
          {m.dim, m.heads, m.kv_heads, m.head_dim, m.hidden, m.vocab, m.max_positions})
         require(size >= 1 && size <= kMost, "a dimension of the model is out of bounds");
+    m.stride = stride_of(m.dim);
     require(m.heads % m.kv_heads == 0, "the heads are no multiple of the kv heads");
     require(m.head_dim % 2 == 0 && m.head_dim <= 4096, "head_dim is odd or too large");
     require(m.inverse_frequencies.size() == static_cast<std::size_t>(m.head_dim / 2),

@@ -22,7 +22,7 @@ struct Linears {
     std::vector<std::shared_ptr<Matrix>> weights;
     std::shared_ptr<const Branch> correction;  // null: none
     std::vector<std::int64_t> firsts;          // where the outputs of each begin in a row, at whole blocks
-    std::int64_t width = 0;                    // floats of a row of outputs
+    std::int64_t width = 0;                    // floats from a row of outputs to the next
     std::int64_t columns = 0;
 };
 
@@ -39,6 +39,7 @@ struct Model {
     std::shared_ptr<Matrix> head;
     std::vector<float> norm;
     std::vector<Layer> layers;
+    std::int64_t stride = 0;  // floats from a row of the residual to the next
 
     std::size_t bytes() const;
 };

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from bedplate.assemble.bundle_structure import read_recipe
 from bedplate.bundle.store import Bundle
 from bedplate.model.adapter import read_adapter
 from bedplate.model.checkpoint import open_checkpoint
@@ -22,7 +23,7 @@ from bedplate.quantize.calibration import calibration_tokens, input_statistics
 from bedplate.quantize.eager import quantize_decoder
 from bedplate.quantize.modules import QuantizedLinear
 from bedplate.quantize.options import AdapterScheme
-from bedplate.quantize.recipe import WEIGHT_ONLY, Recipe, recipe_from_dict
+from bedplate.quantize.recipe import WEIGHT_ONLY, Recipe
 from bedplate.quantize.weights import quantize_weight
 
 
@@ -30,7 +31,7 @@ def eager_decoder(
     model: Path, bundle: Bundle, adapter: Path | None = None, quantize: AdapterScheme = "none"
 ) -> Decoder:
     """The decoder of `bundle`'s recipe and context, with `adapter` in its branches."""
-    recipe, max_context = recipe_from_dict(bundle.manifest.recipe), bundle.manifest.model["max_context"]
+    recipe, max_context = read_recipe(bundle), bundle.manifest.model["max_context"]
     base = _base(model, recipe, max_context)
     return base if adapter is None else _adapted(base, adapter, quantize)
 

@@ -11,23 +11,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from forged import settle
 
 from bedplate.api import Bundle
-from bedplate.bundle import integrity, manifest, strict_json
-from bedplate.bundle.manifest import Manifest
+from bedplate.bundle import manifest, strict_json
 from bedplate.errors import BedplateError
 from bedplate.runtime.engine import Engine
 
@@ -81,67 +81,83 @@ class Case:
 
 
 class Fuzz:
-    """Cases of one bundle. folder: where the changed copy lies."""
+    """Cases of one bundle, in a copy of it below `folder`.
+
+    Files that no case has changed stay as they are, and so does an engine: a case that changes the files of an adapter
+    replaces it under its name while the foundation stays loaded.
+    """
 
     def __init__(self, bundle: Path, folder: Path) -> None:
-        self._original, self._copy = bundle, folder / "copy.bundle"
+        self._copy = folder / "copy.bundle"
         shutil.copytree(bundle, self._copy)
-        self._files = [path.relative_to(bundle) for path in sorted(bundle.rglob("*")) if path.is_file()]
+        files = [path.relative_to(bundle) for path in sorted(bundle.rglob("*")) if path.is_file()]
+        self._originals = {file.as_posix(): (bundle / file).read_bytes() for file in files}
+        self._engine: Engine | None = None
 
     def run(self, seed: int, number: int, announce: Callable[[str], None] = lambda what: None) -> Case:
         """AssertionError: it ended in anything but a BedplateError or numbers."""
         draw = random.Random(f"{seed} {number}")
-        what = self._change(draw)
+        file, data, what = self._change(draw)
         announce(f"{number}: {what}")
+        changed = self._settled(file, data)
         try:
-            result = self._use(draw)
+            self._write(changed)
+            count = (
+                self._adapter(file.split("/")[1]) if file.startswith(manifest.ADAPTERS) else self._all(draw)
+            )
+            result = f"{count} numbers"
         except BedplateError as error:
             result = f"{type(error).__name__}: {error}"
         except Exception as error:
             raise AssertionError(f"case {number} of seed {seed}, {what}: {error!r}") from error
         finally:
-            self._restore()
+            self._write({name: self._originals[name] for name in changed})
         return Case(number=number, what=what, result=result)
 
-    def _use(self, draw: random.Random) -> str:
-        bundle = Bundle.open(self._copy)
-        count = 0
-        with Engine(bundle, threads=draw.randint(1, 2), kv=draw.choice(["float16", "float32"])) as engine:
-            for name in (None, *sorted(bundle.adapters)):
-                session = engine.session(name)
-                logits = session.step(
-                    [token % engine.limits.vocab for token in TOKENS[: engine.limits.max_context]]
-                )
-                assert logits.shape == (engine.limits.vocab,) and logits.dtype == np.float32
-                count += len(logits)
-        return f"{count} numbers"
+    def _write(self, contents: Mapping[str, bytes]) -> None:
+        for name, data in contents.items():
+            (self._copy / name).write_bytes(data)
 
-    def _change(self, draw: random.Random) -> str:
-        change = draw.choice([self._index, self._segments, self._segments, self._values])
+    def _all(self, draw: random.Random) -> int:
+        """Numbers of the base and of every adapter, opened anew."""
+        bundle = Bundle.open(self._copy)
+        with Engine(
+            bundle, threads=draw.choice([1, 1, 1, 2]), kv=draw.choice(["float16", "float32"])
+        ) as engine:
+            return sum(_numbers(engine, name) for name in (None, *sorted(bundle.adapters)))
+
+    def _adapter(self, name: str) -> int:
+        """Numbers of an adapter whose files were replaced beside a loaded foundation."""
+        if self._engine is None:
+            self._engine = Engine(Bundle.open(self._copy), threads=1)
+        self._engine.unload(name)
+        self._engine.bundle.refresh()
+        return _numbers(self._engine, name)
+
+    def _change(self, draw: random.Random) -> tuple[str, bytes, str]:
+        """A file, what it holds after the change, and the change in words."""
+        change = draw.choice([_index, _segments, _segments, self._values])
         suffix = ".json" if change == self._values else ".ptd"
         file = draw.choice(
-            [path for path in self._files if path.suffix == suffix and path.name != manifest.TOKENIZER]
+            [name for name in self._originals if name.endswith(suffix) and name != manifest.TOKENIZER]
         )
-        words = [change(self._copy / file, draw) for _ in range(draw.choice([1, 1, 1, 2, 5]))]
-        self._settle()
-        return f"{file}: {'; '.join(words)}"
+        data, words = self._originals[file], []
+        for _ in range(draw.choice([1, 1, 1, 2, 5])):
+            data, word = change(data, draw)
+            words.append(word)
+        return file, data, f"{file}: {'; '.join(words)}"
 
-    def _index(self, file: Path, draw: random.Random) -> str:
-        """Bytes that say where in a data file what is."""
-        index = int.from_bytes(file.read_bytes()[24:32], "little")
-        return _change_bytes(file, 0, draw.choice([64, 40 + index]), draw)
-
-    def _segments(self, file: Path, draw: random.Random) -> str:
-        """Bytes of constants: codes, scales, floats."""
-        size = file.stat().st_size
-        return _change_bytes(
-            file, min(int.from_bytes(file.read_bytes()[32:40], "little"), size - 1), size, draw
+    @staticmethod
+    def _values(data: bytes, draw: random.Random) -> tuple[bytes, str]:
+        """Of one place of a document: what a constant says of itself, a dimension, a field of any kind."""
+        document = json.loads(data)
+        # Of the manifest not what lists files: that is made to fit.
+        inside = (
+            {key: document[key] for key in ("model", "recipe", "tokenizer")}
+            if "recipe" in document
+            else document
         )
-
-    def _values(self, file: Path, draw: random.Random) -> str:
-        """Of one place of the document: what a constant says of itself, a dimension, a field of any kind."""
-        document = json.loads(file.read_bytes())
-        places = list(_places(document if file.name != manifest.MANIFEST else document["model"]))
+        places = list(_places(inside))
         holder, key = draw.choice(places)
         old = holder[key]
         if type(old) in (int, float) and draw.random() < 0.8:
@@ -154,42 +170,54 @@ class Fuzz:
             del holder[key]
         else:
             holder[key] = draw.choice(OTHERS)
-        if file.name == manifest.MANIFEST:
-            document.pop("digest")
-            document["digest"] = manifest._digest(document)
-        file.write_bytes(strict_json.dump(document))
-        return (
-            f"{key} was {old!r:.60}, is {holder.get(key) if isinstance(holder, dict) else holder[key]!r:.60}"
-        )
+        new = holder.get(key) if isinstance(holder, dict) else holder[key]
+        return strict_json.dump(document | inside), f"{key} was {old!r:.60}, is {new!r:.60}"
 
-    def _settle(self) -> None:
-        """Hashes that fit, as far as the files can still be read as what they are."""
-        try:
-            settle(self._copy)
-        except BedplateError:
-            measured = integrity.measure(self._copy)
-            file = self._copy / manifest.MANIFEST
-            try:
-                document = manifest.load(Manifest, file.read_bytes(), "")
-            except BedplateError:
-                return
-            files = {name: measured[name] for name in document.files}
-            records = {
-                name: dataclasses.replace(
-                    record, files=integrity.measure(self._copy / manifest.ADAPTERS / name)
+    def _settled(self, file: str, data: bytes) -> dict[str, bytes]:
+        """The changed file, and those that tell of it, with hashes and digests that fit."""
+        changed = {file: data}
+        document = json.loads(changed.get(manifest.MANIFEST, self._originals[manifest.MANIFEST]))
+        if file == manifest.FOUNDATION:
+            foundation = hashlib.sha256(data).hexdigest()
+            for name, record in document["adapters"].items():
+                path = f"{manifest.ADAPTERS}/{name}/{manifest.ADAPTER_INFO}"
+                changed[path] = strict_json.dump(
+                    json.loads(self._originals[path]) | {"foundation": foundation}
                 )
-                for name, record in document.adapters.items()
-            }
-            file.write_bytes(manifest.dump(dataclasses.replace(document, files=files, adapters=records)))
+                record["foundation"] = foundation
+        for path, content in changed.items():
+            *folder, leaf = path.split("/")
+            files = document["adapters"][folder[1]]["files"] if folder else document["files"]
+            if path != manifest.MANIFEST:
+                files[leaf] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        document.pop("digest", None)
+        document["digest"] = manifest._digest(document)
+        changed[manifest.MANIFEST] = strict_json.dump(document)
+        return changed
 
-    def _restore(self) -> None:
-        for file in self._files:
-            shutil.copyfile(self._original / file, self._copy / file)
+
+def _numbers(engine: Engine, name: str | None) -> int:
+    """How many logits a few tokens have."""
+    tokens = [token % engine.limits.vocab for token in TOKENS[: engine.limits.max_context]]
+    logits = engine.session(name).step(tokens)
+    assert logits.shape == (engine.limits.vocab,) and logits.dtype == np.float32
+    return len(logits)
 
 
-def _change_bytes(file: Path, first: int, last: int, draw: random.Random) -> str:
-    data = bytearray(file.read_bytes())
+def _index(data: bytes, draw: random.Random) -> tuple[bytes, str]:
+    """Bytes that say where in a data file what is."""
+    return _change_bytes(data, 0, draw.choice([64, 40 + int.from_bytes(data[24:32], "little")]), draw)
+
+
+def _segments(data: bytes, draw: random.Random) -> tuple[bytes, str]:
+    """Bytes of constants: codes, scales, floats."""
+    return _change_bytes(data, min(int.from_bytes(data[32:40], "little"), len(data) - 1), len(data), draw)
+
+
+def _change_bytes(before: bytes, first: int, last: int, draw: random.Random) -> tuple[bytes, str]:
+    data = bytearray(before)
     at, way = draw.randrange(first, max(first + 1, min(last, len(data)))), draw.randrange(16)
+    at = min(at, len(data) - 1)  # an earlier change may have cut the file
     if way < 5:
         data[at] ^= 1 << draw.randrange(8)
     elif way < 10:
@@ -202,8 +230,7 @@ def _change_bytes(file: Path, first: int, last: int, draw: random.Random) -> str
         )
     else:
         del data[at : at + draw.randint(1, 300)]
-    file.write_bytes(data)
-    return f"byte {at}, way {way}"
+    return bytes(data), f"byte {at}, way {way}"
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -223,25 +250,34 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    start, refused, last = time.monotonic(), 0, ""
+    start, refused = time.monotonic(), 0
 
     def announce(what: str) -> None:
-        nonlocal last
-        last = what
-        print(f"\r\x1b[K{what:.150}", end="", file=sys.stderr, flush=True)
+        signal.alarm(LIMIT_S)
+        print(f"\r{what.partition(':')[0]}", end="", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as temporary:
         bundles = arguments.bundles or make_bundles(Path(temporary))
+        before = _peak_mb()
         fuzzes = [Fuzz(bundle, Path(tempfile.mkdtemp(dir=temporary))) for bundle in bundles]
         for number in range(arguments.first, arguments.first + arguments.cases):
             case = fuzzes[number % len(fuzzes)].run(arguments.seed, number, announce)
             refused += not case.result.endswith("numbers")
-    seconds = time.monotonic() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            assert _peak_mb() - before <= LIMIT_MB, f"case {number} took memory beyond all bounds"
+        signal.alarm(0)
     print(
-        f"\n{arguments.cases} cases of seed {arguments.seed} in {seconds:.0f} s: {refused} refused, "
-        f"{arguments.cases - refused} gave numbers; peak memory {peak} MB"
+        f"\n{arguments.cases} cases of seed {arguments.seed} from {arguments.first} in "
+        f"{time.monotonic() - start:.0f} s: {refused} refused, {arguments.cases - refused} gave numbers; "
+        f"memory grew by {_peak_mb() - before} MB at most"
     )
+
+
+# A case takes milliseconds, and a bundle of a few hundred KB takes few MB; a sanitizer keeps freed memory for a while.
+LIMIT_S, LIMIT_MB = 60, 1024
+
+
+def _peak_mb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 # Bundles that hold every kind of constant, and adapters that hold every kind of branch.

@@ -18,6 +18,10 @@ FIRST = (
     "tests/real_model/test_float.py",
     "tests/test_readme.py",
     "tests/test_numerics.py",
+    # Meanwhile the bundles that all share are built: what needs none of them does not wait.
+    "tests/native/test_layers_of_a_model.py",
+    "tests/native/test_rows.py",
+    "tests/native/test_products.py",
     "tests/runtime/test_soak.py",
     "tests/cli/test_kill.py",
     "tests/assemble/test_add.py",

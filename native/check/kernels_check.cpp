@@ -43,25 +43,29 @@ std::vector<std::uint8_t> raw(const std::vector<T>& values) {
 // Inputs as kernels see them, and what each of them stands for.
 struct Quantized {
     std::vector<float> floats;
-    std::vector<std::int8_t> codes;
-    std::vector<InputGroup> input_groups;
+    Array<std::int8_t> codes;
+    Array<InputGroup> input_groups;
     std::int64_t columns, groups;
 
     Quantized(const Kernels& kernels, std::int64_t rows, std::int64_t columns_)
         : floats(static_cast<std::size_t>(rows * columns_)), columns(columns_), groups((columns_ + 31) / 32) {
         for (auto& x : floats) x = uniform();
-        codes.resize(static_cast<std::size_t>(rows * groups * kGroup));
-        input_groups.resize(static_cast<std::size_t>(rows * groups));
-        for (std::int64_t i = 0; i < rows; ++i)
-            kernels.quantize(floats.data() + i * columns, columns, codes.data() + i * groups * kGroup,
-                             input_groups.data() + i * groups);
+        const auto size = static_cast<std::size_t>((rows + kSide - 1) / kSide * kSide * groups);
+        codes = Array<std::int8_t>(size * kGroup);
+        input_groups = Array<InputGroup>(size);
+        for (std::int64_t i = 0; i < rows; ++i) {
+            const std::int64_t place = view().place(i);
+            kernels.quantize(floats.data() + i * columns, columns, kSide, codes.data() + place * kGroup,
+                             input_groups.data() + place);
+        }
     }
-    Inputs view() const { return {floats.data(), columns, codes.data(), input_groups.data(), groups}; }
+    Inputs view() const { return {floats.data(), columns, codes.data(), input_groups.data(), groups, kSide}; }
     double at(std::int64_t row, std::int64_t column) const {
-        const std::int64_t in_eight = column % 8, place = column / 8 * 8 + in_eight % 2 * 4 + in_eight / 2;
-        return static_cast<double>(codes[static_cast<std::size_t>(row * groups * kGroup + place)]) *
-               static_cast<double>(
-                   input_groups[static_cast<std::size_t>(row * groups + column / kGroup)].scale);
+        const std::int64_t in_eight = column % 8,
+                           place = column % kGroup / 8 * 8 + in_eight % 2 * 4 + in_eight / 2;
+        const auto group = static_cast<std::size_t>(view().place(row) + column / kGroup * kSide);
+        return static_cast<double>(codes[group * kGroup + static_cast<std::size_t>(place)]) *
+               static_cast<double>(input_groups[group].scale);
     }
 };
 

@@ -33,7 +33,7 @@ def bundle(build_toy: BuildToy, toy_bundle: Bundle) -> Bundle:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", ["none", "8w"])
+@pytest.mark.parametrize("quantize", ["8w"])
 def test_a_rank_without_units_is_filled_up_to_one_that_has_some(
     quantize: str, bundle: Bundle, toy_bundle: Bundle, toy_model: Path, unit_cache: Path, tmp_path: Path
 ) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 from recorder import Recorder
 
 import bedplate
 
 
+@pytest.mark.slow
 def test_a_build_whose_units_cannot_be_kept(
     toy_model: Path, toy_bundle: bedplate.Bundle, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from stock import StockProgram, export_whole
 from toy import BuildToy, save_adapter, save_toy_model, toy_config
 
 from bedplate import Bundle
-from bedplate.assemble.add import adapter_structure
+from bedplate.assemble.bundle_structure import adapter_structure
 from bedplate.compile.cache import UnitCache
 from bedplate.compile.lowering import compile_structure, lowered_units
 from bedplate.link.stretch import stretch
@@ -75,7 +75,7 @@ def test_linked_program_equals_whole_graph_export_to_the_bit(
     assert torch.equal(linked.run("logits", torch.tensor([TOKENS]), torch.tensor([0])), everywhere)
 
 
-@pytest.mark.parametrize("quantize", [None, "8w"])
+@pytest.mark.parametrize("quantize", ["8w"])
 def test_stretched_units_name_what_the_whole_graph_names(
     quantize: AdapterScheme | None, deep_bundle: tuple[Bundle, Path], unit_cache: Path
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from bedplate import _native
 
 COMPILED = {
-    "x86_64": ["avx512vnni", "avx512", "avx2vnni", "avx2", "baseline"],
+    "x86_64": ["avx512amx", "avx512vnni", "avx512", "avx2vnni", "avx2", "baseline"],
     "aarch64": ["dotprod", "baseline"],
 }[platform.machine()]
 

@@ -98,6 +98,7 @@ def pieces_of(text: Text) -> list[list[int]]:
     return [*pieces, list(range(min(text.back, text.cuts[-1]), text.cuts[-1]))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @settings(max_examples=25)
 @given(

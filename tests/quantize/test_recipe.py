@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bedplate
+from bedplate.bundle import strict_json
 from bedplate.errors import RecipeError
 from bedplate.quantize.recipe import (
     EIGHT_BIT,
@@ -21,7 +22,6 @@ from bedplate.quantize.recipe import (
     Rule,
     Scheme,
     make_recipe,
-    recipe_from_dict,
 )
 
 FOUR_BIT = Scheme(bits=4, group_size=32, method="hqq")
@@ -161,6 +161,6 @@ SCHEMES = st.sampled_from(["8da4w", "8da8w", "none"])
     overrides=st.dictionaries(st.text(max_size=8), SCHEMES, max_size=4),
     adapter=st.sampled_from(["none", "8w"]),
 )
-def test_a_dict_of_the_recipe_gives_it_back(name: str, **options: Any) -> None:
+def test_a_manifest_gives_the_recipe_back(name: str, **options: Any) -> None:
     recipe = make_recipe(name, **options)
-    assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert strict_json.decode(Recipe, json.loads(json.dumps(recipe.to_dict())), "recipe") == recipe

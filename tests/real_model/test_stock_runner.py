@@ -47,7 +47,7 @@ def test_stock_text_runner_answers_with_the_same_text(
     )
 
 
-@pytest.mark.parametrize("name", [None, "extract", "sentiment"])
+@pytest.mark.parametrize("name", [None, "extract"])
 def test_stock_text_runner_answers_with_the_same_text_in_float(
     name: str | None, float_bundle: Bundle, tmp_path: Path
 ) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import math
 import threading
 from collections.abc import Generator, Iterator
@@ -307,8 +306,7 @@ class TestCancel:
 
     def test_in_the_middle_of_a_long_prompt(self, session: Session) -> None:
         """The prompt of this toy goes in one chunk, unless its steps are made to take less at once."""
-        limits = dataclasses.replace(session._host.limits, max_rows=2)
-        session._host = dataclasses.replace(session._host, limits=limits)
+        session._host = session._host._replace(limits=session._host.limits._replace(max_rows=2))
         done: list[tuple[int, int]] = []
 
         def read(tokens: int, total: int) -> None:

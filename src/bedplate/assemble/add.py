@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from bedplate.assemble.bundle_structure import adapter_structure, read_recipe
 from bedplate.assemble.report import Reporter
 from bedplate.assemble.templates import Templates
 from bedplate.background import Background
@@ -28,7 +28,7 @@ from bedplate.model.folder_template import TEMPLATE
 from bedplate.model.tokenizer_settings import SETTINGS
 from bedplate.quantize.joined import joined, joined_names
 from bedplate.quantize.options import AdapterScheme
-from bedplate.quantize.recipe import Scheme, default_adapter_scheme, recipe_from_dict
+from bedplate.quantize.recipe import Scheme, default_adapter_scheme
 from bedplate.quantize.rows import pack_branch
 from bedplate.runtime.cores import physical_cores
 from bedplate.runtime.effect import without_effect
@@ -73,7 +73,7 @@ def add_adapters(
         for warning in (*adapters[name].warnings, *_other_end(source, texts[name], base, tokenizer.eos_ids)):
             reporter.notice(warning)
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
-    scheme = quantize or default_adapter_scheme(recipe_from_dict(bundle.manifest.recipe))
+    scheme = quantize or default_adapter_scheme(read_recipe(bundle))
     wanted = templates if programs and bundle.base_program else None
     packer = _Packer(bundle, spec, scheme, exact_rank, wanted)
     bundle.add_adapters(
@@ -170,20 +170,6 @@ class _Packer:
             shared=tuple(sorted((i for i in infos if i.key in in_foundation), key=lambda info: info.name)),
         )
         return AdapterFacts(info=info, special_tokens=text.special_tokens)
-
-
-def adapter_structure(
-    bundle: Bundle, spec: ModelSpec, ranks: Mapping[str, int], quantize: AdapterScheme
-) -> Structure:
-    """The structure of an adapter's program: the bundle's own, with branches. spec: of the bundle's model."""
-    model: dict[str, Any] = bundle.manifest.model
-    return Structure(
-        spec=spec,
-        recipe=recipe_from_dict(bundle.manifest.recipe).for_adapter(quantize),
-        max_context=model["max_context"],
-        max_chunk=model["max_chunk"],
-        ranks=ranks,
-    )
 
 
 def _at_unit_rank(structure: Structure, templates: Templates) -> Structure:

@@ -12,7 +12,7 @@ import functools
 import json
 import types
 from collections.abc import Callable, Collection
-from typing import Any, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from bedplate.errors import BundleError
 
@@ -90,9 +90,11 @@ def _decoder(kind: Any) -> Callable[[Any], Any]:
         return functools.partial(_decode_dict, _decoder(arguments[1]))
     if origin is tuple:
         return functools.partial(_decode_list, _decoder(arguments[0]))
-    if origin is types.UnionType:  # only `X | None` is used
+    if origin in (types.UnionType, Union):  # only `X | None` is used
         inner = _decoder(arguments[0])
         return lambda value: None if value is None else inner(value)
+    if origin is Literal:
+        return functools.partial(_decode_literal, arguments)
     return _decode_float if kind is float else functools.partial(_expect, kind)
 
 
@@ -165,6 +167,12 @@ def _refuse_fields(wanted: Collection[str], found: Collection[str]) -> NoReturn:
 def _expect(kind: type, value: Any) -> Any:
     if type(value) is not kind:  # Python's bool is an int
         raise _WrongError(f"expected {kind.__name__}, found {value!r:.80}")
+    return value
+
+
+def _decode_literal(allowed: tuple[Any, ...], value: Any) -> Any:
+    if not any(type(value) is type(one) and value == one for one in allowed):
+        raise _WrongError(f"expected one of {', '.join(map(repr, allowed))}, found {value!r:.80}")
     return value
 
 

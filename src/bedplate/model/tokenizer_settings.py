@@ -107,6 +107,8 @@ def _take_older(values: dict[str, Any], path: Path) -> None:
             value = {**value, "__type": "AddedToken", "special": True}
         elif name == _EXTRA and isinstance(value, list):
             before = values.get(_EXTRA) or []
+            if not isinstance(before, list):
+                continue  # a wrong value, which the check of all values refuses
             value = [*before, *(token for token in value if token not in before)]
         values[name] = value
     if isinstance(values.get(_EXTRA), dict):

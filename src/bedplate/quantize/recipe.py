@@ -43,6 +43,7 @@ class Scheme:
 FLOAT = Scheme(bits=None)
 EIGHT_BIT = Scheme(bits=8)
 WEIGHT_ONLY = Scheme(bits=8, weight_only=True)
+MOST_RECOVERY_RANK = 256
 _ADAPTER_SCHEMES: dict[AdapterScheme, Scheme] = {"none": FLOAT, "8w": WEIGHT_ONLY}
 
 
@@ -175,8 +176,10 @@ def make_recipe(
     group_size, method: of 4-bit weights. Group size 0 means one scale a row. recovery_rank: see Recipe.
     Raises RecipeError.
     """
-    if not 0 <= recovery_rank <= 256:
-        raise RecipeError(f"recovery rank {recovery_rank} is not supported", hint="choose 0 (none) to 256")
+    if not 0 <= recovery_rank <= MOST_RECOVERY_RANK:
+        raise RecipeError(
+            f"recovery rank {recovery_rank} is not supported", hint=f"choose 0 (none) to {MOST_RECOVERY_RANK}"
+        )
     if group_size < 0 or group_size % 32:
         raise RecipeError(
             f"group size {group_size} is not supported",
@@ -217,19 +220,3 @@ def make_recipe(
 def default_adapter_scheme(recipe: Recipe) -> AdapterScheme:
     """How adapters are stored by default: in float32 if the foundation is float32, otherwise in 8 bits."""
     return "none" if recipe.name == "none" else "8w"
-
-
-def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
-    """The inverse of `Recipe.to_dict`."""
-    rules, defaults = (
-        tuple(Rule(pattern=rule["pattern"], scheme=Scheme(**rule["scheme"])) for rule in data[key])
-        for key in ("rules", "defaults")
-    )
-    return Recipe(
-        name=data["name"],
-        rules=rules,
-        defaults=defaults,
-        embedding=Scheme(**data["embedding"]),
-        adapter=data["adapter"],
-        recovery_rank=data["recovery_rank"],
-    )
