@@ -69,7 +69,9 @@ def test_a_tokenizer_is_opened_when_text_is_first_encoded(toy_bundle: Bundle, tm
             lambda: engine.tokenizer_of("all").decode([1]),
             lambda: session.generate("a", max_tokens=1),
         ):
-            with pytest.raises(RunError, match=r"tokenizer\.json: not a tokenizer.*\nhint: build the bundle again"):
+            with pytest.raises(
+                RunError, match=r"tokenizer\.json: not a tokenizer.*\nhint: build the bundle again"
+            ):
                 use()
         assert session.tokens == () and engine.memory().foundation == 0
         session.step([5])

@@ -80,8 +80,7 @@ class Rope(nn.Module):
 
 def rope_table(spec: RopeSpec, head_dim: int, max_context: int) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [1, C, 1, N], as transformers computes them."""
-    # On the CPU, where a model is of shapes alone too: for arithmetic on "meta", torch imports its compiler, which takes
-    # a second.
+    # Also for a model of shapes alone: for arithmetic on "meta", torch imports its compiler, which takes a second.
     inv_freq = torch.tensor(rope_frequencies(spec, head_dim), device="cpu")
     angles = torch.arange(max_context, device="cpu").float()[:, None] * inv_freq[None, :]
     angles = torch.cat((angles, angles), dim=-1).view(1, max_context, 1, head_dim)
