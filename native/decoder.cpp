@@ -9,8 +9,6 @@
 namespace bedplate {
 namespace {
 
-std::int64_t whole(std::int64_t count, std::int64_t unit) { return (count + unit - 1) / unit; }
-
 // What is there is lost if the memory grows.
 template <class T>
 void at_least(Array<T>& memory, std::int64_t size) {

@@ -85,8 +85,7 @@ INLINE void put(float* out, Floats y, int64_t count, bool add) {
     for (int64_t i = 0; i < count; ++i) out[i] = add ? out[i] + y[i] : y[i];
 }
 
-// Bytes of a block's group.
-constexpr int64_t code_bytes(Coding coding) { return coding == Coding::kFour ? 256 : 512; }
+constexpr int64_t code_bytes(Coding coding) { return coding == Coding::kFour ? kFourBytes : kEightBytes; }
 
 // The sums of one group of columns, for T rows of inputs side by side.
 template <Coding C, int T>

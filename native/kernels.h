@@ -14,6 +14,8 @@ constexpr int kBlock = 16;  // rows of weights that lie side by side
 constexpr int kGroup = 32;  // columns that share a scale of the inputs
 constexpr int kSide = 16;   // rows of inputs that lie side by side, in a step of several
 
+constexpr int64_t kFourBytes = 256, kEightBytes = 512;  // codes of a block's group
+
 enum class Coding : uint8_t { kFloat, kFour, kEight };
 
 // Weights [rows, columns] as `Matrix` lays them out, in blocks of 16 rows and groups of 32 columns; what is
@@ -51,8 +53,11 @@ struct Inputs {
     const InputGroup* groups;  // [rows / side, n_groups, side]
     int64_t n_groups, side;    //
 
-    // Where the first group of a row is, counted in groups; the next ones follow `side` apart.
-    int64_t place(int64_t row) const { return row / side * side * n_groups + row % side; }
+    // Where the first group of a row is, counted in groups; the next ones follow `side` apart. Never a
+    // function of its own: the linker could keep the copy of an instruction set that this CPU has not.
+    __attribute__((always_inline)) int64_t place(int64_t row) const {
+        return row / side * side * n_groups + row % side;
+    }
 };
 
 // The wide half of a low-rank branch: y[r] = scale[r] · Σ_j w[r, j] · t[j].

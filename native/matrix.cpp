@@ -13,12 +13,9 @@
 namespace bedplate {
 namespace {
 
-constexpr std::int64_t kMost = std::int64_t(1) << 24;        // rows or columns: more are nobody's weights
-constexpr std::int64_t kFourBytes = 256, kEightBytes = 512;  // of a block's group
+constexpr std::int64_t kMost = std::int64_t(1) << 24;  // rows or columns: more are nobody's weights
 // What is read at once: a piece of work for a thread, and still in its cache when it is laid out.
 constexpr std::int64_t kPieceBytes = 256 * 1024;
-
-std::int64_t whole(std::int64_t count, std::int64_t unit) { return (count + unit - 1) / unit; }
 
 void check_sizes(const Constants& c, std::int64_t bytes_of_scale) {
     require(c.rows >= 1 && c.rows <= kMost && c.columns >= 1 && c.columns <= kMost,

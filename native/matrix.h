@@ -14,6 +14,9 @@
 
 namespace bedplate {
 
+// How many units hold `count`.
+inline std::int64_t whole(std::int64_t count, std::int64_t unit) { return (count + unit - 1) / unit; }
+
 // A constant of a linear: codes or floats row by row, as `quantize/packing.py` lays them out.
 //
 // bits 4: two codes a byte, 8 more than the code, the even column in the low half; scales are bfloat16 [rows,
@@ -70,8 +73,8 @@ class Matrix : public Readable {
 
     std::int64_t rows() const { return view_.rows; }
     std::int64_t columns() const { return view_.columns; }
-    std::int64_t blocks() const { return (view_.rows + kBlock - 1) / kBlock; }
-    std::int64_t groups() const { return (view_.columns + kGroup - 1) / kGroup; }
+    std::int64_t blocks() const { return whole(view_.rows, kBlock); }
+    std::int64_t groups() const { return whole(view_.columns, kGroup); }
     bool takes_codes() const { return view_.coding != Coding::kFloat; }
     const Weights& view() const { return view_; }
     std::size_t bytes() const override;

@@ -13,7 +13,7 @@ constexpr std::int64_t kMostRanks = 4096;
 // writes the same columns of many rows, and lines that lie a power of two apart share few places of a cache.
 std::int64_t stride_of(std::int64_t floats) {
     constexpr std::int64_t kLine = 16;
-    return ((floats + kLine - 1) / kLine | 1) * kLine;
+    return (whole(floats, kLine) | 1) * kLine;
 }
 
 void check_branch(const Branch& branch, const Linears& linears) {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from bedplate.bundle import integrity, manifest
+from bedplate.bundle import integrity, manifest, strict_json
 from bedplate.bundle.manifest import AdapterInfo, ConstantInfo, FoundationInfo, Manifest
 from bedplate.bundle.ptd import read_ptd
 
@@ -27,6 +28,12 @@ def describe(file: Path, edit: Callable[[ConstantInfo], ConstantInfo]) -> None:
     document = manifest.load(kind, file.read_bytes(), str(file))
     edited = dataclasses.replace(document, constants=tuple(map(edit, document.constants)))
     file.write_bytes(manifest.dump(edited))
+
+
+def signed(document: dict[str, Any]) -> bytes:
+    """The bytes of a `bundle.json` with a digest that fits what the document says."""
+    fields = {name: value for name, value in document.items() if name != "digest"}
+    return strict_json.dump({**fields, "digest": manifest._digest(fields)})
 
 
 def settle(bundle: Path) -> None:

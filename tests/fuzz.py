@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forged import signed
 
 from bedplate.api import Bundle
 from bedplate.bundle import manifest, strict_json
@@ -190,9 +191,7 @@ class Fuzz:
             files = document["adapters"][folder[1]]["files"] if folder else document["files"]
             if path != manifest.MANIFEST:
                 files[leaf] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        document.pop("digest", None)
-        document["digest"] = manifest._digest(document)
-        changed[manifest.MANIFEST] = strict_json.dump(document)
+        changed[manifest.MANIFEST] = signed(document)
         return changed
 
 

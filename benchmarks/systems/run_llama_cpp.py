@@ -1,6 +1,5 @@
 """llama.cpp: run_llama_cpp.py speeds WINDOW TURNS GGUF | start GGUF TOKENS"""
 
-import sys
 from collections.abc import Sequence
 
 import timing
@@ -39,13 +38,5 @@ def start(path: str, tokens: int) -> dict[str, float]:
     return {**found, "resident_mb": timing.resident_mb()}
 
 
-def main() -> None:
-    what, *words = sys.argv[1:]
-    if what == "start":
-        timing.tell(start(words[0], int(words[1])))
-    else:
-        timing.tell(speeds(words[2], int(words[0]), int(words[1])))
-
-
 if __name__ == "__main__":
-    main()
+    timing.main(start, speeds)

@@ -1,6 +1,5 @@
 """OpenVINO GenAI: run_openvino.py speeds WINDOW TURNS FOLDER | start FOLDER TOKENS"""
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -41,13 +40,5 @@ def start(path: str, tokens: int) -> dict[str, float]:
     return {**found, "resident_mb": timing.resident_mb()}
 
 
-def main() -> None:
-    what, *words = sys.argv[1:]
-    if what == "start":
-        timing.tell(start(words[0], int(words[1])))
-    else:
-        timing.tell(speeds(words[2], int(words[0]), int(words[1])))
-
-
 if __name__ == "__main__":
-    main()
+    timing.main(start, speeds)

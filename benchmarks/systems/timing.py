@@ -6,6 +6,7 @@ memory in MB of 10^6 bytes. All systems get the same tokens.
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,6 +55,17 @@ def resident_mb() -> float:
 def now() -> float:
     """Seconds on the machine's clock, which is the same in all processes."""
     return time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+def main(
+    start: Callable[[str, int], dict[str, float]], speeds: Callable[[str, int, int], dict[str, float]]
+) -> None:
+    """Of a peer: `start FILE TOKENS` or `speeds WINDOW TURNS FILE`."""
+    what, *words = sys.argv[1:]
+    if what == "start":
+        tell(start(words[0], int(words[1])))
+    else:
+        tell(speeds(words[2], int(words[0]), int(words[1])))
 
 
 def tell(figures: dict[str, float]) -> None:

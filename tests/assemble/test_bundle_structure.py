@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forged import signed
 from toy import BuildToy
 
 from bedplate.api import Bundle
-from bedplate.bundle import manifest, strict_json
+from bedplate.bundle import manifest
 from bedplate.errors import BundleError
 
 
@@ -26,9 +27,7 @@ def edited(bundle: Path, folder: Path, edit: Callable[[dict[str, Any]], Any]) ->
     copy = Path(shutil.copytree(bundle, folder / "edited.bundle"))
     document = json.loads((copy / manifest.MANIFEST).read_bytes())
     edit(document)
-    del document["digest"]
-    document["digest"] = manifest._digest(document)
-    (copy / manifest.MANIFEST).write_bytes(strict_json.dump(document))
+    (copy / manifest.MANIFEST).write_bytes(signed(document))
     return Bundle.open(copy)
 
 
@@ -42,14 +41,17 @@ def edited(bundle: Path, folder: Path, edit: Callable[[dict[str, Any]], Any]) ->
             lambda document: document["recipe"].update(adapter="2w"),
             "expected one of 'none', '8w', found '2w'",
         ),
-        (lambda document: document["recipe"].update(recovery_rank=2**40), "no recipe has such numbers"),
+        (
+            lambda document: document["recipe"].update(recovery_rank=2**40),
+            "recovery rank 1099511627776 is not",
+        ),
         (
             lambda document: document["recipe"]["embedding"].update(bits=True),
             "expected one of 4, 8, found True",
         ),
         (
             lambda document: document["recipe"]["embedding"].update(group_size=-32),
-            "no recipe has such numbers",
+            "group size -32 is not supported",
         ),
         (lambda document: document["model"].pop("max_chunk"), "the field 'max_chunk' is missing"),
         (lambda document: document["model"].update(max_chunk=0), "max_chunk=0"),

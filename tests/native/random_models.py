@@ -12,6 +12,16 @@ from bedplate import _native
 
 Kind = tuple[int, int]  # bits, group
 FLOAT, EIGHT, FOUR = (32, 0), (8, 0), (4, 32)
+# Every kind among the linears of one layer.
+MIXED: dict[str, Kind] = {
+    "q": FOUR,
+    "k": EIGHT,
+    "v": FLOAT,
+    "o": (4, 64),
+    "gate": (4, 0),
+    "up": EIGHT,
+    "down": FOUR,
+}
 KINDS: list[Kind] = [(4, 32), (4, 64), (4, 128), (4, 0), EIGHT, FLOAT]
 
 

@@ -9,7 +9,7 @@ import pytest
 from formula import Adapter, Model, Place
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import EIGHT, FLOAT, FOUR, Kind, Random, native_adapter, run
+from random_models import EIGHT, FLOAT, FOUR, MIXED, Kind, Random, native_adapter, run
 
 from bedplate import _native
 
@@ -170,16 +170,7 @@ class TestBranches:
         assert np.abs(model.logits(LONG[:9]) - corrected).max() > 0.1
 
 
-MIXED = {
-    "q": FOUR,
-    "k": EIGHT,
-    "v": FLOAT,
-    "o": (4, 64),
-    "gate": (4, 0),
-    "up": EIGHT,
-    "down": FOUR,
-    "head": EIGHT,
-}
+WITH_HEAD = MIXED | {"head": EIGHT}
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -192,9 +183,9 @@ MIXED = {
         {"kind": (4, 0)},
         {"kind": EIGHT, "bias": True},
         {"kind": EIGHT, "tied": True},
-        {"kinds": MIXED, "bias": True},
-        {"kinds": MIXED | {"embedding": FOUR}, "correction": 2},
-        {"kinds": MIXED | {"embedding": EIGHT}, "head_dim": 32, "kv_heads": 1},
+        {"kinds": WITH_HEAD, "bias": True},
+        {"kinds": WITH_HEAD | {"embedding": FOUR}, "correction": 2},
+        {"kinds": WITH_HEAD | {"embedding": EIGHT}, "head_dim": 32, "kv_heads": 1},
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ import pytest
 from formula import Adapter, Model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import EIGHT, FLOAT, FOUR, Random, native_adapter, run
+from random_models import EIGHT, FOUR, MIXED, Random, native_adapter, run
 
 from bedplate import _native
 
@@ -23,15 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "float": {"bias": True, "dim": 40, "hidden": 70, "head_dim": 10},
     "offsets": {"kind": FOUR, "offsets": True, "correction": 3, "kinds": {"head": EIGHT}},
     "mixed": {
-        "kinds": {
-            "q": FOUR,
-            "k": EIGHT,
-            "v": FLOAT,
-            "o": (4, 64),
-            "gate": (4, 0),
-            "up": EIGHT,
-            "down": (4, 32),
-        },
+        "kinds": MIXED,
         "heads": 6,
         "kv_heads": 1,
         "head_dim": 32,

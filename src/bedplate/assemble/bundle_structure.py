@@ -11,7 +11,7 @@ from bedplate.bundle.store import Bundle
 from bedplate.compile.units import Structure
 from bedplate.errors import BundleError, RecipeError
 from bedplate.quantize.options import AdapterScheme
-from bedplate.quantize.recipe import MOST_RECOVERY_RANK, Recipe, Scheme
+from bedplate.quantize.recipe import Recipe
 from bedplate.spec import ModelSpec
 
 
@@ -25,17 +25,9 @@ def read_recipe(bundle: Bundle) -> Recipe:
     """The recipe that the bundle was built by. BundleError: a field is missing, or no recipe has such a value."""
     where = f"{bundle.path / MANIFEST}.recipe"
     try:
-        recipe = strict_json.decode(Recipe, bundle.manifest.recipe, where)
+        return strict_json.decode(Recipe, bundle.manifest.recipe, where)
     except RecipeError as error:
         raise BundleError(error.what, where=where, hint=strict_json.DAMAGED) from error
-    schemes = [rule.scheme for rule in (*recipe.rules, *recipe.defaults)]
-    if not 0 <= recipe.recovery_rank <= MOST_RECOVERY_RANK or any(map(_wrong, (*schemes, recipe.embedding))):
-        raise BundleError("no recipe has such numbers", where=where, hint=strict_json.DAMAGED)
-    return recipe
-
-
-def _wrong(scheme: Scheme) -> bool:
-    return scheme.group_size is not None and (scheme.group_size <= 0 or scheme.group_size % 32 != 0)
 
 
 def adapter_structure(

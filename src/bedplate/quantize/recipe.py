@@ -32,6 +32,11 @@ class Scheme:
             raise RecipeError(
                 f"unknown method {self.method!r}", hint=f"choose one of: {', '.join(get_args(Method))}"
             )
+        if self.group_size is not None and (self.group_size <= 0 or self.group_size % 32):
+            raise RecipeError(
+                f"group size {self.group_size} is not supported",
+                hint="choose a multiple of 32, or 0 for one scale a row",
+            )
 
     def __str__(self) -> str:
         if self.bits is None:
@@ -43,7 +48,7 @@ class Scheme:
 FLOAT = Scheme(bits=None)
 EIGHT_BIT = Scheme(bits=8)
 WEIGHT_ONLY = Scheme(bits=8, weight_only=True)
-MOST_RECOVERY_RANK = 256
+_MOST_RECOVERY_RANK = 256
 _ADAPTER_SCHEMES: dict[AdapterScheme, Scheme] = {"none": FLOAT, "8w": WEIGHT_ONLY}
 
 
@@ -75,6 +80,11 @@ class Recipe:
             raise RecipeError(
                 f"unknown quantization of adapters {self.adapter!r}",
                 hint=f"choose one of: {', '.join(_ADAPTER_SCHEMES)}",
+            )
+        if not 0 <= self.recovery_rank <= _MOST_RECOVERY_RANK:
+            raise RecipeError(
+                f"recovery rank {self.recovery_rank} is not supported",
+                hint=f"choose 0 (none) to {_MOST_RECOVERY_RANK}",
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -176,15 +186,6 @@ def make_recipe(
     group_size, method: of 4-bit weights. Group size 0 means one scale a row. recovery_rank: see Recipe.
     Raises RecipeError.
     """
-    if not 0 <= recovery_rank <= MOST_RECOVERY_RANK:
-        raise RecipeError(
-            f"recovery rank {recovery_rank} is not supported", hint=f"choose 0 (none) to {MOST_RECOVERY_RANK}"
-        )
-    if group_size < 0 or group_size % 32:
-        raise RecipeError(
-            f"group size {group_size} is not supported",
-            hint="choose a multiple of 32, or 0 for one scale a row",
-        )
     schemes = {
         "8da4w": Scheme(bits=4, group_size=group_size or None, method=method),
         "8da8w": EIGHT_BIT,
