@@ -65,9 +65,8 @@ class Rope(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         half = head_dim // 2
-        rotation = torch.zeros(head_dim, head_dim)
-        rotation[:half, half:].fill_diagonal_(-1.0)
-        rotation[half:, :half].fill_diagonal_(1.0)
+        rotation, one = torch.zeros(head_dim, head_dim, device="cpu"), torch.eye(half, device="cpu")
+        rotation[:half, half:], rotation[half:, :half] = -one, one
         self.register_buffer("rotation", rotation, persistent=False)
 
     def at(self, pos: int, length: int) -> tuple[Tensor, Tensor]:
