@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bedplate.assemble.report import Reporter, load_torch
+from bedplate.assemble.report import Reporter, load_torch, load_torchao
 from bedplate.assemble.templates import Templates
 from bedplate.background import Background
 from bedplate.bundle import files, manifest
@@ -76,7 +76,8 @@ def build_bundle(
     max_context = _context(max_context, checkpoint.spec.max_positions, model)
     # Known, and refused where need be, before anything is measured or compiled.
     named = expected_model(checkpoint.spec)
-    plan(named, recipe)
+    if any(scheme.method == "hqq" for scheme in plan(named, recipe).values()):
+        load_torchao(reporter)
     measured = _measure(checkpoint, tokenizer, recipe.for_adapter("none"), goal, calibration, reporter)
     structure = Structure(
         spec=checkpoint.spec,

@@ -36,6 +36,11 @@ def load_torch(reporter: Reporter) -> None:
     _load(("torch",), "import torch", reporter)
 
 
+def load_torchao(reporter: Reporter) -> None:
+    """Import torchao, which finds the scales of `hqq`. UnsupportedError: it is not installed."""
+    _load(("torch", "torchao"), "import torchao", reporter)
+
+
 def load_exporter(reporter: Reporter) -> None:
     """Import torch and ExecuTorch's exporter, which compile. UnsupportedError: they are not installed."""
     _load(("torch", "torchao", "executorch.exir"), "import the exporter", reporter)

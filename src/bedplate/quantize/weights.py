@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bedplate.errors import RecipeError, UnsupportedError
+from bedplate.errors import RecipeError
 from bedplate.quantize.recipe import Scheme
 
 _BLOCK_NUMBERS = 1 << 17
@@ -133,11 +133,6 @@ def _quantize_block(weight: Tensor, scheme: Scheme, group_size: int) -> tuple[Te
     else:
         scale = (groups.abs().amax(-1) / ((high - low) / 2)).clamp_min(torch.finfo(torch.float32).tiny)
         codes = None
-    if not torch.isfinite(scale).all():
-        raise RecipeError(
-            f"{scheme.method} finds no scale for values as large as {weight.abs().max():.3g}",
-            hint="check the weights; if they are right, use the method plain",
-        )
     if scheme.group_size is not None:
         # XNNPACK keeps the scale of a group as bfloat16: round it, and choose the codes for the rounded scale.
         scale, codes = scale.to(torch.bfloat16).float(), None
@@ -147,15 +142,10 @@ def _quantize_block(weight: Tensor, scheme: Scheme, group_size: int) -> tuple[Te
 
 
 def _hqq(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Codes of 4 bits and their scales, by torchao. UnsupportedError: it is not installed."""
+    """Codes of 4 bits and their scales, by torchao. RecipeError: it finds no scale."""
     from bedplate.quiet import import_modules
 
-    try:
-        import_modules(("torchao",))
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            "this needs the Python package torchao", hint="pip install 'bedplate[build]'"
-        ) from error
+    import_modules(("torchao",))
     from torchao.quantization import IntxUnpackedToInt8Tensor
     from torchao.quantization.quantize_.workflows.intx.intx_choose_qparams_algorithm import (
         IntxChooseQParamsAlgorithm,
@@ -163,7 +153,7 @@ def _hqq(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
     if (
         group_size == 1
-    ):  # torchao would take one scale for all of it: a zero beside each number changes nothing
+    ):  # torchao would take one scale for all of it. A zero beside each number changes nothing
         weight = torch.stack((weight, torch.zeros_like(weight)), dim=-1).flatten(1)
     quantized = IntxUnpackedToInt8Tensor.from_hp(
         weight,
@@ -171,5 +161,10 @@ def _hqq(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         torch.int4,  # type: ignore[attr-defined]  # torch's stubs lack it
         intx_choose_qparams_algorithm=IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY,
     )
+    if not torch.isfinite(quantized.scale).all():
+        raise RecipeError(
+            f"hqq finds no scale for values as large as {weight.abs().max():.3g}",
+            hint="check the weights; if they are right, use the method plain",
+        )
     codes = quantized.qdata[:, ::2] if group_size == 1 else quantized.qdata
     return codes, quantized.scale.reshape(len(weight), -1)
