@@ -324,7 +324,7 @@ def _read(path: Path, data: bytes, check: bool) -> tuple[Manifest, dict[str, Ada
         adapters[name] = AdapterEntry.of(name, path / manifest.ADAPTERS / name, foundation, record)
         check_foundation(adapters[name], record.foundation, adapters[name].folder / manifest.ADAPTER_INFO)
         if check:
-            _ = adapters[name].info
+            adapters[name].read_info()
     return document, adapters
 
 
