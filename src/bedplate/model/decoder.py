@@ -65,9 +65,8 @@ class Rope(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         half = head_dim // 2
-        rotation = torch.zeros(head_dim, head_dim)
-        rotation[:half, half:] = -torch.eye(half)
-        rotation[half:, :half] = torch.eye(half)
+        rotation, one = torch.zeros(head_dim, head_dim, device="cpu"), torch.eye(half, device="cpu")
+        rotation[:half, half:], rotation[half:, :half] = -one, one
         self.register_buffer("rotation", rotation, persistent=False)
 
     def at(self, pos: int, length: int) -> tuple[Tensor, Tensor]:
@@ -80,8 +79,9 @@ class Rope(nn.Module):
 
 def rope_table(spec: RopeSpec, head_dim: int, max_context: int) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [1, C, 1, N], as transformers computes them."""
-    inv_freq = torch.tensor(rope_frequencies(spec, head_dim))
-    angles = torch.arange(max_context).float()[:, None] * inv_freq[None, :]
+    # Also for a model of shapes alone: for arithmetic on "meta", torch imports its compiler, which takes a second.
+    inv_freq = torch.tensor(rope_frequencies(spec, head_dim), device="cpu")
+    angles = torch.arange(max_context, device="cpu").float()[:, None] * inv_freq[None, :]
     angles = torch.cat((angles, angles), dim=-1).view(1, max_context, 1, head_dim)
     return angles.cos(), angles.sin()
 
@@ -234,7 +234,7 @@ class Decoder(nn.Module):
         if unknown := sorted((set(ranks) | set(corrections)) - set(LAYER_LINEARS)):
             raise ValueError(f"no such linears: {unknown}")
         self.spec, self.max_context, self.corrections = spec, max_context, dict(corrections)
-        self.embed_tokens: nn.Module = nn.Embedding(spec.vocab_size, spec.dim, device=device)
+        self.embed_tokens: nn.Module = _embedding(spec.vocab_size, spec.dim, device)
         self.rope = Rope(spec.rope, spec.head_dim, max_context)
         self.layers = nn.ModuleList(
             Layer(spec, max_context, ranks, corrections, device) for _ in range(spec.n_layers)
@@ -269,6 +269,13 @@ class Decoder(nn.Module):
 def register_operators() -> None:
     """Make torch know `llama::update_cache` and `llama::custom_sdpa`, which takes seconds."""
     import_module("executorch.extension.llm.custom_ops.custom_ops")
+
+
+def _embedding(rows: int, columns: int, device: str | None) -> nn.Module:
+    if device != "meta":
+        return nn.Embedding(rows, columns, device=device)
+    # Without random values: those, too, would import torch's compiler.
+    return nn.Embedding(rows, columns, _weight=torch.empty(rows, columns, device=device))
 
 
 def _linear(
