@@ -28,7 +28,7 @@ test-fast: $(VENV)/.extension ## Run the tests that take no more than seconds ea
 	$(PYTEST) -m "not slow and not real_model" $(PYTEST_ARGS)
 
 sanitize: $(VENV)/.extension ## Run the tests of the extension under AddressSanitizer
-	$(BIN)/python tests/sanitized.py address tests/native
+	$(BIN)/python tests/sanitized.py address tests/native tests/test_fuzz.py
 
 test-arm: ## Check the kernels for Arm under an emulator (Debian: g++-aarch64-linux-gnu qemu-user)
 	native/check/build.sh aarch64-linux-gnu-g++ build/arm "baseline:" "dotprod:-march=armv8.2-a+dotprod"
