@@ -18,6 +18,7 @@ from bedplate.errors import UnsupportedError
 from bedplate.model.checkpoint import open_checkpoint
 from bedplate.model.config import spec_from_config
 from bedplate.model.families import glm4
+from bedplate.oracle import stock_program
 from bedplate.runtime.weights import check_native
 from bedplate.spec import ModelSpec
 
@@ -53,6 +54,20 @@ def test_a_bundle_computes_what_transformers_does(variant: tuple[str, str], tmp_
         for position in range(10, LENGTH):
             found = session.step([TOKENS[position]])
             np.testing.assert_allclose(found, expected[position], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [("qwen2", "a window that is off"), ("phi3", "partial")], ids="-".join)
+def test_a_program_computes_what_transformers_does(
+    variant: tuple[str, str], unit_cache: Path, tmp_path: Path
+) -> None:
+    """Of structures that no Llama has: biases of q, k and v alone, and pairs that do not turn."""
+    model = tmp_path / "model"
+    save_toy(model, make_toy(*variant, vocab_size=VOCABULARY))
+    save_toy_tokenizer(model, VOCABULARY)
+    bundle = bedplate.build(model, tmp_path / "toy.bundle", quantize="none", unit_cache=unit_cache)
+    found = stock_program(bundle).logits(TOKENS)
+    np.testing.assert_allclose(found, theirs(model, TOKENS).numpy(), rtol=0, atol=1e-4)
 
 
 def refused_for(spec: ModelSpec) -> set[str]:
