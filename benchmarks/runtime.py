@@ -175,7 +175,10 @@ def run(python: Path, script: str, *words: object) -> Figures:
 def finish(command: list[object]) -> str:
     """What a process prints."""
     words = [str(word) for word in command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1"}
+    # As installed, modules are compiled once. Here, the first process of a system does it.
+    compiled = str(Path(tempfile.gettempdir()) / "bedplate-benchmarks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPYCACHEPREFIX": compiled}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}\n{done.stderr[-3000:]}")

@@ -147,6 +147,7 @@ void read_all(const std::vector<Readable*>& wanted, int threads) {
         bytes += one->bytes();
         for (std::int64_t i = 0; i < one->pieces(); ++i) pieces.push_back({one, i});
     }
+    if (missing.empty()) return;
     const auto region = std::make_shared<const Region>(bytes, true);
     Pieces memory(region->data());
     for (Readable* one : missing) one->place(memory);

@@ -116,7 +116,10 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     ),
     "ministral": (
         {"head_dim": 16, "sliding_window": WINDOW, "layer_types": [SLIDING, FULL, SLIDING, FULL]},
-        {"all slide, heads": {"layer_types": None, "head_dim": 32}},
+        {
+            "all slide, heads": {"layer_types": None, "head_dim": 32},
+            "no windows": {"layer_types": [FULL] * 4},
+        },
     ),
     "ministral3": (
         {
@@ -336,14 +339,14 @@ def randomize(model: Any, seed: int) -> None:
     model.tie_weights()
 
 
-def theirs(folder: Path, tokens: list[int]) -> torch.Tensor:
+def theirs(folder: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Logits [T, V] of transformers."""
     with torch.no_grad():
-        return theirs_of(folder)(torch.tensor([tokens])).logits[0]  # type: ignore[no-any-return]
+        return theirs_of(folder, dtype)(torch.tensor([tokens])).logits[0]  # type: ignore[no-any-return]
 
 
-def theirs_of(folder: Path) -> Any:
-    return quiet(lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+def theirs_of(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return quiet(lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval())
 
 
 def quiet(call: Any) -> Any:

@@ -8,7 +8,6 @@
 `base` is what commit c8bd865 has too: this script also runs there.
 """
 
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -22,8 +21,12 @@ import bedplate
 AVX2 = "avx2"
 
 
+def new_engine(path: str) -> Any:
+    return bedplate.Engine(bedplate.Bundle.open(path, check=False), threads=timing.THREADS)
+
+
 def open_engine(path: str) -> Any:
-    engine = bedplate.Engine(bedplate.Bundle.open(path, check=False), threads=timing.THREADS)
+    engine = new_engine(path)
     engine.load(None)
     return engine
 
@@ -84,7 +87,7 @@ def burst(engine: Any, adapters: list[str | None], window: int) -> Callable[[], 
 
 
 def start(path: str, tokens: int) -> dict[str, float]:
-    engine = open_engine(path)
+    engine = new_engine(path)
     session = engine.session()
     session.generate("Hello", max_tokens=1)
     found = {"first_token": timing.now()}
@@ -96,6 +99,8 @@ def start(path: str, tokens: int) -> dict[str, float]:
 
 def adapters(path: str) -> dict[str, float]:
     """How long adapters load beside a base that has run, and what they take beyond their own bytes."""
+    from statistics import median  # not for `start`: it takes longer to import than a layer takes to load
+
     engine = open_engine(path)
 
     def use(name: str | None) -> None:
@@ -113,7 +118,7 @@ def adapters(path: str) -> dict[str, float]:
     by_name = dict(zip(engine.bundle.adapters, times, strict=True))
     return {
         "load_float32_ms": by_name.pop("float32"),
-        "load_8bit_ms": statistics.median(by_name.values()),
+        "load_8bit_ms": median(by_name.values()),
         "bytes_8bit_mb": held["a0"] / 1e6,
         "bytes_float32_mb": held["float32"] / 1e6,
         "beyond_bytes_mb": (timing.resident_mb() - before - sum(held.values()) / 1e6) / len(held),

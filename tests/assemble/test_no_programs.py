@@ -14,10 +14,10 @@ import pytest
 from small_spec import SPEC
 from toy import BuildToy
 
-from bedplate.api import Bundle, evaluate
+from bedplate.api import Bundle, build, evaluate
 from bedplate.assemble.verify import verify_bundle
 from bedplate.bundle import usage
-from bedplate.errors import NotFoundError
+from bedplate.errors import NotFoundError, UnsupportedError
 from bedplate.names import ROWS, way_of
 from bedplate.oracle import stock_program
 from bedplate.quantize.joined import joined_names
@@ -52,6 +52,16 @@ def test_it_is_a_bundle_with_programs_without_them(bundle: Bundle, toy_bundle: B
     assert len(programs) == 4 and files(bundle) == files(toy_bundle) - programs
     for name in files(bundle) - {"bundle.json"}:
         assert (bundle.path / name).read_bytes() == (toy_bundle.path / name).read_bytes(), name
+
+
+def test_only_hqq_needs_torchao(
+    build_toy: BuildToy, toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(UnsupportedError, match=r"package torchao\nhint: pip install 'bedplate\[build\]'"):
+        build(toy_model, tmp_path / "hqq", method="hqq", programs=False)
+    assert not list(tmp_path.iterdir())
+    build_toy(programs=False)
 
 
 # Every build and every `add` with programs asserts the same of its own recipe; these join what no other test lowers.

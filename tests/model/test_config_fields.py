@@ -56,6 +56,7 @@ WITHOUT_EFFECT = {
         "is_heterogeneous",
         "kv_sharing_modes",
         "mtp_layer_types",
+        "num_heads",
     ),
     *("mlp_layer_types", "vision_aspect_ratio", "vision_feature_layer", "vision_feature_select_strategy"),
 }

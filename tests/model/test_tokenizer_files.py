@@ -139,11 +139,12 @@ def test_a_folder_gives_the_same(read: TokenizerFiles, folder: Path, theirs: Any
         assert tokenizer.encode(text).ids == theirs.encode(text)
 
 
-def test_a_merge_is_one_string_where_that_is_clear(
+def test_merges_and_vocabulary_are_written_so_that_they_are_read_soon(
     read: TokenizerFiles, ours: Tokenizer, edited: Path
 ) -> None:
     data = json.loads(read.tokenizer_json)
     assert data["model"]["merges"][:2] == ["Ġ t", "Ġ a"]
+    assert list(data["model"]["vocab"]) == sorted(data["model"]["vocab"])
     data["model"]["merges"] = [merge.split(" ") for merge in data["model"]["merges"]]
     assert data == json.loads(ours.to_str())
 

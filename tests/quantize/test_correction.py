@@ -73,6 +73,14 @@ def test_groups_of_one_value() -> None:
     assert torch.equal(quantized.dequantize() + spread(offsets, 64), torch.full((2, 64), 0.375))
 
 
+def test_values_whose_squares_are_beyond_float32() -> None:
+    weight = matrix(2, 64, 0) * 1e30
+    quantized, offsets = quantize_with_offsets(weight, 32)
+    assert (quantized.scales > 0).all()
+    error = (quantized.dequantize() + spread(offsets, 64) - weight).abs()
+    assert (error <= 0.6 * quantized.scales.repeat_interleave(32, dim=1)).all()
+
+
 def test_importance_moves_the_error_to_where_it_does_not_matter() -> None:
     weight = matrix(64, 64, 0)
     importance = torch.where(torch.arange(64) % 2 == 0, 1e-4, 1.0)

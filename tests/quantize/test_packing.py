@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+from small_spec import SPEC
 from torch import nn
 
 from bedplate.constants import Constant
-from bedplate.quantize.foundation import pack_tensor
+from bedplate.quantize.foundation import fixed_constants, pack_tensor
 from bedplate.quantize.modules import QuantizedEmbedding, QuantizedLinear
 from bedplate.quantize.packing import pack_embedding, pack_float, pack_linear, pack_nibbles
 from bedplate.quantize.recipe import EIGHT_BIT, FLOAT, Scheme
@@ -43,6 +46,14 @@ def test_nibbles_hold_every_code(codes: NDArray[np.int8], low_first: bool) -> No
     first, second = (packed & 15, packed >> 4) if low_first else (packed >> 4, packed & 15)
     unpacked = np.stack([first, second], axis=-1).reshape(codes.shape).astype(np.int16) - 8
     np.testing.assert_array_equal(unpacked, codes)
+
+
+def test_the_rotation_keeps_its_bytes() -> None:
+    """A zero of another sign computes the same, and would be another constant than in older bundles."""
+    spec = replace(SPEC, head_dim=4)
+    rotation = np.frombuffer(fixed_constants(spec, 1)["rope.rotation"].data, np.float32).reshape(4, 4)
+    expected = np.array([[0, 0, -1, -0.0], [0, 0, -0.0, -1], [1, 0, 0, 0], [0, 1, 0, 0]], np.float32)
+    assert rotation.tobytes() == expected.tobytes()
 
 
 def test_nibbles_literally() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,6 +160,44 @@ def test_rows_of_zeros_ties_and_extremes_equal_torchao_bit_for_bit() -> None:
         [1.0, tiny, -1.0, 1e-30],
     ]
     equals_torchao(np.array(rows, np.float32))
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-38, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("scheme", [one for one in SCHEMES if one.method == "plain"], ids=str)
+def test_plain_scales_equal_torchao_bit_for_bit(scheme: Scheme, scale: float) -> None:
+    weight = heavy_tailed(24, 128) * scale
+    weight[3] = 0
+    kind = torch.int4 if scheme.bits == 4 else torch.int8  # type: ignore[attr-defined]
+    block, given = (1, scheme.group_size or 128), {}
+    expected = IntxUnpackedToInt8Tensor.from_hp(weight, block, kind)
+    if scheme.group_size is not None:  # the codes are those of the rounded scale
+        rounded = expected.scale.to(torch.bfloat16).float()
+        given = {"custom_scale": rounded, "custom_zero_point": torch.zeros_like(rounded, dtype=torch.int8)}
+        expected = IntxUnpackedToInt8Tensor.from_hp(
+            weight, block, kind, intx_choose_qparams_algorithm=None, **given
+        )
+    quantized = quantize_weight(weight, scheme)
+    assert torch.equal(quantized.codes, expected.qdata)
+    assert torch.equal(quantized.scales, expected.scale.reshape(24, -1))
+
+
+def test_what_quantizes_imports_neither_torchao_nor_the_compiler_of_torch() -> None:
+    """Each takes longer to import than torch."""
+    script = """
+import sys
+from small_spec import SPEC
+from bedplate.model.checkpoint import expected_model
+from bedplate.quantize.correction import quantize_corrected
+from bedplate.quantize.plan import plan
+from bedplate.quantize.recipe import make_recipe
+recipe = make_recipe("8da4w")
+plan(expected_model(SPEC, recipe.corrections(SPEC)), recipe)
+print({"torchao", "torch._dynamo"} & sys.modules.keys())
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout == "set()\n"
 
 
 def test_a_single_column() -> None:

@@ -57,6 +57,28 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
         open_backend(file)
 
 
+def test_a_tokenizer_is_opened_when_text_is_first_encoded(toy_bundle: Bundle, tmp_path: Path) -> None:
+    """If it cannot be read, token ids still work."""
+    copy = Path(shutil.copytree(toy_bundle.path, tmp_path / "copy.bundle"))
+    whole = (copy / "tokenizer.json").read_bytes()
+    (copy / "tokenizer.json").write_bytes(b"?" * len(whole))
+    with Engine(Bundle.open(copy, check=False)) as engine:
+        session = engine.session()
+        for use in (
+            lambda: engine.tokenizer.encode("a"),
+            lambda: engine.tokenizer_of("all").decode([1]),
+            lambda: session.generate("a", max_tokens=1),
+        ):
+            with pytest.raises(
+                RunError, match=r"tokenizer\.json: not a tokenizer.*\nhint: build the bundle again"
+            ):
+                use()
+        assert session.tokens == () and engine.memory().foundation == 0
+        session.step([5])
+        (copy / "tokenizer.json").write_bytes(whole)
+        session.generate("a", max_tokens=1)
+
+
 def test_text_goes_there_and_back(toy_bundle: Bundle) -> None:
     bundled = Tokenizer.of_bundle(toy_bundle)
     assert bundled.decode(bundled.encode("hé, 世界\n")) == "hé, 世界\n"

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bedplate.assemble.report import Reporter, load_torch
+from bedplate.assemble.report import Reporter, load_torch, load_torchao
 from bedplate.assemble.templates import Templates
+from bedplate.background import Background
 from bedplate.bundle import files, manifest
 from bedplate.bundle.ptd import write_ptd
 from bedplate.bundle.store import Bundle, BundleFacts, check_free, create_bundle
@@ -77,7 +78,8 @@ def build_bundle(
     max_context = _context(max_context, checkpoint.spec.max_positions, model)
     # Known, and refused where need be, before anything is measured or compiled.
     named = expected_model(checkpoint.spec)
-    plan(named, recipe)
+    if any(scheme.method == "hqq" for scheme in plan(named, recipe).values()):
+        load_torchao(reporter)
     measured = _measure(checkpoint, tokenizer, recipe.for_adapter("none"), goal, calibration, reporter)
     structure = Structure(
         spec=checkpoint.spec,
@@ -91,6 +93,7 @@ def build_bundle(
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
 
     def write(folder: Path) -> BundleFacts:
+        source = Background(partial(fingerprint, checkpoint))
         template = templates.get(structure) if programs else None
         packed = _foundation(checkpoint, structure, schemes, measured.statistics, reporter)
         constants = write_ptd(folder / manifest.FOUNDATION, joined(packed, together))
@@ -106,7 +109,7 @@ def build_bundle(
                 **checkpoint.spec.to_dict(),
                 "max_context": max_context,
                 "max_chunk": structure.max_chunk,
-                "fingerprint": fingerprint(checkpoint),
+                "fingerprint": source.result(),
             },
             recipe=structure.recipe.to_dict(),
             bos_id=tokenizer.bos_id,

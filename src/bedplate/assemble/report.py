@@ -32,8 +32,13 @@ SILENT: Reporter = Silent()
 
 
 def load_torch(reporter: Reporter) -> None:
-    """Import torch and torchao, which quantize. UnsupportedError: they are not installed."""
-    _load(("torch", "torchao"), "import torch", reporter)
+    """Import torch, which quantizes. UnsupportedError: it is not installed."""
+    _load(("torch",), "import torch", reporter)
+
+
+def load_torchao(reporter: Reporter) -> None:
+    """Import torchao, which finds the scales of `hqq`. UnsupportedError: it is not installed."""
+    _load(("torch", "torchao"), "import torchao", reporter)
 
 
 def load_exporter(reporter: Reporter) -> None:

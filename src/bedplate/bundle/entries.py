@@ -73,7 +73,11 @@ class AdapterEntry:
 
     @functools.cached_property
     def info(self) -> AdapterInfo:
-        """The content of `adapter.json`. It is long and is read when first used: running an adapter does not need it.
+        """The content of `adapter.json`, read when it is first used. BundleError: see `read_info`."""
+        return self.read_info()
+
+    def read_info(self) -> AdapterInfo:
+        """The content of `adapter.json`, which is long and is not kept.
 
         BundleError: it is damaged, or describes another adapter, or one that was packed against another foundation.
         """

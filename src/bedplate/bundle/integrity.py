@@ -8,15 +8,14 @@ from pathlib import Path
 from bedplate.bundle import files
 from bedplate.bundle.manifest import ADAPTERS, FileInfo, Manifest
 from bedplate.errors import BundleError
+from bedplate.hashing import sha256_file
 
 
 def measure(folder: Path) -> dict[str, FileInfo]:
     """Size and SHA-256 of every file below `folder` but the lock, by relative path."""
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != files.LOCK)
     return {
-        path.relative_to(folder).as_posix(): FileInfo(
-            size=path.stat().st_size, sha256=files.sha256_file(path)
-        )
+        path.relative_to(folder).as_posix(): FileInfo(size=path.stat().st_size, sha256=sha256_file(path))
         for path in found
     }
 
@@ -51,7 +50,7 @@ def _problem(path: Path, info: FileInfo, hashes: bool) -> str | None:
     size = path.stat().st_size
     if size != info.size:
         return f"it has {size} bytes, not {info.size}: cut short or overwritten"
-    if hashes and files.sha256_file(path) != info.sha256:
+    if hashes and sha256_file(path) != info.sha256:
         return "its SHA-256 is not the one in bundle.json: it was changed or is damaged"
     return None
 

@@ -7,7 +7,6 @@ anywhere is found.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from bedplate.bundle import strict_json
 from bedplate.errors import BundleError
+from bedplate.hashing import sha256_of_few
 
 VERSION = 3
 MANIFEST = "bundle.json"
@@ -181,7 +181,7 @@ def load(kind: type[_T], data: bytes, where: str) -> _T:
 
 
 def _digest(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(strict_json.dump(fields)).hexdigest()
+    return sha256_of_few(strict_json.dump(fields))
 
 
 def _check(manifest: Manifest, where: str) -> None:

@@ -22,7 +22,6 @@ offset.)
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -132,7 +131,9 @@ class _Draft:
 
     def _number(self, data: NDArray[np.uint8], spool: IO[bytes]) -> int:
         """The segment that holds `data`, appended to the spool if it is new."""
-        digest = hashlib.sha256(data.data).digest()
+        from hashlib import sha256  # see hashing.py: whoever only reads does without
+
+        digest = sha256(data.data).digest()
         if digest not in self._by_digest:
             start = _aligned(self._end())
             spool.write(bytes(start - self._end()))

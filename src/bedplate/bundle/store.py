@@ -8,7 +8,6 @@ that `bundle.json` does not list. Nobody reads that one, and the next adapter of
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
@@ -23,6 +22,7 @@ from bedplate.errors import (
     NameTakenError,
     NotFoundError,
 )
+from bedplate.hashing import sha256_of_few
 
 __all__ = [
     "AdapterEntry",
@@ -75,7 +75,7 @@ class Bundle:
         """The content of `foundation.json`. BundleError: it is not the file that the manifest lists."""
         path = self.path / manifest.FOUNDATION_INFO
         data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != self.manifest.files[manifest.FOUNDATION_INFO].sha256:
+        if sha256_of_few(data) != self.manifest.files[manifest.FOUNDATION_INFO].sha256:
             hint = "the bundle was replaced or damaged: run bedplate verify BUNDLE, and open it again"
             raise BundleError("its SHA-256 is not the one in bundle.json", where=path, hint=hint)
         return manifest.load(FoundationInfo, data, str(path))
@@ -324,7 +324,7 @@ def _read(path: Path, data: bytes, check: bool) -> tuple[Manifest, dict[str, Ada
         adapters[name] = AdapterEntry.of(name, path / manifest.ADAPTERS / name, foundation, record)
         check_foundation(adapters[name], record.foundation, adapters[name].folder / manifest.ADAPTER_INFO)
         if check:
-            _ = adapters[name].info
+            adapters[name].read_info()
     return document, adapters
 
 

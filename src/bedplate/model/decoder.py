@@ -245,7 +245,7 @@ class Decoder(nn.Module):
         if unknown := sorted((set(ranks) | set(corrections)) - set(linear_shapes(spec))):
             raise ValueError(f"no such linears: {unknown}")
         self.spec, self.max_context, self.corrections = spec, max_context, dict(corrections)
-        self.embed_tokens: nn.Module = nn.Embedding(spec.vocab_size, spec.dim, device=device)
+        self.embed_tokens: nn.Module = _embedding(spec.vocab_size, spec.dim, device)
         self.rope = Rope(spec.ropes, spec.head_dim, max_context)
         growth = spec.query_growth
         # Within the original positions the factor is 1.
@@ -305,6 +305,13 @@ def no_stock_attention(spec: ModelSpec, layer: LayerSpec, max_context: int) -> s
 def register_operators() -> None:
     """Make torch know `llama::update_cache` and `llama::custom_sdpa`, which takes seconds."""
     import_module("executorch.extension.llm.custom_ops.custom_ops")
+
+
+def _embedding(rows: int, columns: int, device: str | None) -> nn.Module:
+    if device != "meta":
+        return nn.Embedding(rows, columns, device=device)
+    # Without random values: those, too, would import torch's compiler.
+    return nn.Embedding(rows, columns, _weight=torch.empty(rows, columns, device=device))
 
 
 def _linear(

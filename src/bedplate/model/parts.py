@@ -63,9 +63,8 @@ class Rope(nn.Module):
             self.register_buffer(f"sin_{number}", sin, persistent=False)
         self.count = len(tables)
         half = head_dim // 2
-        rotation = torch.zeros(head_dim, head_dim)
-        rotation[:half, half:] = -torch.eye(half)
-        rotation[half:, :half] = torch.eye(half)
+        rotation, one = torch.zeros(head_dim, head_dim, device="cpu"), torch.eye(half, device="cpu")
+        rotation[:half, half:], rotation[half:, :half] = -one, one
         self.register_buffer("rotation", rotation, persistent=False)
 
     def at(self, pos: int, length: int) -> list[tuple[Tensor, Tensor]]:
@@ -89,8 +88,9 @@ def rope_table(table: RopeTable, max_context: int, *, length: int | None = None)
     """
     long = table.long
     is_long = long is not None and (max_context if length is None else length) > long.above
-    inv_freq = torch.tensor(long.frequencies if long and is_long else table.frequencies)
-    angles = torch.arange(max_context).float()[:, None] * inv_freq[None, :]
+    # Also for a model of shapes alone: for arithmetic on "meta", torch imports its compiler, which takes a second.
+    inv_freq = torch.tensor(long.frequencies if long and is_long else table.frequencies, device="cpu")
+    angles = torch.arange(max_context, device="cpu").float()[:, None] * inv_freq[None, :]
     scale = torch.where(inv_freq == 0, 1.0, table.scale)
     cos, sin = (
         torch.cat((half, half), dim=-1).view(1, max_context, 1, 2 * len(inv_freq))

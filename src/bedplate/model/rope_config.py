@@ -94,9 +94,10 @@ def read_rope(
     """
     name = "rope_scaling" if config.section("rope_scaling") else "rope_parameters"
     values = {**config.section(name)}
-    for field in ("rope_theta", "partial_rotary_factor"):
-        if values.get(field) is None:
-            values[field] = config.get(field)
+    if values.get("rope_theta") is None and config.get("rope_theta") is not None:
+        values["rope_theta"] = config.number("rope_theta")
+    if values.get("partial_rotary_factor") is None:
+        values["partial_rotary_factor"] = config.get("partial_rotary_factor")
     original = config.get("original_max_position_embeddings")
     if original is not None:
         values["original_max_position_embeddings"] = original

@@ -1,4 +1,7 @@
-"""One float tensor → integer codes and scales, by torchao."""
+"""One float tensor → integer codes and scales: as torchao's, bit for bit (a test holds that).
+
+torchao itself is imported for `hqq` alone: it takes longer to import than torch.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchao.quantization import IntxUnpackedToInt8Tensor
-from torchao.quantization.quantize_.workflows.intx.intx_choose_qparams_algorithm import (
-    IntxChooseQParamsAlgorithm,
-)
 
 from bedplate.errors import RecipeError
 from bedplate.quantize.recipe import Scheme
 
-_ALGORITHMS = {
-    "plain": IntxChooseQParamsAlgorithm.AFFINE,
-    "hqq": IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY,
-}
-
-_BLOCK_NUMBERS = 1 << 18
+_BLOCK_NUMBERS = 1 << 17
 # Shares of a group's range that its codes may cover: cutting the ends off makes the steps between finer.
 _RANGES = (1.0, 0.94, 0.88, 0.82, 0.76)
 
@@ -88,67 +82,89 @@ def _offset_block(
     weight: Tensor, group_size: int, importance: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups = weight.reshape(len(weight), -1, group_size)
-    weights = torch.ones(groups.shape[1:])
+    weights = None
     if importance is not None:
         weights = importance.clamp_min(importance.mean() * 1e-6).view(groups.shape[1:])
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    code, scale, offset = torch.zeros_like(groups), torch.zeros_like(low), torch.zeros_like(low)
-    least = torch.full_like(low, torch.inf)
-    for share in _RANGES:
-        found = _cover(groups, weights, (high + low) / 2, (high - low) / 2 * share)
-        error = ((groups - found[0] * found[1] - found[2]).square() * weights).sum(-1, keepdim=True)
+    covers = (_cover(groups, weights, (high + low) / 2, (high - low) / 2 * share) for share in _RANGES)
+    *best, least = next(covers)
+    for *found, error in covers:
         better = error < least
-        code, scale, offset = (
-            torch.where(better, new, old) for new, old in zip(found, (code, scale, offset), strict=True)
-        )
+        best = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
         least = torch.where(better, error, least)
-    return code.to(torch.int8).view(weight.shape), scale.squeeze(-1), offset.squeeze(-1)
+    start, scale, offset = best
+    codes = _codes(groups, start, scale).to(torch.int8)
+    return codes.view(weight.shape), scale.squeeze(-1), offset.squeeze(-1)
 
 
-def _cover(groups: Tensor, weights: Tensor, middle: Tensor, half: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes that cover middle ± half from end to end, their scales, and the offsets of least error for them."""
+def _cover(
+    groups: Tensor, weights: Tensor | None, middle: Tensor, half: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of codes that cover middle ± half from end to end: what code 0 stands for as they are chosen, their scales, the
+    offsets of least error, and this error. weights: of the columns; None: all are 1.
+    """
     scale = (half / 7.5).clamp_min(torch.finfo(torch.float32).tiny * 16).to(torch.bfloat16).float()
-    offset = middle + scale / 2  # code -8 lies at the lower end, code 7 at the upper
-    code = ((groups - offset) / scale).round().clamp(-8, 7)
-    left = ((groups - code * scale - offset) * weights).sum(-1, keepdim=True)
-    return code, scale, offset + left / weights.sum(-1, keepdim=True)
+    start = middle + scale / 2  # code -8 lies at the lower end, code 7 at the upper
+    left = groups - _codes(groups, start, scale).mul_(scale)
+    missed = left - start
+    if weights is None:
+        offset = start + missed.sum(-1, keepdim=True) / groups.shape[-1]
+        return start, scale, offset, left.sub_(offset).square_().sum(-1, keepdim=True)
+    offset = start + missed.mul_(weights).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
+    return start, scale, offset, left.sub_(offset).square_().mul_(weights).sum(-1, keepdim=True)
+
+
+def _codes(groups: Tensor, start: Tensor, scale: Tensor) -> Tensor:
+    return (groups - start).div_(scale).round_().clamp_(-8, 7)
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Slices of rows that together make the matrix, each of some 2^18 numbers."""
+    """Slices of rows that together make the matrix, each of some 2^17 numbers."""
     step = max(1, _BLOCK_NUMBERS // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step)
 
 
 def _quantize_block(weight: Tensor, scheme: Scheme, group_size: int) -> tuple[Tensor, Tensor]:
+    low, high = (-8, 7) if scheme.bits == 4 else (-128, 127)
+    groups = weight.reshape(len(weight), -1, group_size)
+    if scheme.bits == 4 and scheme.method == "hqq":
+        codes, scale = _hqq(weight, group_size)
+    else:
+        scale = (groups.abs().amax(-1) / ((high - low) / 2)).clamp_min(torch.finfo(torch.float32).tiny)
+        codes = None
+    if scheme.group_size is not None:
+        # XNNPACK keeps the scale of a group as bfloat16: round it, and choose the codes for the rounded scale.
+        scale, codes = scale.to(torch.bfloat16).float(), None
+    if codes is None:
+        codes = (groups * (1.0 / scale.unsqueeze(-1))).round_().clamp_(low, high).to(torch.int8)
+    return codes.view(weight.shape), scale
+
+
+def _hqq(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Codes of 4 bits and their scales, by torchao. RecipeError: it finds no scale."""
+    from bedplate.quiet import import_modules
+
+    import_modules(("torchao",))
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+    from torchao.quantization.quantize_.workflows.intx.intx_choose_qparams_algorithm import (
+        IntxChooseQParamsAlgorithm,
+    )
+
     if (
         group_size == 1
-    ):  # torchao would take one scale for the whole matrix: a zero beside each number changes nothing
-        with_zeros = torch.stack((weight, torch.zeros_like(weight)), dim=-1).flatten(1)
-        codes, scales = _quantize_block(with_zeros, scheme, 2)
-        return codes[:, ::2], scales
-    four, eight = torch.int4, torch.int8  # type: ignore[attr-defined]  # torch's stubs lack int4
-    target = four if scheme.bits == 4 else eight
-    method = scheme.method if scheme.bits == 4 else "plain"
+    ):  # torchao would take one scale for all of it. A zero beside each number changes nothing
+        weight = torch.stack((weight, torch.zeros_like(weight)), dim=-1).flatten(1)
     quantized = IntxUnpackedToInt8Tensor.from_hp(
-        weight, (1, group_size), target, intx_choose_qparams_algorithm=_ALGORITHMS[method]
+        weight,
+        (1, max(group_size, 2)),
+        torch.int4,  # type: ignore[attr-defined]  # torch's stubs lack it
+        intx_choose_qparams_algorithm=IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY,
     )
     if not torch.isfinite(quantized.scale).all():
         raise RecipeError(
-            f"{method} finds no scale for values as large as {weight.abs().max():.3g}",
+            f"hqq finds no scale for values as large as {weight.abs().max():.3g}",
             hint="check the weights; if they are right, use the method plain",
         )
-    if scheme.group_size is not None:
-        # XNNPACK keeps the scale of a group as bfloat16: round it, and choose the codes for the rounded scale.
-        scale = quantized.scale.to(torch.bfloat16).to(weight.dtype)
-        quantized = IntxUnpackedToInt8Tensor.from_hp(
-            weight,
-            (1, group_size),
-            target,
-            intx_choose_qparams_algorithm=None,
-            custom_scale=scale,
-            custom_zero_point=torch.zeros_like(scale, dtype=torch.int8),
-        )
-    assert not quantized.zero_point.any(), "symmetric quantization has no zero points"
-    return quantized.qdata, quantized.scale.reshape(weight.shape[0], -1)
+    codes = quantized.qdata[:, ::2] if group_size == 1 else quantized.qdata
+    return codes, quantized.scale.reshape(len(weight), -1)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from bedplate.errors import CheckpointError, UnsupportedError
 from bedplate.model.fields import Fields, shown
 from bedplate.model.rope_config import MOST_POSITIONS, Rope, Rules, read_rope
-from bedplate.spec import LayerSpec, ModelSpec, NormPlace
+from bedplate.spec import LayerSpec, ModelSpec, NormPlace, RopeTable
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 NEVER = "use a model without this field: bedplate never ignores what changes the result"
@@ -114,12 +114,7 @@ def decoder(
         rope = read_rope(
             config, set(kinds), head_dim=head_dim, max_positions=max_positions, rules=family.rope
         )
-    used = dict.fromkeys(kinds)
-    tables = tuple(dict.fromkeys(rope.tables[kind] for kind in used))
-    layer_of = {
-        kind: LayerSpec(rope=tables.index(rope.tables[kind]), window=_window(config, kind, max_positions))
-        for kind in used
-    }
+    ropes, layers = _layers(config, kinds, rope, max_positions)
     return ModelSpec(
         model_type=family.model_type,
         architecture=family.architecture,
@@ -132,8 +127,8 @@ def decoder(
         max_positions=max_positions,
         tied_head=config.flag("tie_word_embeddings"),
         rotary=rope.rows,
-        ropes=tables,
-        layers=tuple(layer_of[kind] for kind in kinds),
+        ropes=ropes,
+        layers=layers,
         norm="rms",
         norm_eps=_eps(config, eps),
         norm_bias=False,
@@ -153,6 +148,19 @@ def decoder(
         logit_cap=None,
         query_growth=None,
     )
+
+
+def _layers(
+    config: Fields, kinds: Sequence[str], rope: Rope, max_positions: int
+) -> tuple[tuple[RopeTable, ...], tuple[LayerSpec, ...]]:
+    """The rotary embeddings that layers of these kinds use, and the layers."""
+    used = dict.fromkeys(kinds)
+    tables = tuple(dict.fromkeys(rope.tables[kind] for kind in used))
+    layer_of = {
+        kind: LayerSpec(rope=tables.index(rope.tables[kind]), window=_window(config, kind, max_positions))
+        for kind in used
+    }
+    return tables, tuple(layer_of[kind] for kind in kinds)
 
 
 def width_of_heads(config: Fields) -> int:
@@ -181,7 +189,7 @@ def layer_kinds(config: Fields, slides: Callable[[int], bool], name: str = "laye
         return [SLIDING if slides(index) else FULL for index in range(n_layers)]
     if not isinstance(given, list) or len(given) != n_layers:
         raise config.wrong(name, f"a list of kinds, as many as num_hidden_layers = {n_layers}")
-    kinds = ["full_attention" if kind == "attention" else kind for kind in given]
+    kinds = [FULL if kind == "attention" else kind for kind in given]
     for kind in kinds:
         if kind not in (FULL, SLIDING):
             raise UnsupportedError(

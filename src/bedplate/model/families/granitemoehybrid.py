@@ -16,9 +16,12 @@ _HINT = "only models whose layers all have attention, and that have no experts, 
 def _read(config: Fields) -> ModelSpec:
     config.only("num_local_experts", 0, hint=_HINT)
     name = "layers_block_type" if "layers_block_type" in config.values else "layer_types"
+    n_layers = config.count("num_hidden_layers")
     if config.get(name) is None:
         raise UnsupportedError(
-            f"{name} is missing: all layers are Mamba layers", where=config.where, hint=_HINT
+            f"without layer_types or layers_block_type, all layers (num_hidden_layers = {n_layers}) are Mamba layers",
+            where=config.where,
+            hint=_HINT,
         )
     if set(layer_kinds(config, lambda index: False, name)) != {FULL}:
         raise config.wrong(name, f"a list of {FULL}")
