@@ -23,7 +23,7 @@ from bedplate.model.config import check_exists
 from bedplate.quantize.joined import joined, joined_names
 from bedplate.quantize.recipe import Goal, Recipe, Scheme
 from bedplate.runtime.weights import check_native
-from bedplate.spec import corrected_together
+from bedplate.spec import ModelSpec, corrected_together
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,6 +76,7 @@ def build_bundle(
     check_ids(tokenizer, checkpoint.spec.vocab_size, where=model)
     check_native(checkpoint.spec, model)
     max_context = _context(max_context, checkpoint.spec.max_positions, model)
+    programs = programs and _has_program(checkpoint.spec, max_context, model, reporter)
     # Known, and refused where need be, before anything is measured or compiled.
     named = expected_model(checkpoint.spec)
     if any(scheme.method == "hqq" for scheme in plan(named, recipe).values()):
@@ -119,6 +120,22 @@ def build_bundle(
         )
 
     return create_bundle(out, write, replace=force)
+
+
+def _has_program(spec: ModelSpec, max_context: int, model: Path, reporter: Reporter) -> bool:
+    """Whether there can be a program of this model. UnsupportedError: bedplate cannot compile it yet."""
+    from bedplate.compile.stock import no_stock_program, not_lowered
+
+    if reason := no_stock_program(spec, max_context):
+        reporter.notice(f"the bundle has no programs: ExecuTorch's attention cannot compute it ({reason})")
+        return False
+    if what := not_lowered(spec, max_context):
+        raise UnsupportedError(
+            f"bedplate does not compile programs of models with {what} yet",
+            where=model,
+            hint="build it with --no-programs",
+        )
+    return True
 
 
 def _context(wanted: int | None, max_positions: int, model: Path) -> int:
