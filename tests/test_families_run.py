@@ -61,7 +61,7 @@ def test_a_bundle_computes_what_transformers_does(variant: tuple[str, str], tmp_
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_few_bits_with_an_adapter(family: str, tmp_path: Path) -> None:
-    """Beside transformers and PEFT, with an adapter of all linears in 8 bits: as near as codes of so many bits allow."""
+    """Beside transformers and PEFT, with an adapter of all linears in 8 bits: as near as such codes allow."""
     sizes = {"intermediate_size": 64, "shared_intermediate_size": 64}
     model = save(tmp_path / "model", family, **sizes)
     adapter = save_adapter(tmp_path / "adapter", model)
@@ -73,8 +73,8 @@ def test_in_few_bits_with_an_adapter(family: str, tmp_path: Path) -> None:
         bundle.add(adapter, name="a", quantize="8w")
         found = ((logits(bundle), base), (logits(bundle, "a"), adapted))
         off[name] = [rms(got - expected) / rms(expected) for got, expected in found]
-    # 8 bits are 16 times as fine as 4, beside inputs that have 8 bits in both. Random layers pass errors on and enlarge
-    # them, those of Gemma most: it has no norm after a layer's halves, and weights of norms up to 1.9.
+    # 8 bits are 16 times as fine as 4, beside inputs that have 8 bits in both. Random layers enlarge errors that they
+    # pass on, those of Gemma most: it has no norm after a layer's halves, and weights of norms up to 1.9.
     assert max(off["8 bits"]) < (0.25 if family == "gemma" else 0.08)
     assert all(eight < four / 2 for eight, four in zip(off["8 bits"], off["4 bits"], strict=True))
     assert off["recovered"][0] < off["4 bits"][0] < 0.7
