@@ -30,6 +30,8 @@ using Range = std::tuple<int, std::int64_t, std::int64_t>;
 using Part = std::tuple<std::int64_t, std::int64_t, int, std::int64_t, Range, Range>;
 // rank, group, unit, codes, scales: see bedplate::Offsets
 using OffsetPart = std::tuple<std::int64_t, std::int64_t, float, Range, Range>;
+// weight and bias of a norm
+using NormPart = std::tuple<std::optional<Range>, std::optional<Range>>;
 // weights and correction of one place of a layer
 using PlacePart = std::tuple<std::vector<std::shared_ptr<Matrix>>, std::shared_ptr<Branch>>;
 // token, position, session, adapter, scale, whether its logits are wanted
@@ -53,6 +55,22 @@ std::vector<float> floats(const Range& range) {
     std::vector<float> values(static_cast<std::size_t>(from.size / 4));
     from.read(0, from.size, values.data());
     return values;
+}
+
+std::vector<float> floats(const std::optional<Range>& range) {
+    return range ? floats(*range) : std::vector<float>();
+}
+
+Norm norm(const NormPart& part) {
+    const auto& [weight, bias] = part;
+    return {floats(weight), floats(bias)};
+}
+
+Activation activation_of(const std::string& name) {
+    if (name == "silu") return Activation::kSilu;
+    if (name == "gelu_tanh") return Activation::kGelu;
+    require(name == "relu2", "an activation that is not known");
+    return Activation::kRelu2;
 }
 
 std::shared_ptr<Matrix> make_matrix(const std::vector<Part>& parts,
@@ -138,24 +156,46 @@ void bind_weights(nb::module_& m) {
         .def(nb::new_(&make_adapter), "layers"_a, "readers"_a)
         .def_prop_ro("nbytes", &Adapter::bytes);
     nb::class_<Layer>(m, "Layer")
-        .def(nb::new_([](const Range& attention_norm, const Range& mlp_norm,
+        .def(nb::new_([](const std::vector<NormPart>& norms,
+                         const std::vector<std::optional<Range>>& head_norms, int rope, std::int64_t window,
                          const std::vector<PlacePart>& places) {
                  auto layer = std::make_shared<Layer>();
-                 layer->attention_norm = floats(attention_norm);
-                 layer->mlp_norm = floats(mlp_norm);
+                 require(norms.size() == 4 && head_norms.size() == 2,
+                         "a layer has four norms, and two of heads");
+                 layer->attention_norm = norm(norms[0]);
+                 layer->attention_output_norm = norm(norms[1]);
+                 layer->mlp_norm = norm(norms[2]);
+                 layer->mlp_output_norm = norm(norms[3]);
+                 layer->q_norm = floats(head_norms[0]);
+                 layer->k_norm = floats(head_norms[1]);
+                 layer->rope = rope;
+                 layer->window = window;
                  fill_places(*layer, places);
                  return layer;
              }),
-             "attention_norm"_a, "mlp_norm"_a, "places"_a);
+             "norms"_a, "head_norms"_a, "rope"_a, "window"_a, "places"_a);
+    nb::class_<Rules>(m, "Rules")
+        .def(nb::new_([](bool layer_norm, float norm_eps, bool parallel, const std::string& activation,
+                         bool gated, float embedding_scale, float residual_scale, float attention_scale,
+                         float logit_scale, float score_cap, float logit_cap, float query_growth,
+                         std::int64_t growth_positions) {
+                 return std::make_shared<Rules>(Rules{layer_norm, norm_eps, parallel,
+                                                      activation_of(activation), gated, embedding_scale,
+                                                      residual_scale, attention_scale, logit_scale, score_cap,
+                                                      logit_cap, query_growth, growth_positions});
+             }),
+             nb::kw_only(), "layer_norm"_a, "norm_eps"_a, "parallel"_a, "activation"_a, "gated"_a,
+             "embedding_scale"_a, "residual_scale"_a, "attention_scale"_a, "logit_scale"_a, "score_cap"_a,
+             "logit_cap"_a, "query_growth"_a, "growth_positions"_a);
 }
 
 void bind_decoder(nb::module_& m) {
     nb::class_<Kv>(m, "Kv").def_prop_ro("nbytes", &Kv::bytes);
     nb::class_<Decoder>(m, "Decoder")
         .def(nb::new_([](std::int64_t dim, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
-                         std::int64_t hidden, std::int64_t vocab, std::int64_t max_positions, float norm_eps,
-                         const std::vector<float>& inverse_frequencies, std::shared_ptr<Table> embedding,
-                         std::shared_ptr<Matrix> head, const Range& norm,
+                         std::int64_t hidden, std::int64_t vocab, std::int64_t max_positions,
+                         const Rules& rules, const std::vector<std::tuple<std::vector<float>, float>>& ropes,
+                         std::shared_ptr<Table> embedding, std::shared_ptr<Matrix> head, const NormPart& last,
                          const std::vector<std::shared_ptr<Layer>>& layers, int threads, int readers) {
                  Model model{dim,
                              heads,
@@ -164,12 +204,13 @@ void bind_decoder(nb::module_& m) {
                              hidden,
                              vocab,
                              max_positions,
-                             norm_eps,
-                             inverse_frequencies,
+                             rules,
+                             {},
                              std::move(embedding),
                              std::move(head),
-                             floats(norm),
+                             norm(last),
                              {}};
+                 for (const auto& [frequencies, scale] : ropes) model.ropes.push_back({frequencies, scale});
                  for (const auto& layer : layers) {
                      require(layer != nullptr, "a layer that is none");
                      model.layers.push_back(*layer);
@@ -180,8 +221,8 @@ void bind_decoder(nb::module_& m) {
                  read(model, readers);
                  return std::make_shared<Decoder>(std::move(model), threads);
              }),
-             "dim"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "hidden"_a, "vocab"_a, "max_positions"_a,
-             "norm_eps"_a, "inverse_frequencies"_a, "embedding"_a.none(), "head"_a, "norm"_a, "layers"_a,
+             nb::kw_only(), "dim"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "hidden"_a, "vocab"_a,
+             "max_positions"_a, "rules"_a, "ropes"_a, "embedding"_a.none(), "head"_a, "norm"_a, "layers"_a,
              "threads"_a, "readers"_a)
         .def(
             "kv", [](const Decoder& self, bool half) { return std::make_shared<Kv>(self.kv_shape(half)); },

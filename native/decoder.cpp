@@ -40,12 +40,23 @@ void InputRows::quantize(const Kernels& kernels, const Inputs& view, std::int64_
                      codes.data() + place * kGroup, groups.data() + place);
 }
 
+void Turns::reach(const Rope& rope, std::int64_t positions) {
+    const auto half = static_cast<std::int64_t>(rope.frequencies.size());
+    for (auto position = static_cast<std::int64_t>(cos.size()) / half; position < positions; ++position)
+        for (const float frequency : rope.frequencies) {
+            const float angle = static_cast<float>(position) * frequency;
+            cos.push_back(frequency == 0 ? 1.0f : std::cos(angle) * rope.scale);
+            sin.push_back(frequency == 0 ? 0.0f : std::sin(angle) * rope.scale);
+        }
+}
+
 Decoder::Decoder(Model model, int threads)
     : model_(std::move(model)),
       kernels_(current_kernels()),
       team_(threads),
       own_(static_cast<std::size_t>(threads)) {
     complete(model_);
+    turns_.resize(model_.ropes.size());
 }
 
 void Decoder::step(const std::vector<Row>& rows, float* logits) {
@@ -98,13 +109,7 @@ void Decoder::prepare(const std::vector<Row>& rows, float* logits) {
     logits_ = logits;
     make_room(last);
 
-    const std::int64_t half = model_.head_dim / 2;
-    for (auto position = static_cast<std::int64_t>(cos_.size()) / half; position <= last; ++position)
-        for (const float frequency : model_.inverse_frequencies) {
-            const float angle = static_cast<float>(position) * frequency;
-            cos_.push_back(std::cos(angle));
-            sin_.push_back(std::sin(angle));
-        }
+    for (std::size_t i = 0; i < turns_.size(); ++i) turns_[i].reach(model_.ropes[i], last + 1);
 }
 
 // For the rows of a step, of which the last position is `last`.
@@ -128,11 +133,14 @@ void Decoder::make_room(std::int64_t last) {
     for (auto& own : own_) {
         own.inputs.fit(1, columns);
         at_least(own.inputs.floats, columns);
+        if (!model_.direct && alone()) at_least(own.x, model_.stride);
     }
     at_least(corrected_, count * ranks_);
     at_least(adapted_, count * ranks_);
     at_least(x_, count * model_.stride);
     at_least(out_, count * width);
+    if (!model_.direct) at_least(given_, count * model_.stride);
+    if (model_.rules.parallel) at_least(mlp_, count * width);
 
     most_blocks_ = last / kPositions + 1;
     split_ = count * model_.kv_heads < 2 * threads() && most_blocks_ > 1;
@@ -199,58 +207,103 @@ void Decoder::work(int thread) {
 }
 
 void Decoder::embed(int thread) {
-    const Range some = mine(thread, rows());
+    const Range some = residual(thread) == x_.data() ? mine(thread, rows()) : my_rows(thread);
+    const float factor = model_.rules.embedding_scale;
     for (std::int64_t i = some.begin; i < some.end; ++i) {
-        float* x = x_.data() + i * model_.stride;
+        float* x = residual(thread) + i * model_.stride;
         if (model_.embedding != nullptr)
             model_.embedding->read_row(row(i).token, x);
         else
             model_.head->read_row(row(i).token, x);
+        if (factor != 1) kernels_.scale(factor, 0, model_.dim, x);
     }
 }
 
 void Decoder::layer(int thread, std::int64_t index) {
     const Layer& layer = model_.layers[static_cast<std::size_t>(index)];
-    const auto width = [&](Place place) { return layer.places[place].width; };
-
-    apply(thread, index, kAttentionIn, norm(thread, layer.attention_norm),
-          {out_.data(), width(kAttentionIn), false});
+    Inputs read = norm(thread, layer.attention_norm), hidden{};
+    apply(thread, index, kAttentionIn, read, {out_.data(), layer.places[kAttentionIn].width, false});
     team_.meet(thread);
+    if (model_.rules.parallel) {  // before attention takes the place of what both read
+        hidden = mlp_in(thread, index, read);
+        team_.meet(thread);
+    }
+    norm_whole(thread, layer);
     attend(thread, index);
     team_.meet(thread);
-    apply(thread, index, kAttentionOut, attended(thread), {x_.data(), model_.stride, true});
+    apply(thread, index, kAttentionOut, attended(thread, index), given());
     team_.meet(thread);
+    add(thread, layer.attention_output_norm);
 
-    const Shares blocks =
-        apply(thread, index, kMlpIn, norm(thread, layer.mlp_norm), {out_.data(), width(kMlpIn), false});
-    const Inputs hidden = gate(layer.places[kMlpIn], blocks[0]);
+    if (!model_.rules.parallel) {
+        hidden = mlp_in(thread, index, norm(thread, layer.mlp_norm));
+        team_.meet(thread);
+    }
+    apply(thread, index, kMlpOut, hidden, given());
     team_.meet(thread);
-    apply(thread, index, kMlpOut, hidden, {x_.data(), model_.stride, true});
-    team_.meet(thread);
+    add(thread, layer.mlp_output_norm);
 }
 
-// The normed rows as inputs, all of them.
-Inputs Decoder::norm(int thread, const std::vector<float>& weight) {
-    InputRows& to = prepared(thread);
-    const std::int64_t dim = model_.dim;
-    const Inputs inputs = to.view(to.floats.data(), dim, rows(), dim);
+// The residual that a thread reads: of a single row each has its own, if they do more than add to it.
+float* Decoder::residual(int thread) {
+    return alone() && !model_.direct ? own_[static_cast<std::size_t>(thread)].x.data() : x_.data();
+}
+
+// Where attention and the MLP write what they give.
+Decoder::Outputs Decoder::given() {
+    return {model_.direct ? x_.data() : given_.data(), model_.stride, model_.direct};
+}
+
+// x += residual_scale · norm(what was given), unless it is there already.
+void Decoder::add(int thread, const Norm& norm) {
+    if (model_.direct) return;
+    float* const normed = own_[static_cast<std::size_t>(thread)].inputs.floats.data();
     const Range some = my_rows(thread);
     for (std::int64_t i = some.begin; i < some.end; ++i) {
-        kernels_.rms_norm(x_.data() + i * model_.stride, weight.data(), model_.norm_eps, dim,
-                          to.floats.data() + i * dim);
+        const float* y = given_.data() + i * model_.stride;
+        if (!norm.weight.empty()) y = normalize(norm, y, normed);
+        kernels_.add(y, model_.rules.residual_scale, model_.dim, residual(thread) + i * model_.stride);
+    }
+}
+
+// Writes the norm of x to y, and returns y.
+const float* Decoder::normalize(const Norm& norm, const float* x, float* y) const {
+    const float eps = model_.rules.norm_eps;
+    if (model_.rules.layer_norm)
+        kernels_.layer_norm(x, norm.weight.data(), norm.bias.empty() ? nullptr : norm.bias.data(), eps,
+                            model_.dim, y);
+    else
+        kernels_.rms_norm(x, norm.weight.data(), eps, model_.dim, y);
+    return y;
+}
+
+// The normed rows as inputs, all of them; a norm without weights leaves the residual as it is.
+Inputs Decoder::norm(int thread, const Norm& norm) {
+    InputRows& to = prepared(thread);
+    const std::int64_t dim = model_.dim;
+    float* const x = residual(thread);
+    const bool as_is = norm.weight.empty();
+    const Inputs inputs = to.view(as_is ? x : to.floats.data(), as_is ? model_.stride : dim, rows(), dim);
+    const Range some = my_rows(thread);
+    for (std::int64_t i = some.begin; i < some.end; ++i) {
+        if (!as_is) normalize(norm, x + i * model_.stride, to.floats.data() + i * dim);
         to.quantize(kernels_, inputs, i, {0, dim});
     }
     meet_if_shared(thread);
     return inputs;
 }
 
-// silu(gate) · up as inputs, all rows; this thread writes what the blocks come to that it has of both.
-Inputs Decoder::gate(const Linears& mlp, Range blocks) {
-    const Inputs inputs = hidden_.view(out_.data(), mlp.width, rows(), model_.hidden);
+// activation(gate) · up as inputs, all rows. A thread has the same blocks of both.
+Inputs Decoder::mlp_in(int thread, std::int64_t index, const Inputs& read) {
+    const Linears& mlp = model_.layers[static_cast<std::size_t>(index)].places[kMlpIn];
+    float* const out = (model_.rules.parallel ? mlp_ : out_).data();
+    const Range blocks = apply(thread, index, kMlpIn, read, {out, mlp.width, false})[0];
+    const Inputs inputs = hidden_.view(out, mlp.width, rows(), model_.hidden);
     const Range columns{blocks.begin * kBlock, std::min(blocks.end * kBlock, model_.hidden)};
     for (std::int64_t i = 0; i < rows() && columns.begin < columns.end; ++i) {
-        float* gates = out_.data() + i * mlp.width + columns.begin;
-        kernels_.gate(gates, gates + mlp.firsts[1], columns.end - columns.begin, gates);
+        float* x = out + i * mlp.width + columns.begin;
+        kernels_.activate(model_.rules.activation, model_.rules.gated ? x + mlp.firsts[1] : nullptr,
+                          columns.end - columns.begin, x);
         hidden_.quantize(kernels_, inputs, i, columns);
     }
     return inputs;
@@ -326,22 +379,65 @@ void Decoder::narrow(int thread, const std::vector<Part>& parts, std::int64_t bl
 // --- Attention
 
 Heads Decoder::heads(std::int64_t i) const {
-    return {model_.heads / model_.kv_heads, model_.head_dim,
-            1.0f / std::sqrt(static_cast<float>(model_.head_dim)), row(i).kv->shape().half};
+    const Rules& r = model_.rules;
+    float scale = r.attention_scale;
+    if (r.query_growth != 0)
+        scale *= 1 + r.query_growth * std::log1p(static_cast<float>(row(i).position / r.growth_positions));
+    return {model_.heads / model_.kv_heads, model_.head_dim, scale, r.score_cap, row(i).kv->shape().half};
 }
 
-void Decoder::keep(std::int64_t layer, std::int64_t i, std::int64_t head) {
-    const Linears& place = model_.layers[static_cast<std::size_t>(layer)].places[kAttentionIn];
-    const std::int64_t dim = model_.head_dim, position = row(i).position, block = position / kPositions;
-    float* out = out_.data() + i * place.width + head * dim;
-    rotate(i, out + place.firsts[1]);
+// Queries and keys that are normed all heads together.
+void Decoder::norm_whole(int thread, const Layer& layer) {
+    const std::int64_t q = model_.heads * model_.head_dim;
+    if (layer.q_norm.size() != static_cast<std::size_t>(q) || of_heads(layer)) return;
+    const Linears& place = layer.places[kAttentionIn];
+    const Range some = mine(thread, rows());
+    for (std::int64_t i = some.begin; i < some.end; ++i) {
+        float* const out = out_.data() + i * place.width;
+        const float eps = model_.rules.norm_eps;
+        kernels_.rms_norm(out, layer.q_norm.data(), eps, q, out);
+        float* const key = out + place.firsts[1];
+        kernels_.rms_norm(key, layer.k_norm.data(), eps, model_.kv_heads * model_.head_dim, key);
+    }
+    team_.meet(thread);
+}
+
+// Whether each head's queries and keys are normed on their own.
+bool Decoder::of_heads(const Layer& layer) const {
+    return layer.q_norm.size() == static_cast<std::size_t>(model_.head_dim);
+}
+
+// Norms and turns a head of a row's queries or keys, `weight` being that of the norm.
+void Decoder::prepare_head(const Layer& layer, const std::vector<float>& weight, std::int64_t i,
+                           float* x) const {
+    const std::int64_t dim = model_.head_dim;
+    if (of_heads(layer)) kernels_.rms_norm(x, weight.data(), model_.rules.norm_eps, dim, x);
+    if (layer.rope == kNoRope) return;
+    const Turns& turns = turns_[static_cast<std::size_t>(layer.rope)];
+    const std::int64_t at = row(i).position * (dim / 2);
+    kernels_.rotate(x, turns.cos.data() + at, turns.sin.data() + at, dim);
+}
+
+void Decoder::keep(std::int64_t index, std::int64_t i, std::int64_t head) {
+    const Layer& layer = model_.layers[static_cast<std::size_t>(index)];
+    const Linears& place = layer.places[kAttentionIn];
+    const std::int64_t position = row(i).position, block = position / kPositions;
+    float* out = out_.data() + i * place.width + head * model_.head_dim;
+    prepare_head(layer, layer.k_norm, i, out + place.firsts[1]);
     kernels_.keep(heads(i), out + place.firsts[1], out + place.firsts[2], position % kPositions,
-                  row(i).kv->keys(layer, head, block), row(i).kv->values(layer, head, block));
+                  row(i).kv->keys(index, head, block), row(i).kv->values(index, head, block));
 }
 
-void Decoder::rotate(std::int64_t i, float* x) const {
-    const std::int64_t at = row(i).position * (model_.head_dim / 2);
-    kernels_.rotate(x, cos_.data() + at, sin_.data() + at, model_.head_dim);
+// The positions that a row sees.
+Range Decoder::seen(std::int64_t layer, std::int64_t i) const {
+    const std::int64_t end = row(i).position + 1,
+                       window = model_.layers[static_cast<std::size_t>(layer)].window;
+    return {window == 0 ? 0 : std::max<std::int64_t>(0, end - window), end};
+}
+
+// The blocks of positions that hold these.
+Range Decoder::blocks_of(Range positions) {
+    return {positions.begin / kPositions, whole(positions.end, kPositions)};
 }
 
 void Decoder::attend(int thread, std::int64_t layer) {
@@ -354,59 +450,67 @@ void Decoder::attend(int thread, std::int64_t layer) {
     const std::int64_t parts = split_ ? most_blocks_ : 1;
     const Range tasks = mine(thread, rows() * model_.kv_heads * parts);
     for (std::int64_t pair = tasks.begin / parts; pair * parts < tasks.end; ++pair) {
-        const Range all{0, row(pair / model_.kv_heads).position / kPositions + 1};
+        const Range all = blocks_of(seen(layer, pair / model_.kv_heads));
         const Range blocks =
             split_ ? overlap({tasks.begin - pair * parts, tasks.end - pair * parts}, all) : all;
         if (blocks.begin >= blocks.end) continue;
-        const std::int64_t next = std::min((tasks.end - 1) / parts, pair + 1);
+        const std::int64_t next = std::min((tasks.end - 1) / parts, pair + 1), i = next / model_.kv_heads;
         attend(thread, layer, pair, blocks,
-               row(next / model_.kv_heads).kv->keys(layer, next % model_.kv_heads, 0));
+               row(i).kv->keys(layer, next % model_.kv_heads, blocks_of(seen(layer, i)).begin));
     }
 }
 
 // Attention of a row's kv head (`pair`) to some blocks of positions.
-void Decoder::attend(int thread, std::int64_t layer, std::int64_t pair, Range blocks, const void* then) {
-    const std::int64_t i = pair / model_.kv_heads, head = pair % model_.kv_heads, position = row(i).position;
-    const Linears& place = model_.layers[static_cast<std::size_t>(layer)].places[kAttentionIn];
+void Decoder::attend(int thread, std::int64_t index, std::int64_t pair, Range blocks, const void* then) {
+    const Layer& layer = model_.layers[static_cast<std::size_t>(index)];
+    const std::int64_t i = pair / model_.kv_heads, head = pair % model_.kv_heads;
     const Heads shape = heads(i);
+    const Range positions = seen(index, i);
     const std::int64_t width = shape.group * shape.head_dim, floats = shape.group * (2 + shape.head_dim);
     Own& own = own_[static_cast<std::size_t>(thread)];
     Kv& kv = *row(i).kv;
-    if (!chained_ && blocks.end == position / kPositions + 1) keep(layer, i, head);
+    if (!chained_ && blocks.end == whole(positions.end, kPositions)) keep(index, i, head);
 
     float* const q = own.queries.data();
-    std::copy_n(out_.data() + i * place.width + head * width, width, q);
-    for (std::int64_t g = 0; g < shape.group; ++g) rotate(i, q + g * shape.head_dim);
+    std::copy_n(out_.data() + i * layer.places[kAttentionIn].width + head * width, width, q);
+    for (std::int64_t g = 0; g < shape.group; ++g)
+        prepare_head(layer, layer.q_norm, i, q + g * shape.head_dim);
     float* const states = split_ ? states_.data() + pair * most_blocks_ * floats : own.states.data();
-    for (std::int64_t block = blocks.begin; block < blocks.end; ++block)
-        kernels_.attend(shape, q, kv.keys(layer, head, block), kv.values(layer, head, block),
-                        std::min<std::int64_t>(kPositions, position + 1 - block * kPositions),
+    for (std::int64_t block = blocks.begin; block < blocks.end; ++block) {
+        const std::int64_t first = block * kPositions;
+        const Range some = overlap({positions.begin - first, positions.end - first}, {0, kPositions});
+        kernels_.attend(shape, q, kv.keys(index, head, block), kv.values(index, head, block), some,
                         states + block * floats,
-                        block + 1 < blocks.end ? kv.keys(layer, head, block + 1) : then);
+                        block + 1 < blocks.end ? kv.keys(index, head, block + 1) : then);
+    }
     if (split_) return;
-    kernels_.join(shape, states, blocks.end, own.weights.data(), inputs_.floats.data() + pair * width);
+    join(thread, index, pair, states, inputs_.floats.data());
     if (!whole_groups_) return;
     const std::int64_t all = model_.heads * model_.head_dim;
     inputs_.quantize(kernels_, inputs_.view(inputs_.floats.data(), all, rows(), all), i,
                      {head * width, (head + 1) * width});
 }
 
+// What the states of a row's kv head come to, into its place in floats [rows, heads · head_dim].
+void Decoder::join(int thread, std::int64_t layer, std::int64_t pair, const float* states, float* floats) {
+    const Heads shape = heads(pair / model_.kv_heads);
+    const Range blocks = blocks_of(seen(layer, pair / model_.kv_heads));
+    kernels_.join(shape, states + blocks.begin * shape.group * (2 + shape.head_dim),
+                  blocks.end - blocks.begin, own_[static_cast<std::size_t>(thread)].weights.data(),
+                  floats + pair * shape.group * shape.head_dim);
+}
+
 // What attention comes to as inputs, all rows.
-Inputs Decoder::attended(int thread) {
+Inputs Decoder::attended(int thread, std::int64_t layer) {
     const std::int64_t width = model_.heads * model_.head_dim;
     if (whole_groups_) return inputs_.view(inputs_.floats.data(), width, rows(), width);
     InputRows& to = prepared(thread);
-    Own& own = own_[static_cast<std::size_t>(thread)];
     const Inputs inputs = to.view(split_ ? to.floats.data() : inputs_.floats.data(), width, rows(), width);
+    const std::int64_t states = most_blocks_ * (width + 2 * model_.heads) / model_.kv_heads;
     const Range some = my_rows(thread);
     for (std::int64_t i = some.begin; i < some.end; ++i) {
-        const Heads shape = heads(i);
-        for (std::int64_t head = 0; head < model_.kv_heads && split_; ++head) {
-            const std::int64_t pair = i * model_.kv_heads + head;
-            kernels_.join(shape, states_.data() + pair * most_blocks_ * shape.group * (2 + shape.head_dim),
-                          row(i).position / kPositions + 1, own.weights.data(),
-                          to.floats.data() + pair * shape.group * shape.head_dim);
-        }
+        for (std::int64_t pair = i * model_.kv_heads; pair < (i + 1) * model_.kv_heads && split_; ++pair)
+            join(thread, layer, pair, states_.data() + pair * states, to.floats.data());
         to.quantize(kernels_, inputs, i, {0, width});
     }
     meet_if_shared(thread);
@@ -421,14 +525,26 @@ void Decoder::head(int thread) {
     InputRows& to = prepared(thread);
     const Inputs inputs = to.view(to.floats.data(), dim, count, dim);
     const Range some = alone() ? Range{0, count} : mine(thread, count);
+    if (!model_.direct) meet_if_shared(thread);  // rows that other threads have added to
     for (std::int64_t i = some.begin; i < some.end; ++i) {
-        kernels_.rms_norm(x_.data() + wanted_[static_cast<std::size_t>(i)] * model_.stride,
-                          model_.norm.data(), model_.norm_eps, dim, to.floats.data() + i * dim);
+        const float* x = residual(thread) + wanted_[static_cast<std::size_t>(i)] * model_.stride;
+        float* const floats = to.floats.data() + i * dim;
+        if (model_.norm.weight.empty())
+            std::copy_n(x, dim, floats);
+        else
+            normalize(model_.norm, x, floats);
         to.quantize(kernels_, inputs, i, {0, dim});
     }
     meet_if_shared(thread);
-    kernels_.product(model_.head->view(), inputs, {0, count}, mine(thread, model_.head->blocks()), logits_,
-                     model_.vocab, false);
+    const Range blocks = mine(thread, model_.head->blocks());
+    kernels_.product(model_.head->view(), inputs, {0, count}, blocks, logits_, model_.vocab, false);
+
+    const Rules& r = model_.rules;
+    if (r.logit_scale == 1 && r.logit_cap == 0) return;
+    const Range columns{blocks.begin * kBlock, std::min(blocks.end * kBlock, model_.vocab)};
+    for (std::int64_t i = 0; i < count && columns.begin < columns.end; ++i)
+        kernels_.scale(r.logit_scale, r.logit_cap, columns.end - columns.begin,
+                       logits_ + i * model_.vocab + columns.begin);
 }
 
 }  // namespace bedplate

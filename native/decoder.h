@@ -40,6 +40,13 @@ struct InputRows {
     Array<InputGroup> groups;
 };
 
+// How far the pairs of a head turn at each position so far: [positions, head_dim / 2].
+struct Turns {
+    void reach(const Rope& rope, std::int64_t positions);
+
+    std::vector<float> cos, sin;
+};
+
 class Decoder {
   public:
     // InvalidError: the model's sizes do not fit each other.
@@ -70,6 +77,7 @@ class Decoder {
     struct Own {  // memory of a thread
         InputRows inputs;
         std::vector<Part> parts;
+        Array<float> x;  // the residual of a single row
         Array<float> queries, states, weights;
     };
     struct Outputs {
@@ -95,19 +103,28 @@ class Decoder {
     void work(int thread);
     void embed(int thread);
     void layer(int thread, std::int64_t index);
-    Inputs norm(int thread, const std::vector<float>& weight);
-    Inputs gate(const Linears& mlp, Range blocks);
+    float* residual(int thread);
+    Outputs given();
+    void add(int thread, const Norm& norm);
+    const float* normalize(const Norm& norm, const float* x, float* y) const;
+    Inputs norm(int thread, const Norm& norm);
+    Inputs mlp_in(int thread, std::int64_t layer, const Inputs& read);
     const std::vector<Part>& parts_of(int thread, std::int64_t layer, Place place);
     Shares apply(int thread, std::int64_t layer, Place place, const Inputs& inputs, const Outputs& out);
     void narrow(int thread, const std::vector<Part>& parts, std::int64_t blocks, const Inputs& inputs);
     void head(int thread);
 
     Heads heads(std::int64_t row) const;
-    void rotate(std::int64_t row, float* x) const;
+    void norm_whole(int thread, const Layer& layer);
+    bool of_heads(const Layer& layer) const;
+    void prepare_head(const Layer& layer, const std::vector<float>& weight, std::int64_t row, float* x) const;
+    Range seen(std::int64_t layer, std::int64_t row) const;
+    static Range blocks_of(Range positions);
     void keep(std::int64_t layer, std::int64_t row, std::int64_t head);
     void attend(int thread, std::int64_t layer);
     void attend(int thread, std::int64_t layer, std::int64_t pair, Range blocks, const void* then);
-    Inputs attended(int thread);
+    void join(int thread, std::int64_t layer, std::int64_t pair, const float* states, float* floats);
+    Inputs attended(int thread, std::int64_t layer);
 
     Model model_;
     const Kernels& kernels_;
@@ -119,17 +136,19 @@ class Decoder {
     std::vector<Run> runs_;
     std::vector<std::int64_t> wanted_;  // rows, in the caller's order
     float* logits_ = nullptr;
-    std::int64_t most_blocks_ = 0;      // of positions
-    bool chained_ = false;              // whether rows attend to others of the step
-    bool split_ = false;                // whether blocks of one head are attended to by several threads
-    bool whole_groups_ = false;         // whether what one head comes to is whole groups of inputs
-    std::int64_t ranks_ = 0;            // narrow values that a row has room for
-    Array<float> x_, out_;              // [rows, stride], [rows, width]
+    std::int64_t most_blocks_ = 0;  // of positions
+    bool chained_ = false;          // whether rows attend to others of the step
+    bool split_ = false;            // whether blocks of one head are attended to by several threads
+    bool whole_groups_ = false;     // whether what one head comes to is whole groups of inputs
+    std::int64_t ranks_ = 0;        // narrow values that a row has room for
+    Array<float> x_, out_;          // the residual [rows, stride]; outputs of linears [rows, width]
+    Array<float> given_,
+        mlp_;  // what is to be added to the residual; outputs of the MLP's beside attention's
     InputRows inputs_, hidden_;         // of all linears but the last of a layer; of the last
     Array<float> corrected_, adapted_;  // narrow values, [rows, ranks]
     Array<float> states_;               // of attention, [rows, kv heads, blocks], if it is split
     std::vector<Own> own_;              // of each thread
-    std::vector<float> cos_, sin_;      // [positions so far, head_dim / 2]
+    std::vector<Turns> turns_;          // of each rotary embedding
 };
 
 }  // namespace bedplate

@@ -296,6 +296,14 @@ void back(const Back& b, const float* t, int64_t t_stride, Range rows, Range blo
 
 // --- Between products
 
+INLINE int32_t lane_of(int64_t i) { return (int32_t)(i < 0 ? 0 : i < kLanes ? i : kLanes); }
+// Of lanes, those from `begin` on and before `end`; -1 or 0.
+INLINE Ints among(int64_t begin, int64_t end) {
+    Ints lane;
+    EACH (i, kLanes) lane[i] = i;
+    return (lane >= lane_of(begin)) & (lane < lane_of(end));
+}
+
 // The kLanes floats at i of `count`, zeros beyond.
 INLINE Floats load_part(const float* from, int64_t count) {
     if (count >= kLanes) return load(from);
@@ -327,13 +335,69 @@ void rotate(float* x, const float* cos, const float* sin, int64_t head_dim) {
     }
 }
 
-void gate(const float* gates, const float* up, int64_t count, float* y) {
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t count, float* y) {
+    Floats total{}, squares{};
+    for (int64_t i = 0; i < count; i += kLanes) total += load_part(x + i, count - i);
+    const Floats mean = splat(sum(total) / (float)count);
     for (int64_t i = 0; i < count; i += kLanes) {
-        const Floats x = load_part(gates + i, count - i);
-        const Floats power =
-            larger(x * splat(1.44269504f), splat(-126.0f));  // below, the sigmoid is 1e-38 or less
-        const Floats sigmoid = splat(1.0f) / (splat(1.0f) + exp2(-power));
-        store_part(y + i, x * sigmoid * load_part(up + i, count - i), count - i);
+        const Floats part = among(0, count - i) ? load_part(x + i, count - i) - mean : Floats{};
+        squares = fma(part, part, squares);
+    }
+    const Floats factor = splat(1.0f / __builtin_sqrtf(sum(squares) / (float)count + eps));
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const int64_t rest = count - i;
+        const Floats part = (load_part(x + i, rest) - mean) * factor * load_part(weight + i, rest);
+        store_part(y + i, bias == nullptr ? part : part + load_part(bias + i, rest), rest);
+    }
+}
+
+// e^x of |x| below 87: beyond, as at 87.
+INLINE Floats exponential(Floats x) {
+    const Floats most = splat(87.0f), capped = x > most ? most : larger(x, -most);
+    return exp2(capped * splat(1.44269504f));
+}
+INLINE Floats sigmoid(Floats x) { return splat(1.0f) / (splat(1.0f) + exponential(-x)); }
+INLINE Floats capped(Floats x, float cap) {  // cap · tanh(x / cap)
+    return splat(cap) * (splat(1.0f) - splat(2.0f) / (exponential(x * splat(2.0f / cap)) + splat(1.0f)));
+}
+
+template <Activation A>
+INLINE Floats activated(Floats x) {
+    if (A == Activation::kSilu) return x * sigmoid(x);
+    if (A == Activation::kRelu2) return larger(x, Floats{}) * larger(x, Floats{});
+    // x / 2 · (1 + tanh(z)) = x · sigmoid(2z), z = sqrt(2 / π) · (x + 0.044715 x³)
+    return x * sigmoid(splat(1.59576912f) * fma(x * x * x, splat(0.044715f), x));
+}
+
+template <Activation A>
+void activate_by(const float* up, int64_t count, float* x) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Floats y = activated<A>(load_part(x + i, count - i));
+        store_part(x + i, up == nullptr ? y : y * load_part(up + i, count - i), count - i);
+    }
+}
+
+void activate(Activation activation, const float* up, int64_t count, float* x) {
+    switch (activation) {
+        case Activation::kSilu:
+            return activate_by<Activation::kSilu>(up, count, x);
+        case Activation::kGelu:
+            return activate_by<Activation::kGelu>(up, count, x);
+        case Activation::kRelu2:
+            return activate_by<Activation::kRelu2>(up, count, x);
+    }
+}
+
+void add(const float* y, float scale, int64_t count, float* x) {
+    for (int64_t i = 0; i < count; i += kLanes)
+        store_part(x + i, fma(load_part(y + i, count - i), splat(scale), load_part(x + i, count - i)),
+                   count - i);
+}
+
+void scale(float factor, float cap, int64_t count, float* x) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Floats y = load_part(x + i, count - i) * splat(factor);
+        store_part(x + i, cap == 0.0f ? y : capped(y, cap), count - i);
     }
 }
 
@@ -358,13 +422,6 @@ INLINE void put_kv(bool half, void* base, int64_t at, int64_t step, const float*
     }
 }
 
-// Of lanes that stand for `count` items, those that do; -1 or 0.
-INLINE Ints among(int64_t count) {
-    Ints lane;
-    EACH (i, kLanes) lane[i] = i;
-    return lane < (int32_t)(count < kLanes ? count : kLanes);
-}
-
 void keep(const Heads& h, const float* key, const float* value, int64_t position, void* keys, void* values) {
     const int64_t part = position / kPart, lane = position % kPart;
     put_kv(h.half, keys, part * h.head_dim * kPart + lane, kPart, key, h.head_dim);
@@ -381,14 +438,15 @@ INLINE void fetch_kv(const void* base, int64_t at, int64_t count) {
 // G queries that read the same keys and values. Values are fetched while keys are read, and `then` while
 // values are.
 template <bool kHalf, int G>
-void attend_some(const Heads& h, const float* q, const void* keys, const void* values, int64_t count,
+void attend_some(const Heads& h, const float* q, const void* keys, const void* values, Range positions,
                  float* state, const void* then) {
-    const int64_t dim = h.head_dim, state_floats = 2 + dim;
+    const int64_t dim = h.head_dim, state_floats = 2 + dim, count = positions.end;
+    const int64_t begin = positions.begin / kLanes * kLanes;
     float scores[G][kPositions];
     Floats most[G];
     EACH (g, G) most[g] = splat(-3.0e38f);
     const Floats scale = splat(h.scale);
-    for (int64_t first = 0; first < count; first += kLanes) {
+    for (int64_t first = begin; first < count; first += kLanes) {
         const int64_t base = first / kPart * kPart * dim + first % kPart;
         Floats even[G], odd[G];
         EACH (g, G) even[g] = odd[g] = Floats{};
@@ -402,7 +460,9 @@ void attend_some(const Heads& h, const float* q, const void* keys, const void* v
             }
         }
         EACH (g, G) {
-            const Floats score = among(count - first) ? (even[g] + odd[g]) * scale : splat(-3.0e38f);
+            Floats score = (even[g] + odd[g]) * scale;
+            if (h.cap != 0.0f) score = capped(score, h.cap);
+            score = among(positions.begin - first, count - first) ? score : splat(-3.0e38f);
             most[g] = larger(most[g], score);
             store(&scores[g][first], score);
         }
@@ -410,9 +470,9 @@ void attend_some(const Heads& h, const float* q, const void* keys, const void* v
     EACH (g, G) {
         const float top = largest(most[g]);
         Floats sums{};
-        for (int64_t first = 0; first < count; first += kLanes) {
+        for (int64_t first = begin; first < count; first += kLanes) {
             const Floats power = (load(&scores[g][first]) - splat(top)) * splat(1.44269504f);
-            const Floats weight = among(count - first) ? exp2(power) : Floats{};
+            const Floats weight = among(positions.begin - first, count - first) ? exp2(power) : Floats{};
             sums += weight;
             store(&scores[g][first], weight);
         }
@@ -426,7 +486,7 @@ void attend_some(const Heads& h, const float* q, const void* keys, const void* v
         EACH (g, G)
             EACH (i, kStrip) acc[g][i] = Floats{};
         if (rest >= kStrip * kLanes) {
-            for (int64_t p = 0; p < count; ++p) {
+            for (int64_t p = positions.begin; p < count; ++p) {
                 Floats v[kStrip];
                 EACH (i, kStrip) v[i] = load_kv<kHalf>(values, p * dim + d + i * kLanes);
                 fetch_kv<kHalf>(then, p * dim + d, kStrip * kLanes);
@@ -439,7 +499,7 @@ void attend_some(const Heads& h, const float* q, const void* keys, const void* v
         }
         for (int64_t e = d; e < dim; e += kLanes) {  // the last vectors; KV memory ends with some to spare
             EACH (g, G) acc[g][0] = Floats{};
-            for (int64_t p = 0; p < count; ++p) {
+            for (int64_t p = positions.begin; p < count; ++p) {
                 const Floats v = load_kv<kHalf>(values, p * dim + e);
                 EACH (g, G) acc[g][0] = fma(splat(scores[g][p]), v, acc[g][0]);
             }
@@ -449,11 +509,11 @@ void attend_some(const Heads& h, const float* q, const void* keys, const void* v
 }
 
 template <bool kHalf>
-void attend_of(const Heads& h, const float* q, const void* keys, const void* values, int64_t count,
+void attend_of(const Heads& h, const float* q, const void* keys, const void* values, Range positions,
                float* state, const void* then) {
     for (int64_t g = 0; g < h.group;) {
         const auto take = [&](auto attend_g, int64_t n) {
-            attend_g(h, q + g * h.head_dim, keys, values, count, state + g * (2 + h.head_dim), then);
+            attend_g(h, q + g * h.head_dim, keys, values, positions, state + g * (2 + h.head_dim), then);
             g += n;
         };
         const int64_t left = h.group - g;
@@ -468,9 +528,9 @@ void attend_of(const Heads& h, const float* q, const void* keys, const void* val
     }
 }
 
-void attend(const Heads& h, const float* q, const void* keys, const void* values, int64_t count, float* state,
-            const void* then) {
-    (h.half ? attend_of<true> : attend_of<false>)(h, q, keys, values, count, state, then);
+void attend(const Heads& h, const float* q, const void* keys, const void* values, Range positions,
+            float* state, const void* then) {
+    (h.half ? attend_of<true> : attend_of<false>)(h, q, keys, values, positions, state, then);
 }
 
 void join(const Heads& h, const float* states, int64_t count, float* weights, float* out) {
@@ -502,7 +562,7 @@ void join(const Heads& h, const float* states, int64_t count, float* weights, fl
 #define NAME_OF(isa) #isa
 #define NAME(isa) NAME_OF(isa)
 extern const Kernels kernels;
-const Kernels kernels{
-    NAME(BEDPLATE_ISA), quantize, product, back, rms_norm, rotate, gate, keep, attend, join};
+const Kernels kernels{NAME(BEDPLATE_ISA), quantize, product, back, rms_norm, layer_norm, rotate,
+                      activate,           add,      scale,   keep, attend,   join};
 
 }  // namespace bedplate::BEDPLATE_ISA

@@ -82,8 +82,12 @@ struct Heads {
     int64_t group;     // query heads that read one kv head, side by side
     int64_t head_dim;  // a multiple of 2
     float scale;       // of scores
+    float cap;         // a score s becomes cap · tanh(s / cap); 0: it stays
     bool half;         // float16 in KV memory, or float32
 };
+
+// gelu by its tanh formula, and relu(x)².
+enum class Activation : uint8_t { kSilu, kGelu, kRelu2 };
 
 struct Kernels {
     const char* name;
@@ -96,19 +100,26 @@ struct Kernels {
     // out[row, r] += y[r], of t [rows, t_stride].
     void (*back)(const Back&, const float* t, int64_t t_stride, Range rows, Range blocks, float* out,
                  int64_t stride);
-    // y = x / sqrt(mean(x²) + eps) · weight.
+    // y = x / sqrt(mean(x²) + eps) · weight; y may be x.
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t count, float* y);
+    // The same of x - mean(x), plus bias; null: none.
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t count,
+                       float* y);
     // x[i] · cos[i] + rotate_half(x)[i] · sin[i], in place, of one head; tables of head_dim / 2.
     void (*rotate)(float* x, const float* cos, const float* sin, int64_t head_dim);
-    // y = silu(gate) · up; y may be gate.
-    void (*gate)(const float* gate, const float* up, int64_t count, float* y);
+    // x = activation(x) · up; up null: 1.
+    void (*activate)(Activation, const float* up, int64_t count, float* x);
+    // x += scale · y.
+    void (*add)(const float* y, float scale, int64_t count, float* x);
+    // x *= scale, and then cap · tanh(x / cap); 0: no cap.
+    void (*scale)(float scale, float cap, int64_t count, float* x);
     // Writes a position's key and value of one kv head into its block.
     void (*keep)(const Heads&, const float* key, const float* value, int64_t position, void* keys,
                  void* values);
-    // Attention of a group's queries [group, head_dim] to the first `count` positions of a block. A state
-    // holds, for each query, the largest score, the sum of weights and the weighted sum of values: [group, 2
-    // + head_dim]. What stands at `then` is read next.
-    void (*attend)(const Heads&, const float* q, const void* keys, const void* values, int64_t count,
+    // Attention of a group's queries [group, head_dim] to some positions of a block. A state holds, for each
+    // query, the largest score, the sum of weights and the weighted sum of values: [group, 2 + head_dim].
+    // What stands at `then` is read next.
+    void (*attend)(const Heads&, const float* q, const void* keys, const void* values, Range positions,
                    float* state, const void* then);
     // out [group, head_dim] = what the states of `count` blocks come to; `weights` has room for `count`.
     void (*join)(const Heads&, const float* states, int64_t count, float* weights, float* out);

@@ -48,6 +48,46 @@ void lay_out(Linears& linears, const std::vector<std::int64_t>& rows, std::int64
     if (linears.correction != nullptr) check_branch(*linears.correction, linears);
 }
 
+bool is_factor(float x) { return std::isfinite(x) && x > 0; }
+
+void check_rules(const Rules& r) {
+    require(is_factor(r.norm_eps), "the norm's eps is no positive number");
+    for (const float factor : {r.embedding_scale, r.residual_scale, r.attention_scale, r.logit_scale})
+        require(is_factor(factor), "a factor is no positive number");
+    for (const float number : {r.score_cap, r.logit_cap, r.query_growth})
+        require(number == 0 || is_factor(number), "a cap or a growth is no positive number");
+    require(r.growth_positions >= 1, "queries grow in no positions");
+}
+
+void check_norm(const Norm& norm, const Model& m) {
+    const auto dim = static_cast<std::size_t>(m.dim);
+    require((norm.weight.empty() || norm.weight.size() == dim) &&
+                (norm.bias.empty() || norm.bias.size() == norm.weight.size()),
+            "a norm does not fit the model");
+}
+
+void check_ropes(const Model& m) {
+    for (const Rope& rope : m.ropes) {
+        require(rope.frequencies.size() == static_cast<std::size_t>(m.head_dim / 2),
+                "the frequencies do not fit head_dim");
+        require(is_factor(rope.scale), "a rotary embedding has a scale that is no positive number");
+        for (const float frequency : rope.frequencies)
+            require(std::isfinite(frequency), "a frequency is no number");
+    }
+}
+
+void check_attention(const Layer& layer, const Model& m) {
+    require(layer.rope == kNoRope || (layer.rope >= 0 && layer.rope < static_cast<int>(m.ropes.size())),
+            "a layer has a rotary embedding that is not there");
+    require(layer.window >= 0, "a layer has a window of less than nothing");
+    const auto q = layer.q_norm.size(), k = layer.k_norm.size();
+    const auto head = static_cast<std::size_t>(m.head_dim);
+    require((q == 0 && k == 0) || (q == head && k == head) ||
+                (q == head * static_cast<std::size_t>(m.heads) &&
+                 k == head * static_cast<std::size_t>(m.kv_heads)),
+            "the norms of queries and keys do not fit the heads");
+}
+
 using All = std::vector<Readable*>;
 
 void collect(const std::shared_ptr<const Branch>& branch, All& all) {
@@ -93,10 +133,9 @@ void complete(Model& m) {
     m.stride = stride_of(m.dim);
     require(m.heads % m.kv_heads == 0, "the heads are no multiple of the kv heads");
     require(m.head_dim % 2 == 0 && m.head_dim <= 4096, "head_dim is odd or too large");
-    require(m.inverse_frequencies.size() == static_cast<std::size_t>(m.head_dim / 2),
-            "the frequencies do not fit head_dim");
-    require(m.norm_eps > 0 && std::isfinite(m.norm_eps), "the norm's eps is no positive number");
-    require(m.norm.size() == static_cast<std::size_t>(m.dim), "the last norm does not fit the model");
+    check_rules(m.rules);
+    check_ropes(m);
+    check_norm(m.norm, m);
     require(m.head != nullptr && m.head->rows() == m.vocab && m.head->columns() == m.dim,
             "the head does not fit the model");
     require(m.embedding == nullptr || (m.embedding->rows() == m.vocab && m.embedding->columns() == m.dim),
@@ -104,13 +143,18 @@ void complete(Model& m) {
     require(m.embedding != nullptr || m.head->view().coding != Coding::kFour,
             "a head of 4 bits does not serve as embedding");
     require(!m.layers.empty(), "a model of no layers");
+    m.direct = m.rules.residual_scale == 1;
     const std::int64_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+    const std::vector<std::int64_t> mlp(m.rules.gated ? 2 : 1, m.hidden);
     for (auto& layer : m.layers) {
-        require(layer.attention_norm.size() == m.norm.size() && layer.mlp_norm.size() == m.norm.size(),
-                "a norm does not fit the model");
+        for (const Norm* norm :
+             {&layer.attention_norm, &layer.attention_output_norm, &layer.mlp_norm, &layer.mlp_output_norm})
+            check_norm(*norm, m);
+        check_attention(layer, m);
+        m.direct &= layer.attention_output_norm.weight.empty() && layer.mlp_output_norm.weight.empty();
         lay_out(layer.places[kAttentionIn], {q, kv, kv}, m.dim);
         lay_out(layer.places[kAttentionOut], {m.dim}, q);
-        lay_out(layer.places[kMlpIn], {m.hidden, m.hidden}, m.dim);
+        lay_out(layer.places[kMlpIn], mlp, m.dim);
         lay_out(layer.places[kMlpOut], {m.dim}, m.hidden);
     }
 }
@@ -128,9 +172,14 @@ void read(const Model& model, int threads) { read_all(all_of(model), threads); }
 void read(const Adapter& adapter, int threads) { read_all(all_of(adapter), threads); }
 
 std::size_t Model::bytes() const {
-    std::size_t bytes = bytes_of(all_of(*this)) + norm.size() * 4;
-    for (const auto& layer : layers) bytes += (layer.attention_norm.size() + layer.mlp_norm.size()) * 4;
-    return bytes;
+    std::size_t floats = norm.weight.size() + norm.bias.size();
+    for (const auto& layer : layers) {
+        floats += layer.q_norm.size() + layer.k_norm.size();
+        for (const Norm* norm :
+             {&layer.attention_norm, &layer.attention_output_norm, &layer.mlp_norm, &layer.mlp_output_norm})
+            floats += norm->weight.size() + norm->bias.size();
+    }
+    return bytes_of(all_of(*this)) + floats * sizeof(float);
 }
 
 std::size_t Adapter::bytes() const { return bytes_of(all_of(*this)); }

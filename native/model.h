@@ -26,20 +26,54 @@ struct Linears {
     std::int64_t columns = 0;
 };
 
+// Weights of a norm, and what is added after; without weights it changes nothing.
+struct Norm {
+    std::vector<float> weight, bias;
+};
+
+// A rotary embedding: cos(position · frequency) · scale, and sin likewise, of the pairs (i, i + head_dim / 2)
+// of a head; a pair of frequency 0 stays as it is.
+struct Rope {
+    std::vector<float> frequencies;
+    float scale;
+};
+
+constexpr int kNoRope = -1;
+
+// With x the residual: x += residual_scale · attention_output_norm(attention(attention_norm(x))), and the
+// same of the MLP.
 struct Layer {
-    std::vector<float> attention_norm, mlp_norm;
+    Norm attention_norm, attention_output_norm, mlp_norm, mlp_output_norm;
+    std::vector<float> q_norm, k_norm;  // of each head or of all together, before they turn; empty: none
+    int rope = kNoRope;                 // of the model's
+    std::int64_t window = 0;            // keys that a query sees, its own included; 0: all
     Linears places[kPlaces];
+};
+
+// What is computed around the linears.
+struct Rules {
+    bool layer_norm = false;  // or RMS norm
+    float norm_eps = 0;
+    bool parallel = false;  // the MLP reads what attention reads
+    Activation activation = Activation::kSilu;
+    bool gated = true;  // down(activation(gate) · up), or down(activation(up))
+    float embedding_scale = 1, residual_scale = 1, attention_scale = 1, logit_scale = 1;
+    float score_cap = 0, logit_cap = 0;  // 0: none
+    // Queries at a position times 1 + growth · log(1 + floor(position / growth_positions)).
+    float query_growth = 0;
+    std::int64_t growth_positions = 1;
 };
 
 struct Model {
     std::int64_t dim, heads, kv_heads, head_dim, hidden, vocab, max_positions;
-    float norm_eps;
-    std::vector<float> inverse_frequencies;  // of rotary embedding, [head_dim / 2]
-    std::shared_ptr<Table> embedding;        // null: rows of the head
+    Rules rules;
+    std::vector<Rope> ropes;
+    std::shared_ptr<Table> embedding;  // null: rows of the head
     std::shared_ptr<Matrix> head;
-    std::vector<float> norm;
+    Norm norm;
     std::vector<Layer> layers;
     std::int64_t stride = 0;  // floats from a row of the residual to the next
+    bool direct = false;      // what layers give is added to the residual as it is
 
     std::size_t bytes() const;
 };

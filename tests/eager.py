@@ -60,8 +60,7 @@ def _adapted(base: Decoder, adapter: Path, quantize: AdapterScheme) -> Decoder:
     )
     decoder.embed_tokens, decoder.norm, decoder.lm_head = base.embed_tokens, base.norm, base.lm_head
     for layer, of_base in zip(decoder.layers, base.layers, strict=True):
-        layer.input_layernorm = of_base.input_layernorm
-        layer.post_attention_layernorm = of_base.post_attention_layernorm
+        layer.attention_norm, layer.mlp_norm = of_base.attention_norm, of_base.mlp_norm
         for path, module in list(layer.named_modules()):
             if isinstance(module, LoRALinear):
                 module.linear = of_base.get_submodule(path)

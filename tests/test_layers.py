@@ -15,12 +15,24 @@ import bedplate
 SOURCES = Path(bedplate.__file__).parent
 LEAVES = ("background", "constants", "errors", "executorch_1_5", "hashing", "names", "quiet", "spec")
 EXTENSIONS = ("_native", "_oracle")
-LAYERS = ("model", "quantize", "compile", "link", "bundle", "oracle", "runtime", "assemble", "api", "cli")
+LAYERS = (
+    "spec_check",
+    "model",
+    "quantize",
+    "compile",
+    "link",
+    "bundle",
+    "oracle",
+    "runtime",
+    "assemble",
+    "api",
+    "cli",
+)
 # What a device that only runs bundles imports.
 RUN_ONLY = {
     "bundle": {"constants", "errors", "hashing", "names"},
     "oracle": {"bundle", "errors", "quiet", "_oracle"},
-    "runtime": {"background", "bundle", "constants", "errors", "names", "spec", "_native"},
+    "runtime": {"background", "bundle", "constants", "errors", "names", "spec", "spec_check", "_native"},
 }
 
 

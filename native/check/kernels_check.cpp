@@ -150,7 +150,7 @@ void check_product(const Kernels& kernels, int bits, std::int64_t rows, std::int
 
 void check_attention(const Kernels& kernels, std::int64_t group, std::int64_t dim, std::int64_t count,
                      bool half) {
-    const Heads heads{group, dim, 1.0f / std::sqrt(static_cast<float>(dim)), half};
+    const Heads heads{group, dim, 1.0f / std::sqrt(static_cast<float>(dim)), 0.0f, half};
     const std::int64_t blocks = (count + kPositions - 1) / kPositions;
     const auto size = static_cast<std::size_t>(blocks * kPositions * dim) + 64;
     std::vector<float> keys(size), values(size), k(size), v(size), q(static_cast<std::size_t>(group * dim));
@@ -168,8 +168,8 @@ void check_attention(const Kernels& kernels, std::int64_t group, std::int64_t di
     std::vector<float> weights(static_cast<std::size_t>(blocks));
     for (std::int64_t b = 0; b < blocks; ++b)
         kernels.attend(heads, q.data(), block(keys, b), block(values, b),
-                       std::min<std::int64_t>(kPositions, count - b * kPositions), states.data() + b * floats,
-                       keys.data());
+                       {0, std::min<std::int64_t>(kPositions, count - b * kPositions)},
+                       states.data() + b * floats, keys.data());
     kernels.join(heads, states.data(), blocks, weights.data(), out.data());
     for (std::int64_t g = 0; g < group; ++g) {
         std::vector<double> weights;

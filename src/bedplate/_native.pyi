@@ -50,16 +50,44 @@ class Table:
 
     def __init__(self, part: Part) -> None: ...
 
+Norm = tuple[Source | None, Source | None]
+"""weight and bias, float32 [dim]. Without weight it changes nothing."""
+
 class Layer:
-    """Norms float32 [dim], and four places: (weights, correction) of what reads the attention's input, of its output,
-    of what reads the MLP's input, and of its output.
+    """norms: before and after attention, before and after the MLP. head_norms: of queries and of keys, float32
+    [head_dim], or of all heads together; None: none. rope: number of the rotary embedding; -1: none. window: keys that
+    a query sees; 0: all. places: (weights, correction) of what reads the attention's input, of its output, of what
+    reads the MLP's input, and of its output.
     """
 
     def __init__(
         self,
-        attention_norm: Source,
-        mlp_norm: Source,
+        norms: Sequence[Norm],
+        head_norms: Sequence[Source | None],
+        rope: int,
+        window: int,
         places: Sequence[tuple[Sequence[Matrix], Branch | None]],
+    ) -> None: ...
+
+class Rules:
+    """What is computed around the linears: see `bedplate.spec.ModelSpec`. Caps and growth of 0: none."""
+
+    def __init__(
+        self,
+        *,
+        layer_norm: bool,
+        norm_eps: float,
+        parallel: bool,
+        activation: str,
+        gated: bool,
+        embedding_scale: float,
+        residual_scale: float,
+        attention_scale: float,
+        logit_scale: float,
+        score_cap: float,
+        logit_cap: float,
+        query_growth: float,
+        growth_positions: int,
     ) -> None: ...
 
 class Adapter:
@@ -91,7 +119,8 @@ class Logits:
         """float32 [rows, vocab], not copied. Imports numpy."""
 
 class Decoder:
-    """A model. embedding None: its rows are the head's. threads compute its steps, readers read it. Raises NativeError
+    """A model. ropes: frequencies [head_dim / 2] and scale of each rotary embedding. embedding None: its rows are the
+    head's. threads compute its steps, readers read it. Raises NativeError
     if sizes do not fit each other, or a file ends too early.
     """
 
@@ -105,11 +134,11 @@ class Decoder:
         hidden: int,
         vocab: int,
         max_positions: int,
-        norm_eps: float,
-        inverse_frequencies: Sequence[float],
+        rules: Rules,
+        ropes: Sequence[tuple[Sequence[float], float]],
         embedding: Table | None,
         head: Matrix,
-        norm: Source,
+        norm: Norm,
         layers: Sequence[Layer],
         threads: int,
         readers: int,

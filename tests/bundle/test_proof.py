@@ -194,7 +194,7 @@ def test_every_kind_of_constant_of_a_model_is_proven(
     bundle = Bundle.open(shutil.copytree(request.getfixturevalue(of).path, tmp_path / "copy"))
     check_keys(bundle)
     names = {info.name for _, info in held(bundle)}
-    expected = {"rope.cos", "rope.rotation", "rms_norm.mean_row", "norm.weight"}
+    expected = {"rope.cos_0", "rope.rotation", "rms_norm.mean_row", "norm.weight"}
     expected |= {"layers.0.self_attn.q_proj+k_proj+v_proj.weight" + ("#codes" if of == "toy_bundle" else "")}
     expected |= {"layers.0.self_attn.q_proj&k_proj&v_proj.lora_b.weight"}
     assert expected <= names

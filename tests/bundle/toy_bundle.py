@@ -16,7 +16,6 @@ MODEL = {
     "architecture": "LlamaForCausalLM",
     "fingerprint": "f" * 64,
     "dim": 8,
-    "n_layers": 1,
     "n_heads": 2,
     "n_kv_heads": 1,
     "head_dim": 4,

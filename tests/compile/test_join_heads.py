@@ -13,6 +13,7 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
     XNNStaticSlice,
 )
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+from small_spec import table
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -22,12 +23,11 @@ from bedplate.compile.join_heads import join_heads
 from bedplate.compile.join_linears import join_linears
 from bedplate.compile.symbols import executorch_keys
 from bedplate.executorch_1_5 import partitioner
-from bedplate.model.decoder import Rope
+from bedplate.model.parts import Rope
 from bedplate.quantize.foundation import pack_quantized
 from bedplate.quantize.modules import QuantizedLinear
 from bedplate.quantize.recipe import Scheme
 from bedplate.quantize.weights import quantize_weight
-from bedplate.spec import RopeSpec
 
 HEAD_DIM, DIM = 16, 64
 HEADS = {"q_proj": 4, "k_proj": 2, "v_proj": 2}
@@ -39,7 +39,7 @@ class Projections(nn.Module):
     def __init__(self, turned: tuple[str, ...]) -> None:
         super().__init__()
         self.turned = turned
-        self.rope = Rope(RopeSpec(theta=10000.0, scaling=None), HEAD_DIM, 32)
+        self.rope = Rope([table(10000.0, HEAD_DIM)], HEAD_DIM, 32)
         self.names: dict[str, str] = {}
         constants = {}
         for name, heads in HEADS.items():

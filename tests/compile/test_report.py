@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from small_spec import SPEC
 from torch import Tensor
 
 from bedplate.compile.stand_in import stand_in_decoder
 from bedplate.compile.units import Structure
 from bedplate.compile.xnnpack import lower
 from bedplate.errors import LoweringError
-from bedplate.model.decoder import RMSNorm
+from bedplate.model.parts import RMSNorm
 from bedplate.quantize.recipe import make_recipe
-from bedplate.spec import ModelSpec, RopeSpec
 
 
 def small_structure() -> Structure:
-    spec = ModelSpec(
-        architecture="LlamaForCausalLM",
+    spec = replace(
+        SPEC,
         dim=32,
-        n_layers=1,
         n_heads=1,
         n_kv_heads=1,
-        head_dim=32,
         hidden_dim=32,
         vocab_size=32,
         max_positions=32,
-        norm_eps=1e-5,
-        rope=RopeSpec(theta=1e4, scaling=None),
+        layers=SPEC.layers[:1],
         tied_head=True,
-        attention_bias=False,
-        mlp_bias=False,
+        qkv_bias=False,
+        output_bias=False,
     )
     return Structure(spec=spec, recipe=make_recipe("none"), max_context=32, max_chunk=16, ranks={})
 

@@ -22,13 +22,14 @@ from peft import (
     VeraConfig,
 )
 from safetensors.torch import load_file, save_file
+from small_spec import LINEARS
 from torch import Tensor
 from toy import ALL_LINEARS, reference, save_adapter
 
 from bedplate.errors import AdapterError, BedplateError, NotFoundError, UnsupportedError
 from bedplate.model.adapter import Adapter, read_adapter
 from bedplate.model.checkpoint import open_checkpoint
-from bedplate.model.decoder import LAYER_LINEARS, Decoder
+from bedplate.model.decoder import Decoder
 from bedplate.spec import ModelSpec, linear_shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -118,13 +119,13 @@ def test_ranks_are_in_the_order_of_the_model(
 ) -> None:
     assert read_adapter(toy_adapters["qv"], spec).ranks == {"self_attn.q_proj": 8, "self_attn.v_proj": 8}
     edit_config(folder, target_modules=ALL_LINEARS[::-1])
-    assert list(read_adapter(folder, spec).ranks) == list(LAYER_LINEARS)
+    assert list(read_adapter(folder, spec).ranks) == list(LINEARS)
 
 
 def test_shapes_are_those_of_the_decoder(spec: ModelSpec) -> None:
     decoder = Decoder(spec, max_context=1, device="meta")
-    found = {name: tuple(decoder.layers[0].get_submodule(name).weight.shape) for name in LAYER_LINEARS}
-    assert linear_shapes(spec) == found and list(linear_shapes(spec)) == list(LAYER_LINEARS)
+    found = {name: tuple(decoder.layers[0].get_submodule(name).weight.shape) for name in LINEARS}
+    assert linear_shapes(spec) == found and list(linear_shapes(spec)) == list(LINEARS)
 
 
 def test_the_fingerprint_is_of_both_files(

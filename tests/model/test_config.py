@@ -15,7 +15,8 @@ from transformers.activations import ACT2FN
 
 from bedplate.errors import BedplateError, CheckpointError, UnsupportedError
 from bedplate.model.config import read_config, spec_from_config
-from bedplate.spec import ModelSpec, RopeSpec
+from bedplate.model.parts import activation
+from bedplate.spec import ModelSpec
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -43,15 +44,16 @@ def test_dimensions_and_defaults() -> None:
     assert (spec.dim, spec.n_layers, spec.n_heads, spec.n_kv_heads) == (64, 2, 4, 2)
     assert (spec.hidden_dim, spec.vocab_size, spec.max_positions, spec.norm_eps) == (96, 320, 256, 1e-5)
     assert spec.head_dim == 64 // 4
-    assert spec.rope == RopeSpec(theta=10000.0, scaling=None)
-    assert (spec.tied_head, spec.attention_bias, spec.mlp_bias) == (False, False, False)
+    assert spec.ropes[0].frequencies[4] == pytest.approx(10000.0**-0.5)
+    assert (spec.tied_head, spec.qkv_bias, spec.output_bias, spec.mlp_bias) == (False, False, False, False)
 
 
 def test_what_an_older_config_leaves_out() -> None:
-    config = {name: value for name, value in CONFIG.items() if name != "num_key_value_heads"}
-    spec = spec_from_config({**config, "head_dim": None, "rope_theta": None, "rms_norm_eps": None}, where="x")
+    left_out = ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings")
+    config = {name: value for name, value in CONFIG.items() if name not in left_out}
+    spec = spec_from_config({**config, "head_dim": None}, where="x")
     assert spec.n_kv_heads == spec.n_heads
-    assert (spec.head_dim, spec.rope.theta, spec.norm_eps) == (16, 10000.0, 1e-6)
+    assert (spec.head_dim, spec.max_positions, spec.norm_eps) == (16, 2048, 1e-6)
 
 
 @pytest.mark.parametrize("architectures", [None, []])
@@ -62,14 +64,19 @@ def test_without_architectures_it_is_the_causal_model_of_its_type(architectures:
     )
 
 
-def test_every_name_of_silu_is_taken_and_no_other() -> None:
+def test_every_name_of_an_activation_is_taken_and_no_other() -> None:
     x = torch.linspace(-4, 4, 64)
-    named = {name for name in ACT2FN if torch.allclose(ACT2FN[name](x), torch.nn.functional.silu(x))}
-    assert {"silu", "swish"} <= named
+    named = {
+        name: kind
+        for kind in ("silu", "gelu_tanh", "relu2")
+        for name in ACT2FN
+        if torch.allclose(ACT2FN[name](x), activation(kind)(x), atol=1e-5)
+    }
+    assert {"silu", "swish", "gelu_pytorch_tanh", "relu2"} <= named.keys()
     for name in ACT2FN:
         config = {**CONFIG, "hidden_act": name}
         if name in named:
-            assert spec_from_config(config, where="x") == spec_from_config(CONFIG, where="x")
+            assert spec_from_config(config, where="x").activation == named[name]
         else:
             refused(config, UnsupportedError, f"hidden_act = '{name}'")
 
@@ -78,7 +85,7 @@ def test_the_installed_transformers_config_is_read() -> None:
     config = toy_config(attention_bias=True, mlp_bias=True)
     written = json.loads(config.to_json_string())
     spec = spec_from_config(written, where="x")
-    assert (spec.head_dim, spec.tied_head, spec.attention_bias, spec.mlp_bias) == (32, True, True, True)
+    assert (spec.head_dim, spec.tied_head, spec.qkv_bias, spec.mlp_bias) == (32, True, True, True)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +100,8 @@ def test_the_installed_transformers_config_is_read() -> None:
         ({"architectures": ["LlamaForCausalLM", "Other"]}, "Other"),
         ({"architectures": "LlamaForCausalLM"}, "architectures 'LlamaForCausalLM'"),
         ({"architectures": {}}, "architectures {}"),
-        ({"model_type": "granite"}, r"model_type 'granite' \(architectures \['LlamaForCausalLM'\]\)"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2' \(architectures \['LlamaForCausalLM'\]\)"),
+        ({"model_type": "granite"}, "LlamaForCausalLM.* 'granite', which means GraniteForCausalLM"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\]"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"is_causal": False}, "is_causal = False"),
@@ -143,6 +151,9 @@ def test_a_size_that_is_missing_is_named(field: str) -> None:
         ({"attention_bias": 1}, "attention_bias"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
         ({"rms_norm_eps": True}, "rms_norm_eps"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
+        ({"rms_norm_eps": 2.0}, "rms_norm_eps must be below 1"),
+        ({"head_dim": 2**13}, "head_dim"),
     ],
 )
 def test_a_config_that_contradicts_itself_is_refused(changes: dict[str, Any], says: str) -> None:

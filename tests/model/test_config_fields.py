@@ -1,8 +1,9 @@
-"""Every field of a config: with any value of it, the logits of transformers, or a refusal."""
+"""Every field of a config of every family: with any value of it, the logits of transformers, or a refusal."""
 
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import inspect
 import json
@@ -14,20 +15,22 @@ from unittest import mock
 
 import pytest
 import torch
+from families import FULL, SLIDING, make_toy, quiet, save_toy, theirs, theirs_of, toy_fields
+from rope_sections import TYPES, longrope
 from torch import Tensor
-from toy import save_toy_model, toy_config
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import RotaryEmbeddingConfigMixin
-from transformers.utils import logging
 
 from bedplate.errors import BedplateError
 from bedplate.model.checkpoint import Checkpoint, open_checkpoint
+from bedplate.model.families import FAMILIES
 from bedplate.model.load import float_decoder
 
-TOKENS = [5, 300, 7, 7, 211, 0, 42, 1, 99]
-# Somebody has looked at these: transformers asks for them, but no logits of a Llama depend on them. A field that is
-# not here and makes no difference below is new: find out what it does, and refuse it, compute it, or list it.
+TOKENS = [5, 30, 7, 7, 21, 0, 42, 1, 91]
+# Somebody has looked at these: transformers asks for them, but no logits depend on them. A field that is not here and
+# makes no difference below is new: find out what it does, and refuse it, compute it, or list it.
 WITHOUT_EFFECT = {
     # What the model is called, and what was computed and saved with.
     *("_commit_hash", "name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map"),
@@ -40,63 +43,156 @@ WITHOUT_EFFECT = {
         "use_cache",
     ),
     # What is given back beside the logits.
-    *("output_attentions", "output_hidden_states", "return_dict"),
+    *("output_attentions", "output_hidden_states", "return_dict", "output_router_logits"),
     # Training, and classification.
     *("attention_dropout", "initializer_range", "id2label", "label2id", "num_labels", "problem_type"),
+    *("embd_pdrop", "resid_pdrop", "residual_dropout", "hidden_dropout", "router_aux_loss_coef"),
     # Generation; bedplate reads these with the tokenizer.
     *("bos_token_id", "eos_token_id", "pad_token_id"),
-    # Of other families, and of models that a Llama is a part of.
-    *("attention_chunk_size", "chunk_size_feed_forward", "is_encoder_decoder", "is_heterogeneous"),
-    *("kv_sharing_modes", "mtp_layer_types"),
-    *("vision_aspect_ratio", "vision_feature_layer", "vision_feature_select_strategy"),
-    # rope_parameters, which is there, wins. tests/model/test_rope_config.py tries this one without it.
-    "rope_theta",
+    # Of other families, and of models that this one is a part of.
+    *(
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "is_heterogeneous",
+        "kv_sharing_modes",
+        "mtp_layer_types",
+        "num_heads",
+    ),
+    *("mlp_layer_types", "vision_aspect_ratio", "vision_feature_layer", "vision_feature_select_strategy"),
 }
-ANY = (None, True, False, 1, 3, 0.5, "x", [1], {"a": 1})
+# Of the parts of Granite 4 that are refused: experts and Mamba layers.
+OF_OTHER_LAYERS = {
+    *("intermediate_size", "num_experts_per_tok", "time_step_limit"),
+    *(
+        f"mamba_{name}"
+        for name in ("n_heads", "n_groups", "d_state", "d_head", "d_conv", "expand", "chunk_size")
+    ),
+    *("mamba_conv_bias", "mamba_proj_bias"),
+}
+# Fields that count where another is not there.
+INSTEAD_OF = {
+    **dict.fromkeys(
+        ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"), ("rope_parameters",)
+    ),
+    "original_max_position_embeddings": ("rope_parameters",),
+    **dict.fromkeys(
+        ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern"),
+        ("layer_types",),
+    ),
+    "no_rope_layer_interval": ("no_rope_layers",),
+    "num_hidden_layers": ("layer_types", "no_rope_layers"),
+    "layers_block_type": ("layer_types",),
+}
+ANY = (None, True, False, 1, 0, -1, 3, 0.5, "x", [1], {"a": 1})
+MISSING = object()  # a value: the field is taken out
 
 
-def fields() -> set[str]:
-    """Those of the config class and its bases, those that they take besides, and all others that a model asks for."""
-    names = {field.name for field in dataclasses.fields(LlamaConfig)}
-    for function in (PreTrainedConfig.__post_init__, RotaryEmbeddingConfigMixin.convert_rope_params_to_dict):
-        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
-            match node:
-                case ast.Call(
-                    func=ast.Attribute(value=ast.Name(id="kwargs"), attr="pop" | "get"),
-                    args=[ast.Constant(value=str(name)), *_],
-                ):
-                    names.add(name)
-    return names
+def fields(config: type[PreTrainedConfig]) -> set[str]:
+    """Those of the config class and its bases, and those that they take besides."""
+    names = {field.name for field in dataclasses.fields(config)}
+    for kind in config.__mro__:
+        for function in (vars(kind).get(name) for name in ("__post_init__", "convert_rope_params_to_dict")):
+            if not inspect.isfunction(function):
+                continue
+            for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+                match node:
+                    case ast.Call(
+                        func=ast.Attribute(value=ast.Name(id="kwargs"), attr="pop" | "get" | "setdefault"),
+                        args=[ast.Constant(value=str(name)), *_],
+                    ):
+                        names.add(name)
+    return names | set(config.attribute_map)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("model")
-    save_toy_model(made, toy_config(num_hidden_layers=2))
-    return made
+class Walk:
+    """A toy of a family, what transformers computes with it, and the same of its config with one value changed."""
 
+    def __init__(self, family: str, folder: Path) -> None:
+        self.family, self.folder = family, folder
+        given = toy_fields(family)
+        changes: dict[str, Any] = {"num_hidden_layers": 2}
+        if given.get("layer_types"):
+            changes["layer_types"] = [SLIDING, FULL] if SLIDING in given["layer_types"] else [FULL] * 2
+        if given.get("no_rope_layers"):
+            changes["no_rope_layers"] = [1, 0]
+        save_toy(folder / "toy", make_toy(family, **changes))
+        self.config = json.loads((folder / "toy" / "config.json").read_text())
+        self.kind = type(make_toy(family))
+        self.base = open_checkpoint(folder / "toy")
+        self.mine = ours(self.base)
+        self.changed = folder / "changed"
+        self.changed.mkdir()
+        for file in (folder / "toy").iterdir():
+            if file.name != "config.json":
+                (self.changed / file.name).symlink_to(file)
+        self.asked, self.expected = self._ask()
+        self._state = theirs_of(self.folder / "toy").state_dict()
+        self._known: dict[Any, Tensor] = {self._read(self.config)[1]: self.expected}
+        self._same_class = (
+            set(vars(PreTrainedConfig)) | set(vars(RotaryEmbeddingConfigMixin)) | set(dir(object))
+        )
 
-@pytest.fixture(scope="module")
-def asked(folder: Path) -> set[str]:
-    """The attributes of its config that transformers asks for, also in vain, to load the model and to run it."""
-    names: set[str] = set()
-    original = LlamaConfig.__getattribute__
+    def _ask(self) -> tuple[set[str], Tensor]:
+        """The attributes of its config that transformers asks for, also in vain, to load the model and to run it."""
+        names: set[str] = set()
+        original = self.kind.__getattribute__
 
-    def recorded(self: LlamaConfig, name: str) -> Any:
-        names.add(name)
-        return original(self, name)
+        def recorded(config: Any, name: str) -> Any:
+            names.add(name)
+            return original(config, name)
 
-    with mock.patch.object(LlamaConfig, "__getattribute__", recorded):
-        theirs(folder)
-    assert {"is_causal", "sliding_window", "hidden_size"} <= names
-    known = set(vars(PreTrainedConfig)) | set(vars(RotaryEmbeddingConfigMixin)) | set(dir(object))
-    return {name for name in names if not name.startswith("_") and name not in known}
+        with mock.patch.object(self.kind, "__getattribute__", recorded):
+            expected = theirs(self.folder / "toy", TOKENS)
+        assert {"is_causal", "hidden_size"} <= names
+        return names | {self.kind.attribute_map.get(name, name) for name in names}, expected
 
+    def names(self) -> list[str]:
+        of_models = {name for name in self.asked if not name.startswith("_") and name not in self._same_class}
+        return sorted(fields(self.kind) | of_models)
 
-def theirs(folder: Path) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        return model(torch.tensor([TOKENS])).logits[0]  # type: ignore[no-any-return]
+    def _read(self, config: dict[str, Any]) -> tuple[PreTrainedConfig, Any]:
+        """The config as transformers has it, and all of it that the model asks for: if that is equal, logits are.
+
+        What transformers does with a config before it is one is the same for every family: Llama shows it.
+        """
+        read = quiet(lambda: self.kind(**self.kind._decode_special_floats(copy.deepcopy(config))))
+        return read, tuple(sorted((n, repr(v)) for n, v in vars(read).items() if n in self.asked))
+
+    def _theirs(self, config: dict[str, Any]) -> Tensor:
+        """What transformers computes with the toy's weights and this config."""
+        if self.family == "llama" or "tie_word_embeddings" not in config:
+            return theirs(self.changed, TOKENS)
+        read, key = self._read(config)
+        if key not in self._known:
+            with no_init_weights():
+                model = quiet(lambda: AutoModelForCausalLM.from_config(read, dtype=torch.float32)).eval()
+            model.load_state_dict(self._state)
+            with torch.no_grad():
+                self._known[key] = model(torch.tensor([TOKENS])).logits[0]
+        return self._known[key]
+
+    def check(self, name: str, value: Any, without: str | None) -> tuple[bool, str | None]:
+        """Whether the field had an effect (or was refused), and what is wrong with our answer.
+
+        without: a field that the config has not then.
+        """
+        config = {other: given for other, given in self.config.items() if other not in (name, without)}
+        if value is not MISSING:
+            config[name] = value
+        (self.changed / "config.json").write_text(json.dumps(config))
+        try:
+            checkpoint = open_checkpoint(self.changed)
+        except BedplateError as error:
+            is_named = name in str(error) or "tensor" in str(error)
+            return True, None if is_named else f"a refusal that does not name it: {error.what}"
+        if checkpoint.spec.max_positions < len(TOKENS):
+            return True, None  # so long a text is never computed
+        try:
+            right = self._theirs(config)
+        except Exception:  # whatever it says of a value of the wrong kind
+            return False, None
+        found = self.mine if checkpoint.spec == self.base.spec else ours(checkpoint)
+        return not same(right, self.expected), None if same(right, found) else "other logits"
 
 
 def ours(checkpoint: Checkpoint) -> Tensor:
@@ -109,55 +205,82 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-3)
 
 
-def values(name: str, current: Any) -> Iterator[Any]:
-    yield from ANY
-    if name == "hidden_act":
+def values(name: str, current: Any, walk: Walk) -> Iterator[Any]:
+    yield from (MISSING, *ANY)
+    if name in ("hidden_act", "hidden_activation"):
         yield from ACT2FN
     if type(current) in (int, float):
-        yield from (current + 1, current * 2, current / 2)
+        yield from (current + 1, current * 2, current / 2, current * 1.0)
     if type(current) is int:
         yield current // 2
+    if isinstance(current, list):
+        yield from (current[::-1], current[:-1], [*current, *current[-1:]], [], ["attention"] * 2)
+        yield from ([current[0]] * 2, [current[-1]] * 2, [FULL] * 2, [SLIDING] * 2, ["chunked_attention"] * 2)
+    if name == "layer_types":
+        yield from ([FULL] * 2, [SLIDING, FULL], [SLIDING] * 2)
+    if name in ("sliding_window", "sliding_window_pattern"):
+        yield from (2, 4, 64, 4096, "LG")
+    if name in ("rope_parameters", "rope_scaling"):
+        yield from rope_values(walk)
+    if name in (
+        "partial_rotary_factor",
+        "original_max_position_embeddings",
+        "rope_theta",
+        "rope_local_base_freq",
+    ):
+        yield from (0.25, 1.0, 4, 100.0, 1e6)
 
 
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """transformers says much about configs that it does not like."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+def rope_values(walk: Walk) -> Iterator[Any]:
+    """Sections of every type, whole and partial, and of each kind of layer."""
+    spec = walk.base.spec
+    theta = {"rope_theta": 300.0}
+    sections = [section for of_type in TYPES.values() for section in of_type[:2]]
+    sections += [longrope(pairs, 4) for pairs in {spec.head_dim // 2, spec.rotary.width // 2}]
+    own = walk.config.get("rope_parameters") or {}
+    for section in sections:
+        yield {**theta, **section}
+        yield {**section, "type": section["rope_type"]}
+        yield {**theta, **section, "partial_rotary_factor": 0.5}
+        yield {**own, **section}
+        yield {FULL: {**theta, **section}, SLIDING: {"rope_type": "default", "rope_theta": 50.0}}
+        yield {SLIDING: {**theta, **section}}
+        yield {**own, FULL: section}
+    yield from (
+        {},
+        theta,
+        {"partial_rotary_factor": 0.5},
+        {"rope_type": "su", **theta},
+        {FULL: None, SLIDING: theta},
+    )
+    yield {FULL: {**theta, **TYPES["yarn"][0], "truncate": False}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Toys are so small that a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
-    logging.set_verbosity(verbosity)
-    logging.enable_progress_bar()
+    torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("quiet")
-def test_every_field(folder: Path, asked: set[str], tmp_path: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    for file in folder.iterdir():
-        if file.name != "config.json":
-            (tmp_path / file.name).symlink_to(file)
-    base = open_checkpoint(folder)
-    expected, mine = theirs(folder), ours(base)
-    assert same(expected, mine)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field(family: str, tmp_path: Path) -> None:
+    walk = Walk(family, tmp_path)
+    assert same(walk.expected, walk.mine)
     wrong, without_effect = [], set()
-    for name in sorted(fields() | asked):
-        effect = False
-        for value in values(name, config.get(name)):
-            (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
-            try:
-                checkpoint = open_checkpoint(tmp_path)
-            except BedplateError as error:
-                effect = True
-                assert name in str(error) or "tensor" in str(error), f"{name} = {value!r}: {error}"
-                continue
-            try:
-                right = theirs(tmp_path)
-            except Exception:  # whatever it says of a value of the wrong kind
-                continue
-            effect |= not same(right, expected)
-            if not same(right, mine if checkpoint.spec == base.spec else ours(checkpoint)):
-                wrong.append((name, value))
-        if not effect:
+    for name in walk.names():
+        found = [
+            (value, *walk.check(name, value, without))
+            for without in (None, *INSTEAD_OF.get(name, ()))
+            for value in values(name, walk.config.get(name), walk)
+        ]
+        wrong += [f"{name} = {value!r}: {what}" for value, _, what in found if what]
+        if not any(has_effect for _, has_effect, _ in found):
             without_effect.add(name)
-    assert not wrong
-    assert without_effect == WITHOUT_EFFECT
+    assert not wrong, "\n".join(wrong)
+    known = WITHOUT_EFFECT | (OF_OTHER_LAYERS if family == "granitemoehybrid" else set())
+    assert without_effect <= known
+    if family == "llama":
+        assert without_effect == WITHOUT_EFFECT & set(walk.names())

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_spec import LINEARS
 from torch import Tensor
 from toy import reference, save_adapter, save_toy_model, toy_config
 
 from bedplate.model.adapter import read_adapter
 from bedplate.model.checkpoint import open_checkpoint
-from bedplate.model.decoder import LAYER_LINEARS, Decoder
+from bedplate.model.decoder import Decoder
 from bedplate.model.load import float_decoder, set_parameter
 
 LLAMA3 = {
@@ -92,7 +93,7 @@ def test_biases_are_not_zero_where_they_are_compared(tmp_path: Path) -> None:
     save_toy_model(tmp_path, toy_config(attention_bias=True, mlp_bias=True))
     decoder = float_decoder(open_checkpoint(tmp_path), max_context=64)
     biases = {name: value for name, value in decoder.named_parameters() if name.endswith(".bias")}
-    assert len(biases) == 3 * len(LAYER_LINEARS)
+    assert len(biases) == 3 * len(LINEARS)
     assert all(value.abs().min() > 0 for value in biases.values())
 
 

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_spec import LINEARS
 from torch import Tensor, nn
 
 from bedplate.errors import CheckpointError
 from bedplate.model.checkpoint import open_checkpoint
-from bedplate.model.decoder import LAYER_LINEARS, Decoder
+from bedplate.model.decoder import Decoder
 from bedplate.model.load import float_decoder
 from bedplate.model.lora import LoRALinear
 from bedplate.spec import ModelSpec
 
-RANKS = dict.fromkeys(LAYER_LINEARS, 2)
+RANKS = dict.fromkeys(LINEARS, 2)
 TOKENS = torch.tensor([[5, 1, 300, 7, 7, 42]])
 
 

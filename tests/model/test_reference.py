@@ -44,7 +44,10 @@ def test_logits_equal_those_of_transformers(changes: dict[str, Any], tmp_path: P
             expected = model(torch.tensor([text])).logits[0]
         # float32 sums in another order: some 1e-7 of the largest logit for each of a few hundred additions.
         torch.testing.assert_close(
-            torch.cat(list(logits(hidden, head))), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+            torch.cat(list(logits(hidden, head, checkpoint.spec))),
+            expected,
+            rtol=0,
+            atol=1e-5 * float(expected.abs().max()),
         )
 
 
@@ -59,5 +62,5 @@ def test_an_update_is_added_to_its_weight(toy_model: Path, toy_adapters: dict[st
     (hidden,) = hidden_states(checkpoint, [[5, 9, 13, 2, 7]], updates=updates.get)
     with torch.no_grad():
         expected = reference(toy_model, toy_adapters["qv"])(torch.tensor([[5, 9, 13, 2, 7]])).logits[0]
-    found = torch.cat(list(logits(hidden, head_weight(checkpoint))))
+    found = torch.cat(list(logits(hidden, head_weight(checkpoint), checkpoint.spec)))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

@@ -162,45 +162,94 @@ Adapter = list[list[Branch | None]]  # of each layer's four places
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Norm:
+    """float32 [dim]."""
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32] | None = None
+
+    def native(self) -> _native.Norm:
+        return stored(self.weight.tobytes()), None if self.bias is None else stored(self.bias.tobytes())
+
+
+NO_NORM: _native.Norm = (None, None)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
-    attention_norm: NDArray[np.float32]
-    mlp_norm: NDArray[np.float32]
+    """norms: before and after attention, before and after the MLP. head_norms: of q and of k, float32 [head_dim], or
+    of all heads. rope: of the model's; None: none. window: keys that a query sees; 0: all.
+    """
+
+    norms: tuple[Norm | None, Norm | None, Norm | None, Norm | None]
     places: Sequence[Place]
+    head_norms: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+    rope: int | None = 0
+    window: int = 0
+
+    def native(self) -> _native.Layer:
+        heads = self.head_norms or (None, None)
+        return _native.Layer(
+            norms=[NO_NORM if norm is None else norm.native() for norm in self.norms],
+            head_norms=[None if weight is None else stored(weight.tobytes()) for weight in heads],
+            rope=-1 if self.rope is None else self.rope,
+            window=self.window,
+            places=[
+                (
+                    [linear.matrix() for linear in place.linears],
+                    None if place.correction is None else place.correction.native(),
+                )
+                for place in self.places
+            ],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """As native/model.h's; attention_scale None: 1 / sqrt(head_dim)."""
+
+    layer_norm: bool = False
+    norm_eps: float = 1e-5
+    parallel: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_scale: float = 1.0
+    score_cap: float = 0.0
+    logit_cap: float = 0.0
+    query_growth: float = 0.0
+    growth_positions: int = 1
+
+    def native(self, head_dim: int) -> _native.Rules:
+        return _native.Rules(**{**vars(self), "attention_scale": self.scale(head_dim)})
+
+    def scale(self, head_dim: int) -> float:
+        return float(head_dim**-0.5) if self.attention_scale is None else self.attention_scale
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
+    """ropes: frequencies [head_dim / 2], and the scale, of each rotary embedding; none given: that of Llama."""
+
     heads: int
     kv_heads: int
     head_dim: int
     embedding: Linear | None  # None: the head
     head: Linear
-    norm: NDArray[np.float32]
+    norm: Norm
     layers: Sequence[Layer]
-    eps: float = 1e-5
+    rules: Rules = field(default_factory=Rules)
     max_positions: int = 512
-    frequencies: Sequence[float] = field(default=())
+    ropes: Sequence[tuple[Sequence[float], float]] = ()
 
     @property
-    def inverse_frequencies(self) -> list[float]:
+    def turns(self) -> Sequence[tuple[Sequence[float], float]]:
         exponents = np.arange(0, self.head_dim, 2) / self.head_dim
-        return list(self.frequencies) or [float(f) for f in (1 / 10_000**exponents).astype(np.float32)]
+        return self.ropes or [([float(f) for f in (1 / 10_000**exponents).astype(np.float32)], 1.0)]
 
     def decoder(self, threads: int = 1, **changes: Any) -> _native.Decoder:
-        layers = [
-            _native.Layer(
-                stored(layer.attention_norm.tobytes()),
-                stored(layer.mlp_norm.tobytes()),
-                [
-                    (
-                        [linear.matrix() for linear in place.linears],
-                        None if place.correction is None else place.correction.native(),
-                    )
-                    for place in layer.places
-                ],
-            )
-            for layer in self.layers
-        ]
         fields: dict[str, Any] = {
             "dim": self.head.columns,
             "heads": self.heads,
@@ -209,12 +258,12 @@ class Model:
             "hidden": self.layers[0].places[2].linears[0].rows,
             "vocab": self.head.rows,
             "max_positions": self.max_positions,
-            "norm_eps": self.eps,
-            "inverse_frequencies": self.inverse_frequencies,
+            "rules": self.rules.native(self.head_dim),
+            "ropes": self.turns,
             "embedding": None if self.embedding is None else self.embedding.table(),
             "head": self.head.matrix(),
-            "norm": stored(self.norm.tobytes()),
-            "layers": layers,
+            "norm": self.norm.native(),
+            "layers": [layer.native() for layer in self.layers],
             "threads": threads,
             "readers": threads,
         }
@@ -224,40 +273,82 @@ class Model:
         self, tokens: Sequence[int], adapter: Adapter | None = None, scale: float = 1.0, *, half: bool = False
     ) -> Doubles:
         """float64 [T, vocab] of a text from position 0 on; half: keys and values are kept in float16."""
-        x = (self.embedding or self.head).dense()[list(tokens)]
+        rules = self.rules
+        x = (self.embedding or self.head).dense()[list(tokens)] * rules.embedding_scale
         for layer, branches in zip(self.layers, adapter or [[None] * 4] * len(self.layers), strict=True):
             first, second, third, fourth = zip(layer.places, branches, strict=True)
-            q, k, v = first[0].apply(self._normed(x, layer.attention_norm), first[1], scale)
-            x = x + second[0].apply(self._attention(q, k, v, half), second[1], scale)[0]
-            gate, up = third[0].apply(self._normed(x, layer.mlp_norm), third[1], scale)
-            hidden = gate / (1 + np.exp(-np.clip(gate, -700, 700))) * up
-            x = x + fourth[0].apply(hidden, fourth[1], scale)[0]
-        return self.head.apply(self._normed(x, self.norm))
+            read = self._normed(x, layer.norms[0])
+            q, k, v = first[0].apply(read, first[1], scale)
+            given = second[0].apply(self._attention(layer, q, k, v, half), second[1], scale)[0]
+            x = x + rules.residual_scale * self._normed(given, layer.norms[1])
+            if not rules.parallel:
+                read = self._normed(x, layer.norms[2])
+            outputs = third[0].apply(read, third[1], scale)
+            hidden = activated(rules.activation, outputs[0]) * (outputs[1] if rules.gated else 1)
+            given = fourth[0].apply(hidden, fourth[1], scale)[0]
+            x = x + rules.residual_scale * self._normed(given, layer.norms[3])
+        return capped(self.head.apply(self._normed(x, self.norm)) * rules.logit_scale, rules.logit_cap)
 
-    def _normed(self, x: Doubles, weight: NDArray[np.float32]) -> Doubles:
-        normed: Doubles = (
-            x / np.sqrt((x**2).mean(axis=1, keepdims=True) + self.eps) * weight.astype(np.float64)
-        )
+    def _normed(self, x: Doubles, norm: Norm | None) -> Doubles:
+        if norm is None:
+            return x
+        if self.rules.layer_norm:
+            x = x - x.mean(axis=1, keepdims=True)
+        normed = self._rms(x, norm.weight)
+        return normed if norm.bias is None else normed + norm.bias.astype(np.float64)
+
+    def _rms(self, x: Doubles, weight: NDArray[np.float32]) -> Doubles:
+        mean = (x**2).mean(axis=-1, keepdims=True)
+        normed: Doubles = x / np.sqrt(mean + self.rules.norm_eps) * weight.astype(np.float64)
         return normed
 
-    def _attention(self, q: Doubles, k: Doubles, v: Doubles, half: bool) -> Doubles:
-        length = len(q)
-        queries = self._rotated(q.reshape(length, self.heads, self.head_dim))
-        keys = self._rotated(k.reshape(length, self.kv_heads, self.head_dim))
+    def _attention(self, layer: Layer, q: Doubles, k: Doubles, v: Doubles, half: bool) -> Doubles:
+        length, norms = len(q), layer.head_norms
+        whole = norms is not None and len(norms[0]) == q.shape[1]
+        if norms is not None and whole:
+            q, k = self._rms(q, norms[0]), self._rms(k, norms[1])
+        queries = q.reshape(length, self.heads, self.head_dim)
+        keys = k.reshape(length, self.kv_heads, self.head_dim)
+        if norms is not None and not whole:
+            queries, keys = self._rms(queries, norms[0]), self._rms(keys, norms[1])
+        queries, keys = self._turned(queries, layer.rope), self._turned(keys, layer.rope)
         values = v.reshape(length, self.kv_heads, self.head_dim)
         if half:
             keys, values = (x.astype(np.float16).astype(np.float64) for x in (keys, values))
         keys, values = (np.repeat(x, self.heads // self.kv_heads, axis=1) for x in (keys, values))
-        scores = np.einsum("shd,thd->hst", queries, keys) / np.sqrt(self.head_dim)
-        scores = np.where(np.tril(np.ones((length, length), bool)), scores, -np.inf)
+        positions = np.arange(length)
+        growth = 1 + self.rules.query_growth * np.log(1 + positions // self.rules.growth_positions)
+        scores = np.einsum("shd,thd->hst", queries, keys) * self.rules.scale(self.head_dim)
+        scores = capped(scores * growth[:, None], self.rules.score_cap)
+        back = positions[:, None] - positions[None, :]
+        scores = np.where((back >= 0) & (back < (layer.window or length)), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         return np.einsum("hst,thd->shd", weights, values).reshape(length, -1)
 
-    def _rotated(self, x: Doubles) -> Doubles:
+    def _turned(self, x: Doubles, rope: int | None) -> Doubles:
+        if rope is None:
+            return x
+        frequencies, scale = self.turns[rope]
         positions = np.arange(len(x), dtype=np.float32)
         # The angle is a product in float32, as everywhere: at position 500 that is 3e-5 of a turn.
-        angles = (positions[:, None] * np.float32(self.inverse_frequencies)).astype(np.float64)[:, None, :]
+        angles = (positions[:, None] * np.float32(frequencies)).astype(np.float64)[:, None, :]
         low, high = np.split(x, 2, axis=-1)
-        cos, sin = np.cos(angles), np.sin(angles)
+        still = np.asarray(frequencies) == 0  # such a pair stays as it is
+        cos, sin = np.where(still, 1, np.cos(angles) * scale), np.where(still, 0, np.sin(angles) * scale)
         return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)
+
+
+def activated(name: str, x: Doubles) -> Doubles:
+    if name == "silu":
+        y: Doubles = x / (1 + np.exp(-np.clip(x, -700, 700)))
+    elif name == "gelu_tanh":
+        y = x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    else:
+        y = np.maximum(x, 0) ** 2
+    return y
+
+
+def capped(x: Doubles, cap: float) -> Doubles:
+    """cap 0: none."""
+    return cap * np.tanh(x / cap) if cap else x

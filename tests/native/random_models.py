@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from formula import Adapter, Back, Branch, Layer, Linear, Model, Offsets, Place, bfloat16
+from formula import Adapter, Back, Branch, Layer, Linear, Model, Norm, Offsets, Place, Rules, bfloat16
 
 from bedplate import _native
 
@@ -60,8 +60,9 @@ class Random:
             scales=(size / np.sqrt(columns) / 128 * self.draw.uniform(0.5, 1, rows)).astype(np.float32),
         )
 
-    def norm(self, dim: int) -> Any:
-        return self.draw.uniform(0.5, 1.5, dim).astype(np.float32)
+    def norm(self, dim: int, *, bias: bool = False) -> Norm:
+        weight = self.draw.uniform(0.5, 1.5, dim).astype(np.float32)
+        return Norm(weight=weight, bias=self.draw.normal(0, 0.5, dim).astype(np.float32) if bias else None)
 
     def branch(
         self,
@@ -103,13 +104,20 @@ class Random:
         correction: int = 0,
         sharpness: float = 1.0,
         tied: bool = False,
+        norms: tuple[bool, bool, bool, bool] = (True, False, True, False),
+        norm_bias: bool = False,
+        head_norms: Literal["head", "whole"] | None = None,
+        rope: Sequence[int | None] = (0,),
+        window: Sequence[int] = (0,),
+        rules: Rules | None = None,
         **fields: Any,
     ) -> Model:
         """kinds: of single linears, by q, k, v, o, gate, up, down, head, embedding; `kind`: of the others.
 
         offsets: of the linears of 4 bits in groups.  correction: ranks of each place's.  sharpness: of attention.
+        norms: which a layer has.  rope, window: of the layers in turn.
         """
-        kinds = kinds or {}
+        kinds, rules = kinds or {}, rules or Rules()
 
         def linear(name: str, rows: int, columns: int, size: float = 1.0) -> Linear:
             found = self.linear(rows, columns, kinds.get(name, kind), size=size, bias=bias)
@@ -122,11 +130,11 @@ class Random:
         shapes = [
             {"q": (q, dim), "k": (kv, dim), "v": (kv, dim)},
             {"o": (dim, q)},
-            {"gate": (hidden, dim), "up": (hidden, dim)},
+            {**({"gate": (hidden, dim)} if rules.gated else {}), "up": (hidden, dim)},
             {"down": (dim, hidden)},
         ]
         made = []
-        for _ in range(layers):
+        for index in range(layers):
             places = []
             for names in shapes:
                 linears = [
@@ -139,7 +147,19 @@ class Random:
                     self.branch(rows, columns, correction, narrow=four, back=EIGHT) if correction else None
                 )
                 places.append(Place(linears=linears, correction=given))
-            made.append(Layer(attention_norm=self.norm(dim), mlp_norm=self.norm(dim), places=places))
+            first, second, third, fourth = (self.norm(dim, bias=norm_bias) if has else None for has in norms)
+            widths = (head_dim, head_dim) if head_norms == "head" else (q, kv)
+            made.append(
+                Layer(
+                    norms=(first, second, third, fourth),
+                    head_norms=(self.norm(widths[0]).weight, self.norm(widths[1]).weight)
+                    if head_norms
+                    else None,
+                    rope=rope[index % len(rope)],
+                    window=window[index % len(window)],
+                    places=places,
+                )
+            )
         table = kinds.get("embedding", FLOAT)
         return Model(
             heads=heads,
@@ -147,7 +167,8 @@ class Random:
             head_dim=head_dim,
             embedding=None if tied else self.linear(vocab, dim, table, size=np.sqrt(dim)),
             head=self.linear(vocab, dim, kinds.get("head", kind)),
-            norm=self.norm(dim),
+            norm=self.norm(dim, bias=norm_bias),
+            rules=rules,
             layers=made,
             **fields,
         )
@@ -161,7 +182,8 @@ class Random:
         back: Kind = FLOAT,
     ) -> Adapter:
         """Branches of the linears that `of` names, of rank `rank` each."""
-        names = [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
+        mlp = ["gate", "up"] if model.rules.gated else ["up"]
+        names = [["q", "k", "v"], ["o"], mlp, ["down"]]
         wanted = of.split()
         return [
             [

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from formula import Adapter, Model, Place
+from formula import Adapter, Model, Place, Rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import EIGHT, FLOAT, FOUR, MIXED, Kind, Random, native_adapter, run
@@ -131,11 +131,67 @@ def test_the_gate_of_numbers_of_any_size(size: float) -> None:
         assert_close(run(model.decoder(), LONG[:20]), model.logits(LONG[:20]), 2e-5 if size < 100 else 2e-4)
 
 
-def test_frequencies_of_any_scaling() -> None:
-    frequencies = [1.0, 0.3, 0.01, 0.0, 2.5, 0.125, 1e-6, 0.7]
-    model = Random(10).model(frequencies=frequencies)
-    # At position 199 an angle of 2.5 a step is known to 2e-5 in float32.
-    assert_close(run(model.decoder(), LONG), model.logits(LONG), 1e-4)
+FREQUENCIES = [1.0, 0.3, 0.01, 0.0, 2.5, 0.125, 1e-6, 0.7]
+# At position 199 an angle of 2.5 a step is known to 2e-5 in float32.
+TURNED = 1e-4
+
+
+def test_rotary_embeddings_by_layer() -> None:
+    """Of any frequencies and scale, one for each layer, or none."""
+    ropes = [(FREQUENCIES, 1.25), ([0.5] * 8, 1.0)]
+    model = Random(10).model(ropes=ropes, rope=(0, None, 1), layers=3, sharpness=3.0)
+    assert_close(run(model.decoder(), LONG), model.logits(LONG), TURNED)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 130])
+def test_windows(window: int, kv_heads: int, threads: int) -> None:
+    """By layer; a text of more than three blocks of positions, in steps of several rows and of one."""
+    model = Random(window).model(window=(window, 0), kv_heads=kv_heads, sharpness=3.0)
+    expected = model.logits(LONG)
+    for chunk in (64, 1):
+        assert_close(run(model.decoder(threads), LONG, chunk=chunk), expected, 5e-5)
+
+
+@settings(max_examples=15)
+@given(
+    rules=st.builds(
+        Rules,
+        layer_norm=st.booleans(),
+        norm_eps=st.sampled_from([1e-6, 1e-2]),
+        parallel=st.booleans(),
+        activation=st.sampled_from(["silu", "gelu_tanh", "relu2"]),
+        gated=st.booleans(),
+        embedding_scale=st.sampled_from([1.0, 3.0]),
+        residual_scale=st.sampled_from([1.0, 0.25]),
+        attention_scale=st.sampled_from([None, 0.5]),
+        logit_scale=st.sampled_from([1.0, 0.0625]),
+        score_cap=st.sampled_from([0.0, 2.0]),
+        logit_cap=st.sampled_from([0.0, 1.5]),
+        query_growth=st.sampled_from([0.0, 0.5]),
+        growth_positions=st.sampled_from([1, 7]),
+    ),
+    norms=st.tuples(*[st.booleans()] * 4),
+    norm_bias=st.booleans(),
+    head_norms=st.sampled_from([None, "head", "whole"]),
+    window=st.sampled_from([(0,), (5, 0)]),
+    threads=st.sampled_from([1, 3]),
+    chunk=st.sampled_from([1, 9, 64]),
+    seed=st.integers(0, 1000),
+)
+def test_any_rules(
+    rules: Rules, norms: tuple[bool, bool, bool, bool], threads: int, chunk: int, seed: int, **options: Any
+) -> None:
+    """All that a description may say, in any mixture."""
+    model = Random(seed).model(rules=rules, norms=norms, **options)
+    text = LONG[:80]
+    expected = model.logits(text)
+    # Without norms a residual grows, and relu² squares it: then the terms of a sum are larger than it.
+    tolerance = 2e-4 * expected.std()
+    np.testing.assert_allclose(
+        run(model.decoder(threads), text, chunk=chunk), expected, rtol=0, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 3])

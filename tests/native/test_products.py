@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from formula import GROUP, Linear, Model, Offsets
+from formula import GROUP, Linear, Model, Norm, Offsets, Rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import EIGHT, FLOAT, KINDS, Kind, Random
@@ -42,9 +42,9 @@ def product_model(head: Linear, inputs: np.ndarray) -> Model:
         head_dim=2,
         embedding=Linear(bits=32, values=table),
         head=head,
-        norm=np.ones(dim, np.float32),
+        norm=Norm(weight=np.ones(dim, np.float32)),
         layers=[layer],
-        eps=1e-12,
+        rules=Rules(norm_eps=1e-12),
     )
 
 
@@ -63,7 +63,7 @@ def assert_product(head: Linear, inputs: np.ndarray, decoder: _native.Decoder | 
     step = [(token, 0, decoder.kv(half=False), None, 1.0, True) for token in tokens]
     got = decoder.step(step).array
     x = inputs[tokens].astype(np.float64)
-    x /= np.sqrt((x**2).mean(axis=1, keepdims=True) + model.eps)
+    x /= np.sqrt((x**2).mean(axis=1, keepdims=True) + model.rules.norm_eps)
     expected = head.apply(x)
     additions = (
         head.columns if head.bits == 32 else -(-head.columns // GROUP) * (1 if head.offsets is None else 2)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import formula
 import numpy as np
 import pytest
 from formula import stored
@@ -190,8 +192,18 @@ class TestModels:
         ]
         + [{"max_positions": value} for value in (0, -1, 2**24 + 1, HUGE)]
         + [{"norm_eps": value} for value in (0.0, -1e-5, np.nan, np.inf, -np.inf, 1e-50)]
-        + [{"inverse_frequencies": [1.0] * count} for count in (0, 7, 9)]
-        + [{"norm": count} for count in (0, 3, 4 * 63, 4 * 64 + 1, 4 * 65)]
+        + [
+            {name: value}
+            for name in ("embedding_scale", "residual_scale", "attention_scale", "logit_scale")
+            for value in (0.0, -1.0, np.nan, np.inf)
+        ]
+        + [{name: value} for name in ("score_cap", "logit_cap", "query_growth") for value in (-1.0, np.nan)]
+        + [{"growth_positions": value} for value in (0, -HUGE)]
+        + [{"ropes": [([1.0] * count, 1.0)]} for count in (0, 7, 9)]
+        + [{"ropes": [([value] * 8, 1.0)]} for value in (np.nan, np.inf)]
+        + [{"ropes": [([1.0] * 8, value)]} for value in (0.0, np.nan)]
+        + [{"ropes": []}]
+        + [{"norm": count} for count in (3, 4 * 63, 4 * 64 + 1, 4 * 65)]
         + [{"threads": value} for value in (0, -1, 1025, 2**31 - 1)]
         + [{"layers": []}]
         + [{part: shape} for part in ("head", "embedding") for shape in ((49, 64), (50, 63))],
@@ -202,9 +214,11 @@ class TestModels:
         made = {
             "head": lambda shape: matrix(*shape),
             "embedding": lambda shape: random.linear(*shape).table(),
-            "norm": zeros,
+            "norm": lambda size: (zeros(size), None),
         }
         change = {name: made[name](value) if name in made else value for name, value in change.items()}
+        if set(change) <= set(vars(model.rules)):
+            change = {"rules": dataclasses.replace(model.rules, **change).native(model.head_dim)}
         with pytest.raises(NativeError):
             model.decoder(**{"threads": 1, **change})
 
@@ -226,18 +240,56 @@ class TestModels:
             [matrix(first.rows, first.columns + 1), *fitting[place][1:]],
         ):
             places = [(wrong if at == place else weights, None) for at, weights in enumerate(fitting)]
-            made = Layer(stored(layer.attention_norm.tobytes()), stored(layer.mlp_norm.tobytes()), places)
+            made = Layer(**{**parts_of(layer), "places": places})
             with pytest.raises(NativeError, match=r"a layer lacks a linear|another shape"):
                 model.decoder(layers=[made])
 
-    def test_norms_of_other_sizes(self) -> None:
+    @pytest.mark.parametrize("size", [252, 260])
+    @pytest.mark.parametrize("place", range(4))
+    def test_norms_of_other_sizes(self, place: int, size: int) -> None:
         model = Random(0).model(layers=1)
-        places = [([linear.matrix() for linear in one.linears], None) for one in model.layers[0].places]
-        for norms in ((zeros(252), zeros(256)), (zeros(256), zeros(260))):
+        fitting = parts_of(model.layers[0])
+        for wrong in ((zeros(size), None), (zeros(256), zeros(size)), (None, zeros(256))):
+            norms = [*fitting["norms"][:place], wrong, *fitting["norms"][place + 1 :]]
             with pytest.raises(NativeError, match="a norm does not fit"):
-                model.decoder(layers=[Layer(*norms, places)])
+                model.decoder(layers=[Layer(**{**fitting, "norms": norms})])
         with pytest.raises(NativeError, match="float32"):
-            Layer(zeros(255), zeros(256), places)
+            Layer(**{**fitting, "norms": [(zeros(255), None), *fitting["norms"][1:]]})
+
+    @pytest.mark.parametrize(
+        ("change", "complaint"),
+        [
+            ({"rope": 1}, "rotary embedding that is not there"),
+            ({"rope": -2}, "rotary embedding that is not there"),
+            ({"window": -1}, "a window of less than nothing"),
+            ({"head_norms": (4 * 15, 4 * 16)}, "do not fit the heads"),
+            ({"head_norms": (4 * 16, None)}, "do not fit the heads"),
+            ({"head_norms": (4 * 64, 4 * 16)}, "do not fit the heads"),
+            ({"norms": [(None, None)] * 3}, "a layer has four norms"),
+        ],
+        ids=str,
+    )
+    def test_layers_that_no_model_has(self, change: dict[str, Any], complaint: str) -> None:
+        model = Random(0).model(layers=1)
+        if "head_norms" in change:
+            change = {"head_norms": [None if size is None else zeros(size) for size in change["head_norms"]]}
+        with pytest.raises(NativeError, match=complaint):
+            model.decoder(layers=[Layer(**{**parts_of(model.layers[0]), **change})])
+
+    def test_an_activation_that_is_not_known(self) -> None:
+        with pytest.raises(NativeError, match="an activation that is not known"):
+            dataclasses.replace(Random(0).model().rules, activation="selu").native(16)
+
+
+def parts_of(layer: formula.Layer) -> dict[str, Any]:
+    """What the native layer is made of."""
+    return {
+        "norms": [(None, None) if norm is None else norm.native() for norm in layer.norms],
+        "head_norms": [None, None],
+        "rope": 0,
+        "window": 0,
+        "places": [([linear.matrix() for linear in one.linears], None) for one in layer.places],
+    }
 
 
 @pytest.mark.parametrize(
@@ -352,10 +404,10 @@ class TestFiles:
         closed = os.open(os.devnull, os.O_RDONLY)
         os.close(closed)
         with pytest.raises(NativeError, match="cannot be read"):
-            Random(0).model().decoder(norm=(closed, 0, 256))
+            Random(0).model().decoder(norm=((closed, 0, 256), None))
         for wrong in ((0, -1, 256), (0, 0, -256)):
             with pytest.raises(NativeError, match="out of bounds"):
-                Random(0).model().decoder(norm=wrong)
+                Random(0).model().decoder(norm=(wrong, None))
 
 
 def test_weights_say_what_they_take() -> None:

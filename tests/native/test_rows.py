@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from formula import Adapter, Model
+from formula import Adapter, Model, Rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import EIGHT, FOUR, MIXED, Random, native_adapter, run
@@ -22,6 +22,25 @@ TEXT = [int(token) for token in np.random.default_rng(0).integers(0, 50, 140)]
 MODELS: dict[str, dict[str, Any]] = {
     "float": {"bias": True, "dim": 40, "hidden": 70, "head_dim": 10},
     "offsets": {"kind": FOUR, "offsets": True, "correction": 3, "kinds": {"head": EIGHT}},
+    # Norms after, of heads and of all heads, windows, caps: what no Llama has.
+    "sandwich": {
+        "kind": FOUR,
+        "kinds": {"head": EIGHT},
+        "norms": (True, True, True, True),
+        "head_norms": "whole",
+        "window": (3, 70),
+        "rope": (0, None),
+        "rules": Rules(
+            activation="gelu_tanh", embedding_scale=8.0, residual_scale=0.5, score_cap=5.0, logit_cap=3.0
+        ),
+    },
+    "parallel": {
+        "norms": (True, False, False, False),
+        "norm_bias": True,
+        "head_norms": "head",
+        "window": (66, 0),
+        "rules": Rules(layer_norm=True, parallel=True, gated=False, activation="relu2", query_growth=0.5),
+    },
     "mixed": {
         "kinds": MIXED,
         "heads": 6,

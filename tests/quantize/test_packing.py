@@ -180,7 +180,7 @@ OF_LINEARS = [
 OF_OTHERS = [
     ("embed_tokens.weight", EIGHT_BIT, {"#codes": "int8", "#scales": "float32"}),
     ("embed_tokens.weight", FLOAT, {"": "float32"}),
-    ("layers.0.input_layernorm.weight", None, {"": "float32"}),
+    ("layers.0.attention_norm.weight", None, {"": "float32"}),
 ]
 
 

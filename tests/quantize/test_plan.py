@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_spec import SPEC
+from small_spec import LINEARS, SPEC
 from torch import Tensor, nn
 
 from bedplate.errors import RecipeError
-from bedplate.model.decoder import LAYER_LINEARS, Decoder
+from bedplate.model.decoder import Decoder
 from bedplate.model.lora import LoRALinear
 from bedplate.quantize.eager import quantize_decoder
 from bedplate.quantize.modules import QuantizedEmbedding, QuantizedLinear
@@ -160,7 +160,7 @@ def test_mixed_bits_by_module() -> None:
     recipe = make_recipe("8da4w", method="hqq", overrides=overrides)
     schemes = plan(decoder(RANKS), recipe)
     for layer in range(SPEC.n_layers):
-        for name in LAYER_LINEARS:
+        for name in LINEARS:
             path = f"layers.{layer}.{name}" + (".linear" if name in RANKS else "")
             wanted = EIGHT_BIT if "down_proj" in name else FLOAT if "self_attn" in name else FOUR_BIT
             assert schemes[path] == wanted, path

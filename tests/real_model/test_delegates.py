@@ -38,14 +38,14 @@ def layer_inputs(decoder: Decoder, tokens: list[int]) -> tuple[list[Tensor], lis
         decoder(torch.tensor([tokens]), torch.tensor([0]), torch.zeros(1))
     for hook in hooks:
         hook.remove()
-    cos, sin = decoder.rope.at(0, len(tokens))
+    ((cos, sin),) = decoder.rope.at(0, len(tokens))
     return streams, attended, cos, sin
 
 
 def qkv(decoder: Decoder, index: int, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
     """v, q, k of a layer, RoPE applied: what the delegate before its attention gives, in its order."""
     attention, spec = decoder.layers[index].self_attn, decoder.spec
-    h = decoder.layers[index].input_layernorm(x)
+    h = decoder.layers[index].attention_norm(x)
     q, k, v = attention.project(h)
     k = decoder.rope(k.view(1, -1, spec.n_kv_heads, spec.head_dim), cos, sin)
     q = decoder.rope(q.view(1, -1, spec.n_heads, spec.head_dim), cos, sin)
@@ -68,7 +68,7 @@ def test_each_delegate_computes_what_its_modules_compute(
             elif index <= n_layers:
                 layer = decoder.layers[index - 1]
                 x = streams[index - 1] + layer.self_attn.output(attended[index - 1])
-                x = x + layer.mlp(layer.post_attention_layernorm(x))
+                x = x + layer.mlp(layer.mlp_norm(x))
                 inputs, expected = [attended[index - 1].view(heads), streams[index - 1]], [x]
                 if index < n_layers:
                     inputs += [cos, sin]

@@ -22,7 +22,8 @@ from bedplate.link.linker import link
 from bedplate.model.config import check_exists
 from bedplate.quantize.joined import joined, joined_names
 from bedplate.quantize.recipe import Goal, Recipe, Scheme
-from bedplate.spec import corrected_together
+from bedplate.runtime.weights import check_native
+from bedplate.spec import ModelSpec, corrected_together
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,7 +74,9 @@ def build_bundle(
     checkpoint = open_checkpoint(model)
     tokenizer = read_tokenizer(model, checkpoint.fields if isinstance(checkpoint, GgufFile) else None)
     check_ids(tokenizer, checkpoint.spec.vocab_size, where=model)
+    check_native(checkpoint.spec, model)
     max_context = _context(max_context, checkpoint.spec.max_positions, model)
+    programs = programs and _has_program(checkpoint.spec, max_context, model, reporter)
     # Known, and refused where need be, before anything is measured or compiled.
     named = expected_model(checkpoint.spec)
     if any(scheme.method == "hqq" for scheme in plan(named, recipe).values()):
@@ -119,6 +122,22 @@ def build_bundle(
     return create_bundle(out, write, replace=force)
 
 
+def _has_program(spec: ModelSpec, max_context: int, model: Path, reporter: Reporter) -> bool:
+    """Whether there can be a program of this model. UnsupportedError: bedplate cannot compile it yet."""
+    from bedplate.compile.stock import no_stock_program, not_lowered
+
+    if reason := no_stock_program(spec, max_context):
+        reporter.notice(f"the bundle has no programs: ExecuTorch's attention cannot compute it ({reason})")
+        return False
+    if what := not_lowered(spec, max_context):
+        raise UnsupportedError(
+            f"bedplate does not compile programs of models with {what} yet",
+            where=model,
+            hint="build it with --no-programs",
+        )
+    return True
+
+
 def _context(wanted: int | None, max_positions: int, model: Path) -> int:
     """Positions of a session. UnsupportedError: no such number of positions can be had of this model."""
     most = min(max_positions, MAX_CONTEXT)
@@ -145,8 +164,8 @@ def _foundation(
     from bedplate.quantize.foundation import fixed_constants, pack_corrected, pack_tensor
 
     corrections = structure.corrections
-    together = corrected_together(structure.spec.n_layers, corrections)
-    names, done = list(checkpoint.shapes()), 0
+    together = corrected_together(structure.spec, corrections)
+    names, done = checkpoint.names(), 0
     in_groups = {
         f"{path}.weight" for paths in together.values() for path in paths if schemes[path].bits is not None
     }

@@ -143,7 +143,7 @@ def _evaluate(
         reporter.progress(f"{label}: bundle", done, len(texts))
         ours = ours_of(text)
         at = 0
-        for block in logits(states, head):
+        for block in logits(states, head, checkpoint.spec):
             rows = block.numpy()
             sums.add(rows, ours[at : at + len(rows)], text[at + 1 : at + 1 + len(rows)])
             at += len(rows)

@@ -33,7 +33,7 @@ MODEL_FIELDS: dict[str, type] = {
     "architecture": str,
     "fingerprint": str,
     **dict.fromkeys(
-        ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_context"),
+        ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_context"),
         int,
     ),
 }

@@ -57,8 +57,8 @@ DAMAGED = "it was edited or is damaged: restore it from a copy, or build the bun
 
 
 def decode(kind: type[_T], value: Any, where: str) -> _T:
-    """`value`, as `json.loads` gives it, as a `kind`: a dataclass, named tuple, container, or plain type, nested at
-    will.
+    """`value`, as `json.loads` gives it, as a `kind`: a dataclass, named tuple, container, literal, or plain
+    type, nested at will.
 
     where: the file, and the path in it, that errors name. BundleError: a field is missing, unknown, or of
     another type.

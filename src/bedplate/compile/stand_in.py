@@ -38,7 +38,10 @@ def stand_in_decoder(structure: Structure, *, depth: int) -> tuple[Decoder, dict
 
     Structures differ in their symbols' values only by the symbol's name, so compiling is deterministic.
     """
-    spec = replace(structure.spec, n_layers=depth)
+    layers = structure.spec.layers
+    spec = replace(
+        structure.spec, layers=tuple(layers[min(index, len(layers) - 1)] for index in range(depth))
+    )
     decoder = _decoder(structure, spec, max_context=structure.max_context)
     schemes = structure_schemes(structure)
     constants: dict[str, Constant] = {}

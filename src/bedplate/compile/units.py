@@ -14,7 +14,7 @@ from bedplate.quantize.recipe import Recipe
 from bedplate.spec import ModelSpec
 
 # Rises when units of an older bedplate no longer fit the linker.
-UNIT_FORMAT = 6
+UNIT_FORMAT = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Structure:
         # Of the positions that the model has, a program takes max_context.
         del content["spec"]["max_positions"]
         if any_depth:
-            content["spec"].pop("n_layers")
+            content["spec"]["layers"] = [asdict(layer) for layer in dict.fromkeys(self.spec.layers)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,14 +1,13 @@
 """Checkpoints, read tensor by tensor: safetensors folders (sharded or not) and GGUF files.
 
-Names are Hugging Face's without the leading `model.`; tensors come one at a time, so that a model is never in memory
-as a whole.
+Parameters have the names, and their rows the order, that `spec` tells of. They come one at a time, so that a model is
+never in memory as a whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -33,12 +32,20 @@ class Checkpoint(Protocol):
     @property
     def files(self) -> tuple[Path, ...]: ...
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor by name; reads no values."""
+    def found(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor that is there, by its name in the files; reads no values."""
+        ...
+
+    def wanted(self) -> dict[str, tuple[int, ...]]:
+        """The shapes that the config wants, by the same names."""
+        ...
+
+    def names(self) -> list[str]:
+        """The parameters, in the order in which they are best read."""
         ...
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor `name`, floats of the dtype they are stored in."""
+        """The parameter `name`, floats of the dtype they are stored in."""
         ...
 
 
@@ -67,19 +74,6 @@ def expected_model(spec: ModelSpec, corrections: Mapping[str, int] | None = None
         return Decoder(spec, max_context=1, corrections=corrections, device="meta")
 
 
-def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that a checkpoint of this spec holds. A tied head is no tensor of its own."""
-    first = "layers.0."
-    one_layer = expected_model(replace(spec, n_layers=1)).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in one_layer.items()}
-    layer = {name.removeprefix(first): shapes.pop(name) for name in one_layer if name.startswith(first)}
-    for index in range(spec.n_layers):
-        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
-    if spec.tied_head:
-        del shapes["lm_head.weight"]
-    return shapes
-
-
 def checked_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     """`checkpoint.tensor(name)`. Raises CheckpointError for values that are not finite."""
     tensor = checkpoint.tensor(name)
@@ -94,8 +88,8 @@ def checked_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def checked_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all, in the order of `shapes()`, each read when it is asked for."""
-    for name in checkpoint.shapes():
+    """(name, tensor) of all, in the order of `names()`, each read when it is asked for."""
+    for name in checkpoint.names():
         yield name, checked_tensor(checkpoint, name)
 
 
@@ -105,7 +99,7 @@ def tied_names(name: str, spec: ModelSpec) -> tuple[str, ...]:
 
 
 def _check_shapes(checkpoint: Checkpoint) -> None:
-    found = checkpoint.shapes()
+    found = checkpoint.found()
     # Before a name is made for each layer: the number may be anything.
     if checkpoint.spec.n_layers > len(found):
         raise CheckpointError(
@@ -113,7 +107,7 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
             where=checkpoint.path,
             hint="is a shard missing, or does config.json belong to another model?",
         )
-    expected = expected_shapes(checkpoint.spec)
+    expected = checkpoint.wanted()
     if missing := sorted(expected.keys() - found.keys()):
         raise CheckpointError(
             f"{len(missing)} tensors are missing, the first {missing[0]}",

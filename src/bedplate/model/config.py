@@ -1,28 +1,18 @@
-"""A Hugging Face `config.json` → the dimensions of a decoder, for the families that bedplate knows."""
+"""A Hugging Face `config.json` → the description of a decoder, for the families that bedplate knows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bedplate.errors import CheckpointError, NotFoundError, UnsupportedError
-from bedplate.model.families import llama
+from bedplate.model.families import FAMILIES, Family, read_family
 from bedplate.model.fields import Fields, shown
 from bedplate.model.json_file import read_object
 from bedplate.spec import ModelSpec
+from bedplate.spec_check import flaw
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Family:
-    """architecture: the causal language model that transformers builds for the family's model_type."""
-
-    architecture: str
-    read: Callable[[Fields], ModelSpec]
-
-
-_FAMILIES = {"llama": _Family(architecture=llama.ARCHITECTURE, read=llama.llama_spec)}
 # With these, transformers reads other files than config.json and model.safetensors, or another part of config.json.
 _ELSEWHERE = (
     "configuration_files",
@@ -57,26 +47,31 @@ def spec_from_config(config: Mapping[str, Any], *, where: str | Path) -> ModelSp
     family = _family(fields)
     for name in _ELSEWHERE:
         fields.only(name, None, hint="save the model again with save_pretrained, which leaves this field out")
-    return family.read(fields)
+    spec = read_family(fields, family)
+    if wrong := flaw(spec):
+        raise CheckpointError(
+            f"no model can be as the fields say: {wrong}", where=where, hint="use another model"
+        )
+    return spec
 
 
-def _family(config: Fields) -> _Family:
+def _family(config: Fields) -> Family:
     """As transformers' AutoModelForCausalLM: by model_type. What `architectures` says has to agree with it."""
     model_type, names = config.get("model_type"), config.get("architectures")
-    supported = ", ".join(f"{name} ({family.architecture})" for name, family in _FAMILIES.items())
+    supported = ", ".join(FAMILIES)
     if model_type is None:
         raise CheckpointError(
             "model_type is missing, and transformers needs it to know which model this is",
             where=config.where,
             hint=f"add the model's model_type; supported: {supported}",
         )
-    if type(model_type) is not str or model_type not in _FAMILIES:
+    if type(model_type) is not str or model_type not in FAMILIES:
         raise UnsupportedError(
             f"model_type {shown(model_type)} (architectures {shown(names)}) is not supported",
             where=config.where,
             hint=f"supported: {supported}",
         )
-    family = _FAMILIES[model_type]
+    family = FAMILIES[model_type]
     # Without `architectures` transformers builds the causal language model of the model_type, too.
     if names not in (None, [], [family.architecture]):
         raise UnsupportedError(

@@ -8,82 +8,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bedplate.model.lora import LoRALinear
-from bedplate.spec import ModelSpec, RopeSpec, rope_frequencies
-
-# The linears of a layer that an adapter can target, by their Hugging Face names.
-LAYER_LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+from bedplate.model.parts import LayerNorm, QueryFactors, RMSNorm, Rope, activation, attend
+from bedplate.spec import LayerSpec, ModelSpec, NormPlace, linear_shapes
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight.
-
-    mean(x²) + eps is a linear with one row of 1/D and eps as its bias: the partitioner refuses `mean`.
-    """
-
-    mean_row: Tensor
-    eps: Tensor
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.register_buffer("mean_row", torch.full((1, dim), 1.0 / dim), persistent=False)
-        self.register_buffer("eps", torch.full((1,), eps), persistent=False)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        mean_BS1 = F.linear(x_BSD * x_BSD, self.mean_row, self.eps)
-        return x_BSD * torch.rsqrt(mean_BS1) * self.weight
-
-
-class Rope(nn.Module):
-    """Rotary position embedding with cos and sin from a table and rotate-half as a linear.
-
-    rotate_half(x) = [-x₂, x₁] is x Rᵀ with R of 0 and ±1: exact, and, unlike slices, inside the delegate.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    rotation: Tensor
-
-    def __init__(self, spec: RopeSpec, head_dim: int, max_context: int) -> None:
-        super().__init__()
-        cos, sin = rope_table(spec, head_dim, max_context)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        half = head_dim // 2
-        rotation, one = torch.zeros(head_dim, head_dim, device="cpu"), torch.eye(half, device="cpu")
-        rotation[:half, half:], rotation[half:, :half] = -one, one
-        self.register_buffer("rotation", rotation, persistent=False)
-
-    def at(self, pos: int, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [1, S, 1, N] for positions pos … pos + length - 1."""
-        return self.cos.narrow(1, pos, length), self.sin.narrow(1, pos, length)
-
-    def forward(self, x_BSHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return x_BSHN * cos + F.linear(x_BSHN, self.rotation) * sin
-
-
-def rope_table(spec: RopeSpec, head_dim: int, max_context: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [1, C, 1, N], as transformers computes them."""
-    # Also for a model of shapes alone: for arithmetic on "meta", torch imports its compiler, which takes a second.
-    inv_freq = torch.tensor(rope_frequencies(spec, head_dim), device="cpu")
-    angles = torch.arange(max_context, device="cpu").float()[:, None] * inv_freq[None, :]
-    angles = torch.cat((angles, angles), dim=-1).view(1, max_context, 1, head_dim)
-    return angles.cos(), angles.sin()
+def _norm(spec: ModelSpec) -> RMSNorm:
+    if spec.norm == "layer":
+        return LayerNorm(spec.dim, spec.norm_eps, bias=spec.norm_bias)
+    return RMSNorm(spec.dim, spec.norm_eps)
 
 
 class Correction(nn.Module):
@@ -127,32 +66,75 @@ def _correction(
 
 
 class Attention(nn.Module):
+    """plain: computed without the stock operator, which knows neither windows nor caps."""
+
     def __init__(
-        self, spec: ModelSpec, ranks: Mapping[str, int], corrections: Mapping[str, int], device: str | None
+        self,
+        spec: ModelSpec,
+        layer: LayerSpec,
+        max_context: int,
+        ranks: Mapping[str, int],
+        corrections: Mapping[str, int],
+        device: str | None,
     ) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = spec.n_heads, spec.n_kv_heads, spec.head_dim
+        self.rope, self.window, self.cap, self.scale = (
+            layer.rope,
+            layer.window,
+            spec.score_cap,
+            spec.attention_scale,
+        )
+        self.plain = no_stock_attention(spec, layer, max_context) is not None
         q_width, kv_width = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-        bias = spec.attention_bias
+        bias = spec.qkv_bias
         self.q_proj = _linear(spec.dim, q_width, bias, ranks.get("self_attn.q_proj"), device)
         self.k_proj = _linear(spec.dim, kv_width, bias, ranks.get("self_attn.k_proj"), device)
         self.v_proj = _linear(spec.dim, kv_width, bias, ranks.get("self_attn.v_proj"), device)
-        self.o_proj = _linear(q_width, spec.dim, bias, ranks.get("self_attn.o_proj"), device)
+        self.o_proj = _linear(q_width, spec.dim, spec.output_bias, ranks.get("self_attn.o_proj"), device)
+        self.qk_norm = spec.qk_norm
+        if spec.qk_norm:
+            whole = spec.qk_norm == "whole"
+            self.q_norm = RMSNorm(q_width if whole else spec.head_dim, spec.norm_eps)
+            self.k_norm = RMSNorm(kv_width if whole else spec.head_dim, spec.norm_eps)
         of_input = {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
         self.input_correction = _correction(corrections, of_input, "self_attn", device)
         self.output_correction = _correction(corrections, {"o_proj": self.o_proj}, "self_attn", device)
 
-    def forward(
-        self, x: Tensor, k_cache: Tensor, v_cache: Tensor, rope: Rope, cos: Tensor, sin: Tensor, pos: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, k_cache: Tensor, v_cache: Tensor, step: Step) -> Tensor:
         q, k, v = self.project(x)
-        q_BSHN = rope(q.view(1, -1, self.n_heads, self.head_dim), cos, sin)
-        k_BSKN = rope(k.view(1, -1, self.n_kv_heads, self.head_dim), cos, sin)
+        if self.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_BSHN = q.view(1, -1, self.n_heads, self.head_dim)
+        k_BSKN = k.view(1, -1, self.n_kv_heads, self.head_dim)
         v_BSKN = v.view(1, -1, self.n_kv_heads, self.head_dim)
-        torch.ops.llama.update_cache(k_BSKN, k_cache, pos)
-        torch.ops.llama.update_cache(v_BSKN, v_cache, pos)
-        y_BSHN = torch.ops.llama.custom_sdpa(q_BSHN, k_cache, v_cache, pos, None, 0.0, True)
+        if self.qk_norm == "head":
+            q_BSHN, k_BSKN = self.q_norm(q_BSHN), self.k_norm(k_BSKN)
+        if self.rope is not None:
+            cos, sin = step.tables[self.rope]
+            q_BSHN, k_BSKN = step.rope(q_BSHN, cos, sin), step.rope(k_BSKN, cos, sin)
+        if step.query_factors is not None:
+            q_BSHN = q_BSHN * step.query_factors
+        torch.ops.llama.update_cache(k_BSKN, k_cache, step.pos)
+        torch.ops.llama.update_cache(v_BSKN, v_cache, step.pos)
+        y_BSHN = self._attend(q_BSHN, k_cache, v_cache, step.pos)
         return self.output(y_BSHN.view(1, -1, self.n_heads * self.head_dim))
+
+    def _attend(self, q_BSHN: Tensor, k_cache: Tensor, v_cache: Tensor, pos: int) -> Tensor:
+        if self.plain:
+            seen = pos + q_BSHN.shape[1]
+            return attend(
+                q_BSHN[0],
+                k_cache[0, :seen],
+                v_cache[0, :seen],
+                first=pos,
+                scale=self.scale,
+                window=self.window,
+                cap=self.cap,
+            )[None]
+        # The operator's own scale is left to it.
+        scale = () if self.scale == self.head_dim**-0.5 else (self.scale,)
+        return torch.ops.llama.custom_sdpa(q_BSHN, k_cache, v_cache, pos, None, 0.0, True, *scale)  # type: ignore[no-any-return]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of all heads, [1, S, heads · N] each, before RoPE."""
@@ -171,19 +153,33 @@ class MLP(nn.Module):
         self, spec: ModelSpec, ranks: Mapping[str, int], corrections: Mapping[str, int], device: str | None
     ) -> None:
         super().__init__()
-        self.gate_proj = _linear(spec.dim, spec.hidden_dim, spec.mlp_bias, ranks.get("mlp.gate_proj"), device)
-        self.up_proj = _linear(spec.dim, spec.hidden_dim, spec.mlp_bias, ranks.get("mlp.up_proj"), device)
+        self.inner = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
+        for name in self.inner:
+            linear = _linear(spec.dim, spec.hidden_dim, spec.mlp_bias, ranks.get(f"mlp.{name}"), device)
+            self.add_module(name, linear)
         self.down_proj = _linear(spec.hidden_dim, spec.dim, spec.mlp_bias, ranks.get("mlp.down_proj"), device)
-        of_input = {"gate_proj": self.gate_proj, "up_proj": self.up_proj}
+        self.activation = activation(spec.activation)
+        of_input = {name: self.get_submodule(name) for name in self.inner}
         self.input_correction = _correction(corrections, of_input, "mlp", device)
         self.output_correction = _correction(corrections, {"down_proj": self.down_proj}, "mlp", device)
 
     def forward(self, x: Tensor) -> Tensor:
         given = _correct(self.input_correction, x)
-        gate = _plus(self.gate_proj(x), given, "gate_proj")
-        up = _plus(self.up_proj(x), given, "up_proj")
-        y = F.silu(gate) * up
+        first, *up = [_plus(self.get_submodule(name)(x), given, name) for name in self.inner]
+        y = self.activation(first)
+        if up:
+            y = y * up[0]
         return _plus(self.down_proj(y), _correct(self.output_correction, y), "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What all layers need of a step: cos and sin [1, S, 1, N] of each table, and the factors of queries."""
+
+    pos: int
+    rope: Rope
+    tables: list[tuple[Tensor, Tensor]]
+    query_factors: Tensor | None
 
 
 class Layer(nn.Module):
@@ -193,27 +189,42 @@ class Layer(nn.Module):
     def __init__(
         self,
         spec: ModelSpec,
+        layer: LayerSpec,
         max_context: int,
         ranks: Mapping[str, int],
         corrections: Mapping[str, int],
         device: str | None,
     ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(spec.dim, spec.norm_eps)
-        self.self_attn = Attention(spec, ranks, corrections, device)
-        self.post_attention_layernorm = RMSNorm(spec.dim, spec.norm_eps)
+        self.attention_norm = _norm_at("attention_norm", spec)
+        self.self_attn = Attention(spec, layer, max_context, ranks, corrections, device)
+        self.attention_output_norm = _norm_at("attention_output_norm", spec)
+        self.mlp_norm = _norm_at("mlp_norm", spec)
         self.mlp = MLP(spec, ranks, corrections, device)
+        self.mlp_output_norm = _norm_at("mlp_output_norm", spec)
+        self.parallel, self.residual_scale = spec.parallel, spec.residual_scale
         cache_shape = (1, max_context, spec.n_kv_heads, spec.head_dim)
         self.register_buffer("k_cache", torch.zeros(cache_shape), persistent=False)
         self.register_buffer("v_cache", torch.zeros(cache_shape), persistent=False)
 
-    def forward(self, x: Tensor, rope: Rope, cos: Tensor, sin: Tensor, pos: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), self.k_cache, self.v_cache, rope, cos, sin, pos)
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        read = self.attention_norm(x)
+        y = self.attention_output_norm(self.self_attn(read, self.k_cache, self.v_cache, step))
+        between = x + self._scaled(y)
+        if not self.parallel:
+            read = self.mlp_norm(between)
+        return between + self._scaled(self.mlp_output_norm(self.mlp(read)))
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        return y if self.residual_scale == 1 else y * self.residual_scale
+
+
+def _norm_at(place: NormPlace, spec: ModelSpec) -> nn.Module:
+    return _norm(spec) if place in spec.norms else nn.Identity()
 
 
 class Decoder(nn.Module):
-    """A decoder of the Llama family with its KV cache inside.
+    """The decoder of a description, with its KV cache inside.
 
     ranks: LoRA rank of each linear that has a branch, by its name in a layer (`mlp.up_proj`); the same in all layers.
     corrections: rank of the correction of each linear that has one, likewise; equal where linears have one input.
@@ -231,15 +242,19 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         ranks, corrections = ranks or {}, corrections or {}
-        if unknown := sorted((set(ranks) | set(corrections)) - set(LAYER_LINEARS)):
+        if unknown := sorted((set(ranks) | set(corrections)) - set(linear_shapes(spec))):
             raise ValueError(f"no such linears: {unknown}")
         self.spec, self.max_context, self.corrections = spec, max_context, dict(corrections)
         self.embed_tokens: nn.Module = _embedding(spec.vocab_size, spec.dim, device)
-        self.rope = Rope(spec.rope, spec.head_dim, max_context)
+        self.rope = Rope(spec.ropes, spec.head_dim, max_context)
+        growth = spec.query_growth
+        # Within the original positions the factor is 1.
+        grows = growth is not None and max_context > growth.original_positions
+        self.query_factors = QueryFactors(growth, max_context) if growth and grows else None
         self.layers = nn.ModuleList(
-            Layer(spec, max_context, ranks, corrections, device) for _ in range(spec.n_layers)
+            Layer(spec, layer, max_context, ranks, corrections, device) for layer in spec.layers
         )
-        self.norm = RMSNorm(spec.dim, spec.norm_eps)
+        self.norm = _norm(spec)
         self.lm_head: nn.Module = _linear(spec.dim, spec.vocab_size, False, None, device)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, last_rows: Tensor) -> Tensor:
@@ -252,17 +267,38 @@ class Decoder(nn.Module):
         pos, length, rows = input_pos.item(), tokens.shape[1], last_rows.shape[0]
         torch._check(pos >= 0)  # type: ignore[no-untyped-call]
         torch._check(pos + length <= self.max_context)  # type: ignore[no-untyped-call]
-        cos, sin = self.rope.at(pos, length)  # type: ignore[arg-type]
+        step = Step(
+            pos=pos,  # type: ignore[arg-type]
+            rope=self.rope,
+            tables=self.rope.at(pos, length),  # type: ignore[arg-type]
+            query_factors=self.query_factors and self.query_factors.at(pos, length),  # type: ignore[arg-type]
+        )
         x_BSD = self.embed_tokens(tokens)
+        if self.spec.embedding_scale != 1:
+            x_BSD = x_BSD * self.spec.embedding_scale
         for layer in self.layers:
-            x_BSD = layer(x_BSD, self.rope, cos, sin, pos)
+            x_BSD = layer(x_BSD, step)
         x_BRD = x_BSD.narrow(1, length - rows, rows)
-        return self.lm_head(self.norm(x_BRD))  # type: ignore[no-any-return]
+        return finished_logits(self.lm_head(self.norm(x_BRD)), self.spec)
 
     def reset_cache(self) -> None:
         for layer in self.layers:
             layer.k_cache.zero_()  # type: ignore[operator]
             layer.v_cache.zero_()  # type: ignore[operator]
+
+
+def finished_logits(y: Tensor, spec: ModelSpec) -> Tensor:
+    """Logits of what the head gives."""
+    if spec.logit_scale != 1:
+        y = y * spec.logit_scale
+    return y if spec.logit_cap is None else torch.tanh(y / spec.logit_cap) * spec.logit_cap
+
+
+def no_stock_attention(spec: ModelSpec, layer: LayerSpec, max_context: int) -> str | None:
+    """Why the stock attention operator cannot compute a layer for sequences of this context. None: it can."""
+    if layer.window is not None and layer.window < max_context:
+        return f"a layer sees only {layer.window} of {max_context} positions"
+    return None if spec.score_cap is None else f"attention scores are capped at {spec.score_cap:g}"
 
 
 @functools.cache

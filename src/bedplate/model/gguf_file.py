@@ -14,11 +14,13 @@ from bedplate.errors import CheckpointError, UnsupportedError
 from bedplate.model.config import spec_from_config
 from bedplate.model.fields import Fields, shown
 from bedplate.model.gguf_names import LAYER_LINEARS
+from bedplate.model.rotary_order import in_our_order, turned_heads
+from bedplate.spec import RotaryRows, parameter_shapes
 
 _LAYER_NAMES = {
     **LAYER_LINEARS,
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
+    "attn_norm": "attention_norm",
+    "ffn_norm": "mlp_norm",
 }
 _NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 _FIELDS = {
@@ -78,24 +80,25 @@ class GgufFile:
         self.spec = spec_from_config(_config(self.fields, names, path), where=path)
         self._stored = {_name(tensor.name, path): tensor for tensor in reader.tensors}
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def found(self) -> dict[str, tuple[int, ...]]:
         # The format lists dimensions from the innermost on.
         return {
             name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self._stored.items()
         }
 
+    def wanted(self) -> dict[str, tuple[int, ...]]:
+        return parameter_shapes(self.spec)
+
+    def names(self) -> list[str]:
+        return list(self._stored)
+
     def tensor(self, name: str) -> Tensor:
         stored = self._stored[name]
         tensor = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy())
-        heads = {"q_proj": self.spec.n_heads, "k_proj": self.spec.n_kv_heads}
-        n_heads = heads.get(name.split(".")[-2])
-        return tensor if n_heads is None else _unpermute(tensor, n_heads)
-
-
-def _unpermute(tensor: Tensor, n_heads: int) -> Tensor:
-    # GGUF interleaves the two halves of each head's rows for q and k; rotate-half wants them apart.
-    rows = tensor.shape[0] // n_heads // 2
-    return tensor.view(n_heads, rows, 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape).contiguous()
+        heads = turned_heads(".".join(name.split(".")[2:-1]), self.spec)
+        # Of this architecture GGUF has the rows of q and k that turn together side by side.
+        rows = RotaryRows(width=self.spec.head_dim, interleaved=True)
+        return in_our_order(tensor, heads, rows) if heads else tensor
 
 
 def _name(name: str, path: Path) -> str:
@@ -127,7 +130,7 @@ def _config(fields: Mapping[str, Any], names: Collection[str], path: Path) -> di
         )
     tokens = fields.get("tokenizer.ggml.tokens")
     return {
-        **{hugging_face: fields.get(name) for hugging_face, name in _FIELDS.items()},
+        **{hugging_face: fields[name] for hugging_face, name in _FIELDS.items() if name in fields},
         "model_type": "llama",
         "head_dim": next(iter(widths), None),
         "vocab_size": fields.get("llama.vocab_size") or (len(tokens) if isinstance(tokens, list) else None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 from bedplate.errors import CheckpointError, UnsupportedError
 from bedplate.model.config import read_config, spec_from_config
 from bedplate.model.json_file import DAMAGED, damaged, read_object
+from bedplate.model.rotary_order import in_our_order
+from bedplate.model.stored import Source, sources, stored_shapes
 
 # Left over in files of old transformers versions; recomputed from the config.
 _RECOMPUTED = ("rotary_emb.inv_freq", "masked_bias")
@@ -43,14 +46,33 @@ class SafetensorsFolder:
             self._check_tied_head()
             del self._stored[_HEAD]
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def found(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self._stored.items()}
 
+    def wanted(self) -> dict[str, tuple[int, ...]]:
+        return stored_shapes(self.spec)
+
+    def names(self) -> list[str]:
+        at = {name: number for number, name in enumerate(self._stored)}
+        return sorted(self._sources, key=lambda name: at[self._sources[name].name])
+
     def tensor(self, name: str) -> Tensor:
-        stored = self._stored[name]
+        source = self._sources[name]
+        stored = self._stored[source.name]
         # Opened for each: a tensor lies in the file's mapping, whose pages count as ours until it is gone.
         with safe_open(stored.file, framework="pt") as reader:
-            return reader.get_tensor(stored.name)  # type: ignore[no-any-return]
+            value: Tensor = (
+                reader.get_tensor(stored.name)
+                if source.count == stored.shape[0]
+                else reader.get_slice(stored.name)[source.first : source.first + source.count]
+            )
+        if source.offset:
+            value = value.float() + source.offset
+        return in_our_order(value, source.heads, self.spec.rotary) if source.heads else value
+
+    @functools.cached_property
+    def _sources(self) -> dict[str, Source]:
+        return sources(self.spec)
 
     def _check_tied_head(self) -> None:
         # transformers, too, takes a head that differs for a model whose config is wrong.

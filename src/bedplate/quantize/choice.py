@@ -23,7 +23,7 @@ from bedplate.quantize.correction import quantize_corrected
 from bedplate.quantize.plan import correction_scheme, head_scheme
 from bedplate.quantize.recipe import EIGHT_BIT, WEIGHT_ONLY, Goal, Recipe, Scheme
 from bedplate.quantize.weights import quantize_weight
-from bedplate.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes
+from bedplate.spec import ModelSpec, correction_places, linear_shapes
 
 HEAD = "lm_head"
 _TOKENS = 2048  # of the text: a mean over so many positions tells linears apart, and more takes long
@@ -102,7 +102,7 @@ def linear_bytes(recipe: Recipe, spec: ModelSpec) -> float:
             total += _scheme_bytes(recipe.scheme_of(f"layers.{layer}.{name}"), rows, columns)
             if name in ranks:
                 total += _scheme_bytes(WEIGHT_ONLY, rows, ranks[name])
-        for names in CORRECTED_TOGETHER.values():
+        for names in correction_places(spec).values():
             for name in [name for name in names if name in ranks][:1]:
                 columns = shapes[name][1]
                 total += _scheme_bytes(correction_scheme("directions", columns), ranks[name], columns)
@@ -166,7 +166,7 @@ def _divergences(
     for layer in range(checkpoint.spec.n_layers):
         progress(layer, checkpoint.spec.n_layers)
         weights = layer_weights(checkpoint, layer)
-        four, eight = _quantized_layer(recipe, weights, layer, statistics)
+        four, eight = _quantized_layer(recipe, checkpoint.spec, weights, layer, statistics)
         exact.advance(layer, weights)
         for names, states in zip(fours, rounded, strict=True):
             mixed = {f"{name}.weight": four[name] if name in names else eight[name] for name in eight}
@@ -176,12 +176,12 @@ def _divergences(
 
 
 def _quantized_layer(
-    recipe: Recipe, weights: Mapping[str, Tensor], layer: int, statistics: Statistics
+    recipe: Recipe, spec: ModelSpec, weights: Mapping[str, Tensor], layer: int, statistics: Statistics
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What each linear of a layer computes with, float32: by the recipe, and with 8 bits where that has 4."""
     ours: dict[str, Tensor] = {}
     eight: dict[str, Tensor] = {}
-    for place, together in CORRECTED_TOGETHER.items():
+    for place, together in correction_places(spec).items():
         schemes = {name: recipe.scheme_of(f"layers.{layer}.{name}") for name in together}
         values = {name: weights[f"{name}.weight"] for name in together}
         for name, scheme in schemes.items():
@@ -217,8 +217,11 @@ def _mean_kls(
     of_set = [heads[HEAD in names] for names, _ in rounded]
     sums = [0.0] * len(rounded)
     for text, states in enumerate(theirs):
-        mine = [logits(eight_bit_rows(one[text]), weight) for one, weight in zip(ours, of_set, strict=True)]
-        for block in zip(logits(states, head), *mine, strict=True):
+        mine = [
+            logits(eight_bit_rows(one[text]), weight, checkpoint.spec)
+            for one, weight in zip(ours, of_set, strict=True)
+        ]
+        for block in zip(logits(states, head, checkpoint.spec), *mine, strict=True):
             log_p, *others = (F.log_softmax(rows, dim=-1) for rows in block)
             for index, log_q in enumerate(others):
                 sums[index] += float((log_p.exp() * (log_p - log_q)).sum())

@@ -46,7 +46,7 @@ def _corrected_weights(
     weights: dict[str, QuantizedWeight] = {}
     corrections = recipe.corrections(decoder.spec)
     assert corrections == decoder.corrections, "the decoder has not the corrections of this recipe"
-    for place, paths in corrected_together(decoder.spec.n_layers, corrections).items():
+    for place, paths in corrected_together(decoder.spec, corrections).items():
         corrected = quantize_corrected(
             {path: decoder.get_parameter(f"{path}.weight").detach() for path in paths},
             {path: schemes.get(path) or schemes[f"{path}.linear"] for path in paths},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bedplate.constants import Constant
-from bedplate.model.decoder import RMSNorm, Rope
+from bedplate.model.parts import RMSNorm, Rope
 from bedplate.quantize.correction import Corrected
 from bedplate.quantize.packing import pack_embedding, pack_float, pack_linear
 from bedplate.quantize.recipe import Scheme
@@ -40,8 +40,8 @@ def fixed_constants(spec: ModelSpec, max_context: int) -> dict[str, Constant]:
 
     Every foundation holds them, so that it is the same with programs and without.
     """
-    rope, norm = Rope(spec.rope, spec.head_dim, max_context), RMSNorm(spec.dim, spec.norm_eps)
-    tables = [("rope.cos", rope.cos, True), ("rope.sin", rope.sin, True)]
+    rope, norm = Rope(spec.ropes, spec.head_dim, max_context), RMSNorm(spec.dim, spec.norm_eps)
+    tables = [(f"rope.{name}", value, True) for name, value in rope.named_buffers() if name != "rotation"]
     rows = [("rms_norm.mean_row", norm.mean_row, False), ("rms_norm.eps", norm.eps, False)]
     rows.append(("rope.rotation", rope.rotation, False))
     packed = [pack_float(name, value.numpy(), is_tensor=tensor)[0] for name, value, tensor in tables + rows]

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from bedplate.errors import RecipeError
 from bedplate.quantize.options import METHOD, RECOVERY_RANK, AdapterScheme, Method
-from bedplate.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes
+from bedplate.spec import ModelSpec, correction_places, linear_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class Recipe:
         """
         ranks: dict[str, int] = {}
         shapes = linear_shapes(spec)
-        for names in CORRECTED_TOGETHER.values():
+        for names in correction_places(spec).values():
             schemes = {
                 name: {self.scheme_of(f"layers.{layer}.{name}") for layer in range(spec.n_layers)}
                 for name in names

@@ -13,8 +13,8 @@ from bedplate import _native
 from bedplate.background import Background
 from bedplate.bundle.named import NamedConstants, Part, Source
 from bedplate.bundle.store import Bundle
-from bedplate.errors import BundleError
-from bedplate.spec import CORRECTED_TOGETHER, ModelSpec, linear_shapes, rope_frequencies
+from bedplate.errors import BundleError, UnsupportedError
+from bedplate.spec import NORMS, ModelSpec, correction_places, linear_shapes
 
 _T = TypeVar("_T")
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -69,18 +69,24 @@ def load_foundation(
 
     meanwhile: what else to do while the native layer reads. It takes one of the threads. Its errors are raised too.
     """
+    check_native(spec, bundle.path)
     with (
         NamedConstants(bundle.foundation, bundle.foundation_info.constants) as constants,
         _fitting(bundle.foundation),
     ):
-        reader = _Reader(constants, linear_shapes(spec))
+        reader = _Reader(constants, spec)
         layers = [
             _native.Layer(
-                attention_norm=constants.floats(f"layers.{layer}.input_layernorm.weight", spec.dim),
-                mlp_norm=constants.floats(f"layers.{layer}.post_attention_layernorm.weight", spec.dim),
-                places=[reader.place(layer, place) for place in CORRECTED_TOGETHER],
+                norms=[
+                    reader.norm(f"layers.{number}.{name}") if name in spec.norms else (None, None)
+                    for name in NORMS
+                ],
+                head_norms=[reader.head_norm(number, part) for part in ("q", "k")],
+                rope=-1 if layer.rope is None else layer.rope,
+                window=layer.window or 0,
+                places=[reader.place(number, place) for place in reader.places],
             )
-            for layer in range(spec.n_layers)
+            for number, layer in enumerate(spec.layers)
         ]
         read = partial(
             _native.Decoder,
@@ -91,11 +97,11 @@ def load_foundation(
             hidden=spec.hidden_dim,
             vocab=spec.vocab_size,
             max_positions=max_context,
-            norm_eps=spec.norm_eps,
-            inverse_frequencies=rope_frequencies(spec.rope, spec.head_dim),
+            rules=_rules(spec),
+            ropes=[(table.frequencies, table.scale) for table in spec.ropes],
             embedding=_embedding(constants),
             head=_native.Matrix([constants.matrix(_HEAD)]),
-            norm=constants.floats("norm.weight", spec.dim),
+            norm=reader.norm("norm"),
             layers=layers,
             threads=threads,
             readers=threads if meanwhile is None else max(1, threads - 1),
@@ -104,6 +110,35 @@ def load_foundation(
     _native.return_memory()  # what the lists of constants, and the tokenizer's file, took
     # Each load counts as a new foundation: it does not use the keys and values of an earlier one.
     return Weights(decoder=decoder, adapter=None, content=(object(), "base"), precision=precision)
+
+
+def check_native(spec: ModelSpec, where: Path) -> None:
+    """UnsupportedError: the native decoder does not compute something that the model needs."""
+    if any(table.long for table in spec.ropes):
+        raise UnsupportedError(
+            "bedplate's runtime does not compute this model: it turns long texts by other frequencies (longrope)",
+            where=where,
+            hint="docs/inputs.md lists the models that run",
+        )
+
+
+def _rules(spec: ModelSpec) -> _native.Rules:
+    growth = spec.query_growth
+    return _native.Rules(
+        layer_norm=spec.norm == "layer",
+        norm_eps=spec.norm_eps,
+        parallel=spec.parallel,
+        activation=spec.activation,
+        gated=spec.gated,
+        embedding_scale=spec.embedding_scale,
+        residual_scale=spec.residual_scale,
+        attention_scale=spec.attention_scale,
+        logit_scale=spec.logit_scale,
+        score_cap=spec.score_cap or 0.0,
+        logit_cap=spec.logit_cap or 0.0,
+        query_growth=growth.beta if growth else 0.0,
+        growth_positions=growth.original_positions if growth else 1,
+    )
 
 
 def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> Weights:
@@ -121,9 +156,9 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
         named = (*info.constants, *info.shared)
         constants = stack.enter_context(NamedConstants(file, named, beside=foundation))
         stack.enter_context(_fitting(file))
-        reader = _Reader(constants, linear_shapes(spec), info.ranks)
+        reader = _Reader(constants, spec, info.ranks)
         layers = [
-            [reader.branch(layer, linears) for linears in CORRECTED_TOGETHER.values()]
+            [reader.branch(layer, linears) for linears in reader.places.values()]
             for layer in range(spec.n_layers)
         ]
         read = partial(_native.Adapter, layers, readers=max(1, base.decoder.threads - 1))
@@ -153,23 +188,39 @@ def _embedding(constants: NamedConstants) -> _native.Table | None:
 class _Reader:
     """Reads weights by place.
 
-    shapes: (rows, columns) of a layer's linears, by their names in it.  ranks: of the branches beside them.
+    places: the linears of each, by its name in a layer.  ranks: of the branches beside the linears.
     """
 
     def __init__(
         self,
         constants: NamedConstants,
-        shapes: Mapping[str, tuple[int, int]],
+        spec: ModelSpec,
         ranks: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        self._constants, self._ranks = constants, ranks
-        self._rows = {name.rpartition(".")[2]: rows for name, (rows, _) in shapes.items()}
+        self.places = correction_places(spec)
+        self._spec, self._constants, self._ranks = spec, constants, ranks
+        self._rows = {name.rpartition(".")[2]: rows for name, (rows, _) in linear_shapes(spec).items()}
         self._parts: dict[str, Part] = {}  # of joined matrices
         self._units: dict[tuple[str, str, int], float | None] = {}
 
+    def norm(self, name: str) -> _native.Norm:
+        dim, bias = self._spec.dim, f"{name}.bias"
+        return (
+            self._constants.floats(f"{name}.weight", dim),
+            self._constants.floats(bias, dim) if self._spec.norm_bias else None,
+        )
+
+    def head_norm(self, layer: int, part: str) -> Source | None:
+        """The norm of the queries' or the keys' heads. None: there is none."""
+        if self._spec.qk_norm is None:
+            return None
+        heads = {"q": self._spec.n_heads, "k": self._spec.n_kv_heads}[part]
+        width = self._spec.head_dim * (heads if self._spec.qk_norm == "whole" else 1)
+        return self._constants.floats(f"layers.{layer}.self_attn.{part}_norm.weight", width)
+
     def place(self, layer: int, place: str) -> tuple[list[_native.Matrix], _native.Branch | None]:
         """The linears of a place with their offsets and biases, and the rest of their correction."""
-        linears, at = CORRECTED_TOGETHER[place], f"layers.{layer}.{place}"
+        linears, at = self.places[place], f"layers.{layer}.{place}"
         weights = [self.matrix(f"layers.{layer}.{name}.weight") for name in linears]
         biases = [
             self._bias(f"layers.{layer}.{name}.bias", part.rows)

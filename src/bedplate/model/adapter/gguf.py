@@ -20,12 +20,12 @@ from bedplate.model.adapter.peft_weights import make_pair, pair_up
 from bedplate.model.adapter.rows import halves_apart
 from bedplate.model.adapter.tensors import check_finite, read_file
 from bedplate.model.adapter.types import RawAdapter
+from bedplate.model.families import family_of
 from bedplate.model.gguf_names import LAYER_LINEARS
 from bedplate.spec import ModelSpec
 
 MAGIC = b"GGUF"
 _AGAIN = "convert the adapter again with llama.cpp's convert_lora_to_gguf.py"
-_ARCHITECTURES = {"LlamaForCausalLM": "llama"}
 _HALF = re.compile(r"^blk\.([0-9]{1,6})\.([a-z0-9_]+)\.weight\.lora_([ab])$")
 _PREFIX = "adapter.lora.prompt_prefix"
 # Of `adapter.…`: the type, the factor, and what only describes the adapter.
@@ -91,7 +91,7 @@ def _check_fields(fields: Mapping[str, Any], spec: ModelSpec, where: Path) -> tu
     if fields.get("adapter.type") != "lora":
         what = f"adapter.type = {short(fields.get('adapter.type'))} is not supported"
         raise UnsupportedError(what, where=where, hint="supported: lora")
-    wanted = _ARCHITECTURES.get(spec.architecture)
+    wanted = family_of(spec).gguf
     if fields.get("general.architecture") != wanted:
         raise AdapterError(
             f"it adapts models of the architecture {short(fields.get('general.architecture'))}, "

@@ -17,7 +17,8 @@ from bedplate.model.adapter.peft_weights import Halves, Tensors, make_pair, pair
 from bedplate.model.adapter.tensors import parse_safetensors, read_file
 from bedplate.model.adapter.torch_file import parse_torch
 from bedplate.model.adapter.types import LoraPair, Place, RawAdapter
-from bedplate.spec import ModelSpec, linear_shapes
+from bedplate.model.stored import stored_linears
+from bedplate.spec import ModelSpec
 
 WEIGHTS, OLDER = "adapter_model.safetensors", "adapter_model.bin"
 # Names that LLaMA-Factory gives to adapters whose training began with PiSSA.
@@ -99,7 +100,7 @@ def _missing(
     modules = [
         _module_path(layer, linear)
         for layer in range(spec.n_layers)
-        for linear in linear_shapes(spec)
+        for linear in stored_linears(spec)
         if (layer, linear) not in present
     ]
     missing = [name for name in (*modules, "lm_head", "model.embed_tokens") if targets.find(name)]

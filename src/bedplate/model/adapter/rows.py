@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bedplate.spec import ModelSpec
+from bedplate.model.rotary_order import in_our_order, turned_heads
+from bedplate.spec import ModelSpec, RotaryRows
 
 
 def halves_apart(b: NDArray[np.float32], linear: str, spec: ModelSpec) -> NDArray[np.float32]:
@@ -15,8 +16,7 @@ def halves_apart(b: NDArray[np.float32], linear: str, spec: ModelSpec) -> NDArra
     keep for Llama, has the two side by side. Only q and k are rotated: other linears come back as they are, and so
     does what does not fit the model's heads.
     """
-    heads = {"self_attn.q_proj": spec.n_heads, "self_attn.k_proj": spec.n_kv_heads}.get(linear)
-    if heads is None or b.ndim != 2 or b.shape[0] != heads * spec.head_dim:
+    heads = turned_heads(linear, spec)
+    if not heads or b.ndim != 2 or b.shape[0] != heads * spec.head_dim:
         return b
-    by_head = b.reshape(heads, spec.head_dim // 2, 2, b.shape[1])
-    return np.ascontiguousarray(by_head.swapaxes(1, 2)).reshape(b.shape)
+    return in_our_order(b, heads, RotaryRows(width=spec.head_dim, interleaved=True))

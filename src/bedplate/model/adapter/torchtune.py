@@ -13,6 +13,7 @@ from bedplate.model.adapter.rows import halves_apart
 from bedplate.model.adapter.tensors import read_file
 from bedplate.model.adapter.torch_file import parse_torch
 from bedplate.model.adapter.types import RawAdapter
+from bedplate.model.families import family_of
 from bedplate.spec import ModelSpec
 
 WEIGHTS = "adapter_model.pt"
@@ -32,8 +33,6 @@ _PARTS = {
     "lora_b": "lora_B",
     "magnitude": "lora_magnitude_vector",
 }
-# Models whose q and k torchtune turns into Meta's order of rows when it reads them.
-_INTERLEAVED = ("LlamaForCausalLM",)
 
 
 def find_checkpoints(path: Path) -> list[Path]:
@@ -56,7 +55,7 @@ def read_torchtune(path: Path, spec: ModelSpec) -> RawAdapter:
             where=path,
             hint='write one: {"peft_type": "LORA", "r": …, "lora_alpha": …, "target_modules": […]}',
         )
-    if spec.architecture not in _INTERLEAVED:
+    if not family_of(spec).meta_rows:
         raise UnsupportedError(
             f"torchtune's adapters of {spec.architecture} are not supported",
             where=path,
