@@ -1,10 +1,14 @@
-"""Import what builds programs without its log: it tells of CUDA libraries that are not there and not wanted."""
+"""Import what builds programs: without its log, which tells of CUDA libraries that are not wanted, and with threads that
+wait in their sleep.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 
 _TALKERS = ("torchao", "torch.utils._pytree")
@@ -17,10 +21,26 @@ def import_modules(names: Iterable[str]) -> None:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _patience():
             warnings.simplefilter("ignore")
             for name in names:
                 import_module(name)
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """OpenMP reads this when it is loaded. Its threads look for each other without end otherwise, and one core that has
+    other work then makes a build take fifty times as long.
+    """
+    name = "OMP_WAIT_POLICY"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "passive"
+    try:
+        yield
+    finally:
+        del os.environ[name]
