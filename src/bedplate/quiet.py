@@ -1,5 +1,5 @@
-"""Import what builds programs: without its log, which tells of CUDA libraries that are not wanted, and with threads that
-wait in their sleep.
+"""Import what builds programs: without its log, which tells of CUDA libraries that are not there and not wanted, and
+with threads that sleep while they wait.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def import_modules(names: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def _patience() -> Iterator[None]:
-    """OpenMP reads this when it is loaded. Its threads look for each other without end otherwise, and one core that has
-    other work then makes a build take fifty times as long.
+    """OpenMP reads this when it is loaded. Otherwise its threads look for each other without end, and a core that has
+    other work makes a build take fifty times as long.
     """
     name = "OMP_WAIT_POLICY"
     if name in os.environ:
