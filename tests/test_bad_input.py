@@ -120,7 +120,7 @@ LAST_WEIGHT = "model.layers.2.mlp.down_proj.weight"
         (config("config.json", model_type="granite"), UnsupportedError, "model_type 'granite'"),
         (config("config.json", is_causal=False), UnsupportedError, "is_causal = False"),
         (config("config.json", hidden_act="gelu"), UnsupportedError, "hidden_act = 'gelu'"),
-        (config("config.json", rope_parameters={"rope_type": "yarn"}), UnsupportedError, "yarn"),
+        (config("config.json", rope_parameters={"rope_type": "axial"}), UnsupportedError, "axial"),
         (config("config.json", quantization_config={"bits": 4}), UnsupportedError, "quantization_config"),
         (config("config.json", intermediate_size=128), CheckpointError, "has shape .* the config wants"),
         (config("config.json", num_hidden_layers=4), CheckpointError, "9 tensors are missing"),

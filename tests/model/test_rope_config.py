@@ -178,6 +178,7 @@ def test_more_rows_than_a_head_has_or_none(partial: float) -> None:
             "low_freq_factor in rope_scaling is missing",
         ),
         ({"rope_scaling": {**LLAMA3, "factor": None}}, "factor in rope_scaling is missing"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor in rope_scaling is missing"),
         ({"rope_theta": None}, "rope_theta in rope_parameters is missing"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor in rope_scaling is missing"),
         (

@@ -253,7 +253,9 @@ def _llama3(section: _Section) -> _Computed:
 
 def _yarn(section: _Section) -> _Computed:
     fields, dim, theta, original = section.fields, section.dim, _theta(section), _original(section)
-    factor = fields.number("factor", default=section.max_positions / original)
+    # transformers takes null for the factor, but no section without it.
+    ratio = section.max_positions / original if "factor" in fields.values else None
+    factor = fields.number("factor", default=ratio)
     fast, slow = fields.number("beta_fast", default=32), fields.number("beta_slow", default=1)
 
     def at(rotations: float) -> float:
