@@ -5,6 +5,7 @@
 // session's tokens were cut into steps.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <mutex>
@@ -17,6 +18,8 @@
 #include "team.h"
 
 namespace bedplate {
+
+inline Range overlap(Range a, Range b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
 
 struct Row {
     std::int64_t token, position;

@@ -62,7 +62,7 @@ void check_rules(const Rules& r) {
 void check_norm(const Norm& norm, const Model& m) {
     const auto dim = static_cast<std::size_t>(m.dim);
     require((norm.weight.empty() || norm.weight.size() == dim) &&
-                (norm.bias.empty() || norm.bias.size() == norm.weight.size()),
+                (norm.bias.empty() || (m.rules.layer_norm && norm.bias.size() == norm.weight.size())),
             "a norm does not fit the model");
 }
 

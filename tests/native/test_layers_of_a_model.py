@@ -173,7 +173,7 @@ def test_windows(window: int, kv_heads: int, threads: int) -> None:
         growth_positions=st.sampled_from([1, 7]),
     ),
     norms=st.tuples(*[st.booleans()] * 4),
-    norm_bias=st.booleans(),
+    bias=st.booleans(),
     head_norms=st.sampled_from([None, "head", "whole"]),
     window=st.sampled_from([(0,), (5, 0)]),
     threads=st.sampled_from([1, 3]),
@@ -181,10 +181,18 @@ def test_windows(window: int, kv_heads: int, threads: int) -> None:
     seed=st.integers(0, 1000),
 )
 def test_any_rules(
-    rules: Rules, norms: tuple[bool, bool, bool, bool], threads: int, chunk: int, seed: int, **options: Any
+    rules: Rules,
+    norms: tuple[bool, bool, bool, bool],
+    bias: bool,
+    threads: int,
+    chunk: int,
+    seed: int,
+    **options: Any,
 ) -> None:
     """All that a description may say, in any mixture."""
-    model = Random(seed).model(rules=rules, norms=norms, **options)
+    model = Random(seed).model(
+        rules=rules, norms=norms, norm_bias=bias and rules.layer_norm, bias=bias, **options
+    )
     text = LONG[:80]
     expected = model.logits(text)
     # Without norms a residual grows, and relu² squares it: then the terms of a sum are larger than it.

@@ -249,7 +249,12 @@ class TestModels:
     def test_norms_of_other_sizes(self, place: int, size: int) -> None:
         model = Random(0).model(layers=1)
         fitting = parts_of(model.layers[0])
-        for wrong in ((zeros(size), None), (zeros(256), zeros(size)), (None, zeros(256))):
+        for wrong in (
+            (zeros(size), None),
+            (zeros(256), zeros(size)),
+            (None, zeros(256)),
+            (zeros(256), zeros(256)),
+        ):
             norms = [*fitting["norms"][:place], wrong, *fitting["norms"][place + 1 :]]
             with pytest.raises(NativeError, match="a norm does not fit"):
                 model.decoder(layers=[Layer(**{**fitting, "norms": norms})])
