@@ -97,6 +97,15 @@ def float_bundle(build_toy: BuildToy, toy_adapters: dict[str, Path], shared: Sha
     return bedplate.Bundle.open(shared.made("float.bundle", make))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Toys are so small that a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_configure() -> None:
     """Workers do not take each other's cores, nor do the processes that tests start."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

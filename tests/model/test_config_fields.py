@@ -28,6 +28,8 @@ from bedplate.model.checkpoint import Checkpoint, open_checkpoint
 from bedplate.model.families import FAMILIES
 from bedplate.model.load import float_decoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS = [5, 30, 7, 7, 21, 0, 42, 1, 91]
 # Somebody has looked at these: transformers asks for them, but no logits depend on them. A field that is not here and
 # makes no difference below is new: find out what it does, and refuse it, compute it, or list it.
@@ -254,15 +256,6 @@ def rope_values(walk: Walk) -> Iterator[Any]:
         {FULL: None, SLIDING: theta},
     )
     yield {FULL: {**theta, **TYPES["yarn"][0], "truncate": False}}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Toys are so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

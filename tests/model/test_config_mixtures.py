@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from bedplate.errors import BedplateError
 from bedplate.model.checkpoint import open_checkpoint
 from bedplate.model.families import FAMILIES
 from bedplate.model.load import float_decoder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS = [5, 30, 7, 7, 21, 0, 42, 1, 91, 60, 3, 3]
 EXAMPLES = 20  # of each family; of 10,000 in all none was wrong
@@ -146,15 +147,6 @@ def theirs(family: str, config: dict[str, Any], folder: Path, seed: int) -> Tens
     (folder / "config.json").write_text(json.dumps(config))
     with torch.no_grad():
         return model(torch.tensor([TOKENS])).logits[0]  # type: ignore[no-any-return]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Toys are so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
