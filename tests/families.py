@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
@@ -347,6 +348,24 @@ def theirs(folder: Path, tokens: list[int], dtype: torch.dtype = torch.float32) 
 
 def theirs_of(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return quiet(lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval())
+
+
+def save_adapter(folder: Path, model: Path, config: LoraConfig) -> Path:
+    """A random adapter, as PEFT saves it."""
+    adapted = get_peft_model(theirs_of(model), config)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.3)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def with_peft(folder: Path, adapter: Path, tokens: list[int]) -> torch.Tensor:
+    """Logits [T, V] of transformers with an adapter."""
+    with torch.no_grad():
+        return PeftModel.from_pretrained(theirs_of(folder), adapter).eval()(torch.tensor([tokens])).logits[0]  # type: ignore[no-any-return]
 
 
 def quiet(call: Any) -> Any:

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import LENGTH, TOYS, make_toy, quiet, save_toy, theirs, variants
-from peft import LoraConfig, PeftModel, get_peft_model
+from families import LENGTH, TOYS, make_toy, save_adapter, save_toy, theirs, variants, with_peft
+from peft import LoraConfig
 from toy import save_toy_tokenizer
-from transformers import AutoModelForCausalLM
 
 import bedplate
 from bedplate.errors import UnsupportedError
@@ -64,8 +63,10 @@ def test_in_few_bits_with_an_adapter(family: str, tmp_path: Path) -> None:
     """Beside transformers and PEFT, with an adapter of all linears in 8 bits: as near as such codes allow."""
     sizes = {"intermediate_size": 64, "shared_intermediate_size": 64}
     model = save(tmp_path / "model", family, **sizes)
-    adapter = save_adapter(tmp_path / "adapter", model)
-    base, adapted = theirs(model, TOKENS).numpy()[9:], with_peft(model, adapter)
+    linears = [name.rpartition(".")[2] for name in stored_linears(open_checkpoint(model).spec)]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=linears, task_type="CAUSAL_LM")
+    adapter = save_adapter(tmp_path / "adapter", model, config)
+    base, adapted = (x.numpy()[9:] for x in (theirs(model, TOKENS), with_peft(model, adapter, TOKENS)))
     assert rms(adapted - base) > 0.3 * rms(base)
     off: dict[str, list[float]] = {}
     for name, options in RECIPES.items():
@@ -89,28 +90,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def rms(x: np.ndarray) -> float:
     return float(np.sqrt((x**2).mean()))
-
-
-def save_adapter(folder: Path, model: Path) -> Path:
-    linears = [name.rpartition(".")[2] for name in stored_linears(open_checkpoint(model).spec)]
-    base = quiet(lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
-    adapted = get_peft_model(
-        base, LoraConfig(r=4, lora_alpha=8, target_modules=linears, task_type="CAUSAL_LM")
-    )
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0.0, 0.3)
-    adapted.save_pretrained(folder)
-    return folder
-
-
-def with_peft(model: Path, adapter: Path) -> np.ndarray:
-    base = quiet(lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
-    with torch.no_grad():
-        found = PeftModel.from_pretrained(base, adapter).eval()(torch.tensor([TOKENS])).logits[0, 9:]
-    return np.asarray(found.numpy())
 
 
 # What their layers compute, a Llama's layers compute too, with other biases, pairs that do not turn, or other rows.

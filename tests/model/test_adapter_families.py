@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import LENGTH, make_toy, quiet, save_toy
-from peft import LoraConfig, PeftModel, get_peft_model
+from families import LENGTH, make_toy, save_adapter, save_toy, with_peft
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from bedplate.errors import AdapterError
 from bedplate.model.adapter import read_adapter
@@ -31,8 +30,7 @@ def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return folder / "model"
 
 
-def save_adapter(folder: Path, model: Path, targets: list[str]) -> Path:
-    base = quiet(lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
+def adapter_of(folder: Path, model: Path, targets: list[str]) -> Path:
     config = LoraConfig(
         r=4,
         lora_alpha=7,
@@ -41,20 +39,7 @@ def save_adapter(folder: Path, model: Path, targets: list[str]) -> Path:
         alpha_pattern={targets[-1]: 2},
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(3)
-    adapted = get_peft_model(base, config)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0.0, 0.3)
-    adapted.save_pretrained(folder)
-    return folder
-
-
-def theirs(model: Path, adapter: Path) -> Tensor:
-    base = quiet(lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
-    with torch.no_grad():
-        return PeftModel.from_pretrained(base, adapter).eval()(TOKENS).logits[0]  # type: ignore[no-any-return]
+    return save_adapter(folder, model, config)
 
 
 def ours(checkpoint: Checkpoint, adapter: Path | None) -> Tensor:
@@ -73,8 +58,8 @@ def modules(checkpoint: Checkpoint) -> list[str]:
 
 def test_on_all_linears(toy: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(toy)
-    adapter = save_adapter(tmp_path, toy, modules(checkpoint))
-    expected = theirs(toy, adapter)
+    adapter = adapter_of(tmp_path, toy, modules(checkpoint))
+    expected = with_peft(toy, adapter, TOKENS[0].tolist())
     found, base = ours(checkpoint, adapter), ours(checkpoint, None)
     assert float((expected - base).abs().max()) > 0.05
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-6 * float(expected.abs().max()))
@@ -84,10 +69,10 @@ def test_on_all_linears(toy: Path, tmp_path: Path) -> None:
 def test_on_the_fused_linear_alone(toy: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(toy)
     fused = FUSED[checkpoint.spec.model_type]
-    adapter = save_adapter(tmp_path, toy, [fused])
+    adapter = adapter_of(tmp_path, toy, [fused])
     parts = next(parts for name, parts in stored_linears(checkpoint.spec).items() if name.endswith(fused))
     assert list(read_adapter(adapter, checkpoint.spec).ranks) == [part.linear for part in parts]
-    expected = theirs(toy, adapter)
+    expected = with_peft(toy, adapter, TOKENS[0].tolist())
     torch.testing.assert_close(
         ours(checkpoint, adapter), expected, rtol=0, atol=5e-6 * float(expected.abs().max())
     )
@@ -96,7 +81,7 @@ def test_on_the_fused_linear_alone(toy: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("toy", FUSED, indirect=True)
 def test_a_fused_linear_of_other_rows_is_refused(toy: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(toy)
-    adapter = save_adapter(tmp_path, toy, [FUSED[checkpoint.spec.model_type]])
+    adapter = adapter_of(tmp_path, toy, [FUSED[checkpoint.spec.model_type]])
     file = adapter / "adapter_model.safetensors"
     tensors = {
         name: value[:-1] if "lora_B" in name and ".layers.1." in name else value
@@ -111,7 +96,7 @@ def test_our_names_are_not_theirs(tmp_path: Path) -> None:
     """An adapter of another family, whose q and k are apart, does not fit one where they are together."""
     for family in ("llama", "phi3"):
         save_toy(tmp_path / family, make_toy(family))
-    adapter = save_adapter(tmp_path / "adapter", tmp_path / "llama", ["q_proj", "k_proj"])
+    adapter = adapter_of(tmp_path / "adapter", tmp_path / "llama", ["q_proj", "k_proj"])
     with pytest.raises(AdapterError, match=r"self_attn\.[qk]_proj, which the model does not have") as caught:
         read_adapter(adapter, open_checkpoint(tmp_path / "phi3").spec)
     assert "self_attn.qkv_proj" in str(caught.value.hint)
