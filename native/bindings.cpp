@@ -34,6 +34,8 @@ using OffsetPart = std::tuple<std::int64_t, std::int64_t, float, Range, Range>;
 using NormPart = std::tuple<std::optional<Range>, std::optional<Range>>;
 // weights and correction of one place of a layer
 using PlacePart = std::tuple<std::vector<std::shared_ptr<Matrix>>, std::shared_ptr<Branch>>;
+// frequencies, those of long texts, scale
+using RopePart = std::tuple<std::vector<float>, std::vector<float>, float>;
 // token, position, session, adapter, scale, whether its logits are wanted
 using RowPart =
     std::tuple<std::int64_t, std::int64_t, std::shared_ptr<Kv>, std::shared_ptr<Adapter>, float, bool>;
@@ -194,7 +196,7 @@ void bind_decoder(nb::module_& m) {
     nb::class_<Decoder>(m, "Decoder")
         .def(nb::new_([](std::int64_t dim, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
                          std::int64_t hidden, std::int64_t vocab, std::int64_t max_positions,
-                         const Rules& rules, const std::vector<std::tuple<std::vector<float>, float>>& ropes,
+                         const Rules& rules, const std::vector<RopePart>& ropes,
                          std::shared_ptr<Table> embedding, std::shared_ptr<Matrix> head, const NormPart& last,
                          const std::vector<std::shared_ptr<Layer>>& layers, int threads, int readers) {
                  Model model{dim,
@@ -210,7 +212,8 @@ void bind_decoder(nb::module_& m) {
                              std::move(head),
                              norm(last),
                              {}};
-                 for (const auto& [frequencies, scale] : ropes) model.ropes.push_back({frequencies, scale});
+                 for (const auto& [frequencies, of_long, scale] : ropes)
+                     model.ropes.push_back({frequencies, of_long, scale});
                  for (const auto& layer : layers) {
                      require(layer != nullptr, "a layer that is none");
                      model.layers.push_back(*layer);
@@ -225,8 +228,11 @@ void bind_decoder(nb::module_& m) {
              "max_positions"_a, "rules"_a, "ropes"_a, "embedding"_a.none(), "head"_a, "norm"_a, "layers"_a,
              "threads"_a, "readers"_a)
         .def(
-            "kv", [](const Decoder& self, bool half) { return std::make_shared<Kv>(self.kv_shape(half)); },
-            "half"_a)
+            "kv",
+            [](const Decoder& self, bool half, bool of_long) {
+                return std::make_shared<Kv>(self.kv_shape(half, of_long));
+            },
+            "half"_a, "of_long"_a = false)
         .def(
             "check", [](const Decoder& self, const Adapter& adapter) { check(adapter, self.model()); },
             "adapter"_a)

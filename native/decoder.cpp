@@ -38,13 +38,13 @@ void InputRows::quantize(const Kernels& kernels, const Inputs& view, std::int64_
                      codes.data() + place * kGroup, groups.data() + place);
 }
 
-void Turns::reach(const Rope& rope, std::int64_t positions) {
-    const auto half = static_cast<std::int64_t>(rope.frequencies.size());
+void Turns::reach(const std::vector<float>& frequencies, float scale, std::int64_t positions) {
+    const auto half = static_cast<std::int64_t>(frequencies.size());
     for (auto position = static_cast<std::int64_t>(cos.size()) / half; position < positions; ++position)
-        for (const float frequency : rope.frequencies) {
+        for (const float frequency : frequencies) {
             const float angle = static_cast<float>(position) * frequency;
-            cos.push_back(frequency == 0 ? 1.0f : std::cos(angle) * rope.scale);
-            sin.push_back(frequency == 0 ? 0.0f : std::sin(angle) * rope.scale);
+            cos.push_back(frequency == 0 ? 1.0f : std::cos(angle) * scale);
+            sin.push_back(frequency == 0 ? 0.0f : std::sin(angle) * scale);
         }
 }
 
@@ -66,7 +66,7 @@ void Decoder::step(const std::vector<Row>& rows, float* logits) {
 
 void Decoder::check(const std::vector<Row>& rows) const {
     require(!rows.empty(), "a step of no rows");
-    const KvShape shape = kv_shape(false);
+    const KvShape shape = kv_shape(false, false);
     const Adapter* checked = nullptr;  // rows of one adapter mostly follow each other
     for (const Row& row : rows) {
         require(row.token >= 0 && row.token < model_.vocab, "a token is not in the vocabulary");
@@ -92,6 +92,7 @@ void Decoder::prepare(const std::vector<Row>& rows, float* logits) {
     wanted_.clear();
     std::vector<std::int64_t> place(rows.size());
     std::int64_t last = 0;
+    std::array<std::int64_t, 2> turned{};  // positions of texts that are not long, and of long ones
     for (const std::int64_t from : order) {
         const Row& row = rows[static_cast<std::size_t>(from)];
         const auto at = static_cast<std::int64_t>(rows_.size());
@@ -100,6 +101,8 @@ void Decoder::prepare(const std::vector<Row>& rows, float* logits) {
         place[static_cast<std::size_t>(from)] = at;
         rows_.push_back(row);
         last = std::max(last, row.position);
+        std::int64_t& positions = turned[row.kv->shape().of_long];
+        positions = std::max(positions, row.position + 1);
     }
     for (std::size_t i = 0; i < rows.size(); ++i)
         if (rows[i].wanted) wanted_.push_back(place[i]);
@@ -107,7 +110,11 @@ void Decoder::prepare(const std::vector<Row>& rows, float* logits) {
     logits_ = logits;
     make_room(last);
 
-    for (std::size_t i = 0; i < turns_.size(); ++i) turns_[i].reach(model_.ropes[i], last + 1);
+    for (std::size_t i = 0; i < turns_.size(); ++i) {
+        const Rope& rope = model_.ropes[i];
+        turns_[i][0].reach(rope.frequencies, rope.scale, rope.of_long.empty() ? last + 1 : turned[0]);
+        if (!rope.of_long.empty()) turns_[i][1].reach(rope.of_long, rope.scale, turned[1]);
+    }
 }
 
 // For the rows of a step, of which the last position is `last`.

@@ -45,7 +45,7 @@ struct InputRows {
 
 // How far the pairs of a head turn at each position so far: [positions, head_dim / 2].
 struct Turns {
-    void reach(const Rope& rope, std::int64_t positions);
+    void reach(const std::vector<float>& frequencies, float scale, std::int64_t positions);
 
     std::vector<float> cos, sin;
 };
@@ -57,8 +57,9 @@ class Decoder {
 
     const Model& model() const { return model_; }
     int threads() const { return team_.size(); }
-    KvShape kv_shape(bool half) const {
-        return {static_cast<std::int64_t>(model_.layers.size()), model_.kv_heads, model_.head_dim, half};
+    KvShape kv_shape(bool half, bool of_long) const {
+        return {static_cast<std::int64_t>(model_.layers.size()), model_.kv_heads, model_.head_dim, half,
+                of_long};
     }
 
     // Computes rows, in the order of the sessions' positions, and writes logits [wanted rows, vocab]. Keys
@@ -147,11 +148,11 @@ class Decoder {
     Array<float> x_, out_;          // the residual [rows, stride]; outputs of linears [rows, width]
     Array<float> given_,
         mlp_;  // what is to be added to the residual; outputs of the MLP's beside attention's
-    InputRows inputs_, hidden_;         // of all linears but the last of a layer; of the last
-    Array<float> corrected_, adapted_;  // narrow values, [rows, ranks]
-    Array<float> states_;               // of attention, [rows, kv heads, blocks], if it is split
-    std::vector<Own> own_;              // of each thread
-    std::vector<Turns> turns_;          // of each rotary embedding
+    InputRows inputs_, hidden_;                // of all linears but the last of a layer; of the last
+    Array<float> corrected_, adapted_;         // narrow values, [rows, ranks]
+    Array<float> states_;                      // of attention, [rows, kv heads, blocks], if it is split
+    std::vector<Own> own_;                     // of each thread
+    std::vector<std::array<Turns, 2>> turns_;  // of each rotary embedding, and of its long texts
 };
 
 }  // namespace bedplate

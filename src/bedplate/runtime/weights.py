@@ -40,20 +40,27 @@ class Weights(NamedTuple):
 
     content: what they are. They do not use keys and values that other content computed.
     precision: of the keys and values of a session.
+    long_above: a text with more tokens is a long one. All its tokens turn by other frequencies. None: no text is.
     """
 
     decoder: _native.Decoder
     adapter: _native.Adapter | None
     content: Content
     precision: Precision
+    long_above: int | None
 
     @property
     def nbytes(self) -> int:
         """How many bytes the adapter's own weights take in memory."""
         return 0 if self.adapter is None else self.adapter.nbytes
 
-    def new_kv(self) -> _native.Kv:
-        return self.decoder.kv(half=self.precision == "float16")
+    def is_long(self, length: int) -> bool:
+        """Whether a text of so many tokens is a long one."""
+        return self.long_above is not None and length > self.long_above
+
+    def new_kv(self, length: int) -> _native.Kv:
+        """For a text of so many tokens."""
+        return self.decoder.kv(half=self.precision == "float16", of_long=self.is_long(length))
 
 
 def load_foundation(
@@ -98,7 +105,10 @@ def load_foundation(
             vocab=spec.vocab_size,
             max_positions=max_context,
             rules=_rules(spec),
-            ropes=[(table.frequencies, table.scale) for table in spec.ropes],
+            ropes=[
+                (table.frequencies, table.long.frequencies if table.long else (), table.scale)
+                for table in spec.ropes
+            ],
             embedding=_embedding(constants),
             head=_native.Matrix([constants.matrix(_HEAD)]),
             norm=reader.norm("norm"),
@@ -109,17 +119,24 @@ def load_foundation(
         decoder = read() if meanwhile is None else _beside(read, meanwhile)
     _native.return_memory()  # what the lists of constants, and the tokenizer's file, took
     # Each load counts as a new foundation: it does not use the keys and values of an earlier one.
-    return Weights(decoder=decoder, adapter=None, content=(object(), "base"), precision=precision)
+    content = (object(), "base")
+    long_above = next(iter(_long_above(spec)), None)
+    return Weights(decoder=decoder, adapter=None, content=content, precision=precision, long_above=long_above)
 
 
 def check_native(spec: ModelSpec, where: Path) -> None:
     """UnsupportedError: the native decoder does not compute something that the model needs."""
-    if any(table.long for table in spec.ropes):
+    if len(_long_above(spec)) > 1:
         raise UnsupportedError(
-            "bedplate's runtime does not compute this model: it turns long texts by other frequencies (longrope)",
+            "bedplate's runtime does not compute this model: layers differ in when a text is a long one (longrope)",
             where=where,
             hint="docs/inputs.md lists the models that run",
         )
+
+
+def _long_above(spec: ModelSpec) -> set[int]:
+    """A text with more tokens than this is a long one. Empty: no text is."""
+    return {table.long.above for table in spec.ropes if table.long}
 
 
 def _rules(spec: ModelSpec) -> _native.Rules:
@@ -165,7 +182,7 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
         adapter = _beside(read, partial(constants.check, sha256))
         base.decoder.check(adapter)
     loaded, _ = base.content
-    return Weights(decoder=base.decoder, adapter=adapter, content=(loaded, sha256), precision=base.precision)
+    return base._replace(adapter=adapter, content=(loaded, sha256))
 
 
 def _beside(read: Callable[[], _T], meanwhile: Callable[[], None]) -> _T:
