@@ -124,7 +124,7 @@ Logits step(Decoder& self, const std::vector<RowPart>& parts) {
     }
     const auto vocab = static_cast<std::size_t>(self.model().vocab);
     const nb::gil_scoped_release released;
-    Logits logits{std::unique_ptr<float[]>(new float[wanted * vocab]), wanted, vocab};
+    Logits logits(self.spare(), wanted, vocab);
     self.step(rows, logits.data.get());
     return logits;
 }

@@ -13,6 +13,7 @@
 
 #include "kernels.h"
 #include "kv.h"
+#include "logits.h"
 #include "memory.h"
 #include "model.h"
 #include "team.h"
@@ -57,6 +58,8 @@ class Decoder {
 
     const Model& model() const { return model_; }
     int threads() const { return team_.size(); }
+    // Of the logits of its steps.
+    const std::shared_ptr<Spare>& spare() const { return spare_; }
     KvShape kv_shape(bool half, bool of_long) const {
         return {static_cast<std::int64_t>(model_.layers.size()), model_.kv_heads, model_.head_dim, half,
                 of_long};
@@ -133,6 +136,7 @@ class Decoder {
     Model model_;
     const Kernels& kernels_;
     Team team_;
+    std::shared_ptr<Spare> spare_ = std::make_shared<Spare>();
     std::mutex mutex_;
 
     // Of the running step.
