@@ -122,6 +122,13 @@ class NamedConstants:
             )
         return self._source(info)
 
+    def ids(self, name: str) -> Source:
+        """Where the int64 numbers are that `name` holds."""
+        info = self._info(name)
+        if info.dtype != "int64" or len(info.shape) != 1:
+            raise self._wrong(name, f"it has dtype {info.dtype} and shape {info.shape}, not int64 [tokens]")
+        return self._source(info)
+
     def matrix(self, name: str) -> Part:
         """The matrix that holds `name`, of floats or of codes and scales."""
         holder = self._holder(name)
