@@ -11,8 +11,8 @@ from typing import Any
 import formula
 import numpy as np
 import pytest
-from formula import stored
-from random_models import EIGHT, FLOAT, FOUR, Kind, Random, native_adapter, run
+from formula_linears import stored
+from random_models import EIGHT, FLOAT, FOUR, Kind, Random, run
 
 from bedplate import _native
 from bedplate._native import BackMatrix, Branch, Layer, Matrix, NativeError, Table
@@ -151,7 +151,7 @@ class TestBranches:
         wide = part(sizes["rows"], sizes["rank"], 32, 0, 4 * sizes["rows"] * sizes["rank"], 0)
         narrow = part(sizes["ranks"], sizes["columns"], 32, 0, 4 * sizes["ranks"] * sizes["columns"], 0)
         branch = Branch(Matrix([narrow]), [back(wide, 0, sizes["rank"], sizes["linear"], sizes["narrow"])])
-        adapter = _native.Adapter([[None, branch, None, None]] * 2, readers=1)
+        adapter = adapter_of(branch)
         decoder = Random(0).model().decoder()
         with pytest.raises(NativeError, match=complaint):
             decoder.check(adapter)
@@ -161,11 +161,9 @@ class TestBranches:
         assert kv.nbytes == 0
 
     def test_of_another_model(self) -> None:
-        with pytest.raises(NativeError, match="another number of layers"):
-            Random(0).model().decoder().check(_native.Adapter([[None] * 4], readers=1))
-        for places in ([], [None] * 3, [None] * 5):
+        for places in ([], [(None, [])] * 3, [(None, [])] * 5):
             with pytest.raises(NativeError, match="four places"):
-                _native.Adapter([places], readers=1)
+                adapter_layer(places=places)
 
     def test_nothing_in_place_of_something(self) -> None:
         for make in (
@@ -174,8 +172,27 @@ class TestBranches:
             lambda: Layer(zeros(0), zeros(0), [([None], None)] * 4),  # type: ignore[list-item]
         ):
             with pytest.raises((TypeError, NativeError)):
-                adapter = _native.Adapter([[make(), None, None, None]], readers=1)  # type: ignore[list-item, no-untyped-call]
-                assert adapter.nbytes
+                assert adapter_of(make()).nbytes  # type: ignore[arg-type, no-untyped-call]
+
+
+def adapter_layer(**fields: Any) -> _native.AdapterLayer:
+    """That changes nothing but what `fields` say."""
+    plain = {"base": 0, "norms": [(None, None)] * 4, "head_norms": [None, None], "places": [(None, [])] * 4}
+    return _native.AdapterLayer(**(plain | fields))
+
+
+def adapter_of(branch: Branch | None = None, **fields: Any) -> _native.Adapter:
+    """Of two layers, with a branch at each output of attention, and what `fields` say."""
+    places: list[_native.Change] = [(None, []), (branch, []), (None, []), (None, [])]
+    plain = {
+        "vocab": 50,
+        "layers": [adapter_layer(base=base, places=places) for base in range(2)],
+        "norm": (None, None),
+        "embedding": _native.AdapterEmbedding(),
+        "head": _native.AdapterHead(),
+        "readers": 1,
+    }
+    return _native.Adapter(**(plain | fields))
 
 
 def matrix(rows: int, columns: int) -> Matrix:
@@ -403,7 +420,7 @@ class TestFiles:
         narrow = (16, 64, 8, 0, (file, 0, 16 * 64), zeros(64))
         branch = Branch(Matrix([narrow]), [back(wide, 0, 16)])
         with pytest.raises(NativeError, match="ends too early"):
-            _native.Adapter([[branch, None, None, None]], readers=1)
+            adapter_of(branch)
 
     def test_that_are_none(self) -> None:
         closed = os.open(os.devnull, os.O_RDONLY)
@@ -423,11 +440,11 @@ def test_weights_say_what_they_take() -> None:
     adapter = random.adapter(model, 16)
     floats = sum(
         b.narrow.values.size + sum(back.whole.values[:, : back.rank].size for back in b.backs)
-        for layer in adapter
-        for b in layer
-        if b is not None
+        for layer in adapter.layers
+        for change in layer.places
+        if (b := change.branch) is not None
     )
-    assert native_adapter(adapter).nbytes == pytest.approx(4 * floats, rel=0.1)
+    assert adapter.native().nbytes == pytest.approx(4 * floats, rel=0.1)
     weights = sum(
         linear.values.size for layer in model.layers for place in layer.places for linear in place.linears
     )

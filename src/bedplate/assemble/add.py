@@ -165,6 +165,8 @@ class _Packer:
             ranks=dict(structure.ranks),
             alpha=adapter.alpha,
             dtype="float32" if self._quantize == "none" else self._quantize,
+            layers=None,
+            vocab=self._spec.vocab_size,
             source=adapter.fingerprint,
             constants=constants,
             shared=tuple(sorted((i for i in infos if i.key in in_foundation), key=lambda info: info.name)),
