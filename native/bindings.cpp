@@ -40,6 +40,8 @@ using PlacePart = std::tuple<std::vector<std::shared_ptr<Matrix>>, std::shared_p
 using AffinePart = std::tuple<std::optional<Range>, std::optional<Range>>;
 // branch, and factor and shift of each linear, of an adapter at one place
 using ChangePart = std::tuple<std::shared_ptr<Branch>, std::vector<AffinePart>>;
+// frequencies, those of long texts, scale
+using RopePart = std::tuple<std::vector<float>, std::vector<float>, float>;
 // token, position, session, adapter, scale, whether its logits are wanted
 using RowPart =
     std::tuple<std::int64_t, std::int64_t, std::shared_ptr<Kv>, std::shared_ptr<Adapter>, float, bool>;
@@ -277,14 +279,15 @@ void bind_decoder(nb::module_& m) {
     nb::class_<Decoder>(m, "Decoder")
         .def(nb::new_([](std::int64_t dim, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
                          std::int64_t hidden, std::int64_t vocab, std::int64_t max_positions,
-                         const Rules& rules, const std::vector<std::tuple<std::vector<float>, float>>& ropes,
+                         const Rules& rules, const std::vector<RopePart>& ropes,
                          std::shared_ptr<Table> embedding, std::shared_ptr<Matrix> head, const NormPart& last,
                          const std::vector<std::shared_ptr<Layer>>& layers, int threads, int readers) {
                  Model model{dim,   heads,         kv_heads, head_dim, hidden,
                              vocab, max_positions, rules,    {},       std::move(embedding),
                              {},    norm(last),    {}};
                  model.head.weights = {std::move(head)};
-                 for (const auto& [frequencies, scale] : ropes) model.ropes.push_back({frequencies, scale});
+                 for (const auto& [frequencies, of_long, scale] : ropes)
+                     model.ropes.push_back({frequencies, of_long, scale});
                  for (const auto& layer : layers) {
                      require(layer != nullptr, "a layer that is none");
                      model.layers.push_back(*layer);
@@ -300,10 +303,10 @@ void bind_decoder(nb::module_& m) {
              "threads"_a, "readers"_a)
         .def(
             "kv",
-            [](const Decoder& self, bool half, const Adapter* adapter) {
-                return std::make_shared<Kv>(self.kv_shape(adapter, half));
+            [](const Decoder& self, bool half, const Adapter* adapter, bool of_long) {
+                return std::make_shared<Kv>(self.kv_shape(adapter, half, of_long));
             },
-            "half"_a, "adapter"_a.none() = nb::none())
+            "half"_a, "adapter"_a.none() = nb::none(), "of_long"_a = false)
         .def(
             "check", [](const Decoder& self, const Adapter& adapter) { check(adapter, self.model()); },
             "adapter"_a)

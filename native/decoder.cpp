@@ -53,13 +53,13 @@ void InputRows::quantize(const Kernels& kernels, const Inputs& view, std::int64_
                      codes.data() + place * kGroup, groups.data() + place);
 }
 
-void Turns::reach(const Rope& rope, std::int64_t positions) {
-    const auto half = static_cast<std::int64_t>(rope.frequencies.size());
+void Turns::reach(const std::vector<float>& frequencies, float scale, std::int64_t positions) {
+    const auto half = static_cast<std::int64_t>(frequencies.size());
     for (auto position = static_cast<std::int64_t>(cos.size()) / half; position < positions; ++position)
-        for (const float frequency : rope.frequencies) {
+        for (const float frequency : frequencies) {
             const float angle = static_cast<float>(position) * frequency;
-            cos.push_back(frequency == 0 ? 1.0f : std::cos(angle) * rope.scale);
-            sin.push_back(frequency == 0 ? 0.0f : std::sin(angle) * rope.scale);
+            cos.push_back(frequency == 0 ? 1.0f : std::cos(angle) * scale);
+            sin.push_back(frequency == 0 ? 0.0f : std::sin(angle) * scale);
         }
 }
 
@@ -93,8 +93,9 @@ void Decoder::check(const std::vector<Row>& rows) const {
         require(row.token >= 0 && row.token < vocab(row), "a token is not in the vocabulary");
         require(row.position >= 0 && row.position < model_.max_positions, "a position is beyond the model's");
         require(row.kv != nullptr, "a row has no session");
-        const KvShape &kv = row.kv->shape(), shape = kv_shape(row.adapter, kv.half);
-        require(kv == shape, "a session is of another model, or another adapter's");
+        const KvShape &kv = row.kv->shape(), shape = kv_shape(row.adapter, kv.half, kv.of_long);
+        require(kv.layers == shape.layers && kv.heads == shape.heads && kv.head_dim == shape.head_dim,
+                "a session is of another model, or another adapter's");
         require(!row.wanted || vocab(row) <= width_, "a row has more logits than there is room for");
     }
 }
@@ -117,10 +118,14 @@ void Decoder::prepare(const std::vector<Row>& rows) {
     layers_ = layers_of(rows[0].adapter, model_);
     std::vector<std::int64_t> places(rows.size()), wanted;
     std::int64_t last = 0;
+    std::array<std::int64_t, 2> turned{};  // positions of texts that are not long, and of long ones
     for (const std::int64_t from : order) {
+        const Row& row = rows[static_cast<std::size_t>(from)];
         places[static_cast<std::size_t>(from)] = this->rows();
-        all_.add(rows[static_cast<std::size_t>(from)]);
-        last = std::max(last, all_.rows.back().position);
+        all_.add(row);
+        last = std::max(last, row.position);
+        std::int64_t& positions = turned[row.kv->shape().of_long];
+        positions = std::max(positions, row.position + 1);
     }
     for (std::size_t i = 0; i < rows.size(); ++i)
         if (rows[i].wanted) wanted.push_back(places[i]);
@@ -128,7 +133,11 @@ void Decoder::prepare(const std::vector<Row>& rows) {
     for (const Row& row : all_.rows) row.kv->reserve(row.position + 1);
     make_room(last);
 
-    for (std::size_t i = 0; i < turns_.size(); ++i) turns_[i].reach(model_.ropes[i], last + 1);
+    for (std::size_t i = 0; i < turns_.size(); ++i) {
+        const Rope& rope = model_.ropes[i];
+        turns_[i][0].reach(rope.frequencies, rope.scale, rope.of_long.empty() ? last + 1 : turned[0]);
+        if (!rope.of_long.empty()) turns_[i][1].reach(rope.of_long, rope.scale, turned[1]);
+    }
 }
 
 // For the rows of a step, of which the last position is `last`.

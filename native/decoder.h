@@ -47,7 +47,7 @@ struct InputRows {
 
 // How far the pairs of a head turn at each position so far: [positions, head_dim / 2].
 struct Turns {
-    void reach(const Rope& rope, std::int64_t positions);
+    void reach(const std::vector<float>& frequencies, float scale, std::int64_t positions);
 
     std::vector<float> cos, sin;
 };
@@ -60,9 +60,9 @@ class Decoder {
     const Model& model() const { return model_; }
     int threads() const { return team_.size(); }
     // Of sessions with an adapter; null: with the base.
-    KvShape kv_shape(const Adapter* adapter, bool half) const {
+    KvShape kv_shape(const Adapter* adapter, bool half, bool of_long) const {
         const std::size_t layers = adapter == nullptr ? model_.layers.size() : adapter->layers.size();
-        return {static_cast<std::int64_t>(layers), model_.kv_heads, model_.head_dim, half};
+        return {static_cast<std::int64_t>(layers), model_.kv_heads, model_.head_dim, half, of_long};
     }
     // How many logits a row has.
     std::int64_t vocab(const Row& row) const {
@@ -207,11 +207,11 @@ class Decoder {
     Array<float> x_, out_;          // the residual [rows, stride]; outputs of linears [rows, width]
     Array<float> given_,
         mlp_;  // what is to be added to the residual; outputs of the MLP's beside attention's
-    InputRows inputs_, hidden_;         // of all linears but the last of a layer; of the last
-    Array<float> corrected_, adapted_;  // narrow values, [rows, ranks]
-    Array<float> states_;               // of attention, [rows, kv heads, blocks], if it is split
-    std::vector<Own> own_;              // of each thread
-    std::vector<Turns> turns_;          // of each rotary embedding
+    InputRows inputs_, hidden_;                // of all linears but the last of a layer; of the last
+    Array<float> corrected_, adapted_;         // narrow values, [rows, ranks]
+    Array<float> states_;                      // of attention, [rows, kv heads, blocks], if it is split
+    std::vector<Own> own_;                     // of each thread
+    std::vector<std::array<Turns, 2>> turns_;  // of each rotary embedding, and of its long texts
 };
 
 }  // namespace bedplate

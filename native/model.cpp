@@ -90,8 +90,11 @@ void check_ropes(const Model& m) {
         require(rope.frequencies.size() == static_cast<std::size_t>(m.head_dim / 2),
                 "the frequencies do not fit head_dim");
         require(is_factor(rope.scale), "a rotary embedding has a scale that is no positive number");
-        for (const float frequency : rope.frequencies)
-            require(std::isfinite(frequency), "a frequency is no number");
+        require(rope.of_long.empty() || rope.of_long.size() == rope.frequencies.size(),
+                "the frequencies of long texts do not fit head_dim");
+        for (const auto* frequencies : {&rope.frequencies, &rope.of_long})
+            for (const float frequency : *frequencies)
+                require(std::isfinite(frequency), "a frequency is no number");
     }
 }
 

@@ -35,6 +35,7 @@ struct Norm {
 // of a head; a pair of frequency 0 stays as it is.
 struct Rope {
     std::vector<float> frequencies;
+    std::vector<float> of_long;  // of a long text, for all its positions; empty: the same
     float scale;
 };
 

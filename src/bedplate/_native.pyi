@@ -179,9 +179,10 @@ class Logits:
         """float32 [rows, width], not copied. Imports numpy."""
 
 class Decoder:
-    """A model. ropes: frequencies [head_dim / 2] and scale of each rotary embedding. embedding None: its rows are the
-    head's. threads compute its steps, readers read it. Raises NativeError
-    if sizes do not fit each other, or a file ends too early.
+    """A model. ropes: of each rotary embedding, frequencies [head_dim / 2], those of long texts (empty: the same), and
+    the scale. embedding None: its rows are the head's. threads compute its steps, readers read it.
+
+    Raises NativeError if sizes do not fit each other, or a file ends too early.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class Decoder:
         vocab: int,
         max_positions: int,
         rules: Rules,
-        ropes: Sequence[tuple[Sequence[float], float]],
+        ropes: Sequence[tuple[Sequence[float], Sequence[float], float]],
         embedding: Table | None,
         head: Matrix,
         norm: Norm,
@@ -203,8 +204,10 @@ class Decoder:
         threads: int,
         readers: int,
     ) -> None: ...
-    def kv(self, half: bool, adapter: Adapter | None = None) -> Kv:
-        """An empty session, for the layers of an adapter; half: float16, else float32."""
+    def kv(self, half: bool, adapter: Adapter | None = None, of_long: bool = False) -> Kv:
+        """An empty session, for the layers of an adapter; half: float16, else float32. of_long: its text is a long
+        one, see `ropes`.
+        """
     def check(self, adapter: Adapter) -> None:
         """NativeError: it is of another model."""
     def step(self, rows: Sequence[Row]) -> Logits:

@@ -96,9 +96,14 @@ class Rules:
         return float(head_dim**-0.5) if self.attention_scale is None else self.attention_scale
 
 
+Rope = tuple[Sequence[float], Sequence[float], float]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-    """ropes: frequencies [head_dim / 2], and the scale, of each rotary embedding; none given: that of Llama."""
+    """ropes: frequencies [head_dim / 2] of each rotary embedding, those of long texts, and the scale; none given:
+    that of Llama.
+    """
 
     heads: int
     kv_heads: int
@@ -109,12 +114,12 @@ class Model:
     layers: Sequence[Layer]
     rules: Rules = field(default_factory=Rules)
     max_positions: int = 512
-    ropes: Sequence[tuple[Sequence[float], float]] = ()
+    ropes: Sequence[Rope] = ()
 
     @property
-    def turns(self) -> Sequence[tuple[Sequence[float], float]]:
+    def turns(self) -> Sequence[Rope]:
         exponents = np.arange(0, self.head_dim, 2) / self.head_dim
-        return self.ropes or [([float(f) for f in (1 / 10_000**exponents).astype(np.float32)], 1.0)]
+        return self.ropes or [([float(f) for f in (1 / 10_000**exponents).astype(np.float32)], (), 1.0)]
 
     def decoder(self, threads: int = 1, **changes: Any) -> _native.Decoder:
         fields: dict[str, Any] = {
@@ -217,7 +222,7 @@ class Model:
     def _turned(self, x: Doubles, rope: int | None) -> Doubles:
         if rope is None:
             return x
-        frequencies, scale = self.turns[rope]
+        frequencies, _, scale = self.turns[rope]
         positions = np.arange(len(x), dtype=np.float32)
         # The angle is a product in float32, as everywhere: at position 500 that is 3e-5 of a turn.
         angles = (positions[:, None] * np.float32(frequencies)).astype(np.float64)[:, None, :]

@@ -50,7 +50,8 @@ class Session:
         self._adapter = adapter
         self._kv: _native.Kv | None = None
         self._tokens: list[int] = []  # what the keys and values stand for
-        self._computed_by: Content | None = None  # what the weights are that computed them
+        # What the weights are that computed them, and whether as those of a long text.
+        self._computed_by: tuple[Content, bool] | None = None
         self._running: Request | None = None
         self._lock = threading.RLock()
         self.last: Statistics | None = None
@@ -122,7 +123,7 @@ class Session:
                 _Row(session, weights, token, wanted=at == len(ids) - 1)
                 for (session, new), weights, held in zip(wanted, loaded, before, strict=True)
                 # Keys and values that other weights computed are computed again.
-                for ids in [held[session._begin(weights) :] + new]
+                for ids in [held[session._begin(weights, len(held) + len(new)) :] + new]
                 for at, token in enumerate(ids)
             ]
             logits = _steps(rows, parts[0][0]._host.limits.max_rows)
@@ -147,7 +148,7 @@ class Session:
             weights, before = self._load(), list(self._tokens)
             _check_known(ids, weights)
             try:
-                self._begin(weights)
+                self._begin(weights, len(ids))
                 self._tokens.clear()
                 rows = [
                     self._append(weights, chunk, every=True).array for chunk in _chunks(ids, _LOGITS_ROWS)
@@ -237,7 +238,7 @@ class Session:
             _check_known(ids, weights)
             stats = Statistics(prompt_tokens=len(ids))
             request = Request(prompt=ids, weights=weights, wish=wish, stats=stats)
-            self._begin(request.weights)
+            self._begin(weights, len(ids))
             self._running, self.last = request, request.stats
         pieces = self._generate(request)
         return pieces if stream else "".join(pieces)
@@ -288,7 +289,8 @@ class Session:
                 stats.finish_reason = "length"
                 return
             start = time.perf_counter()
-            logits = self._continue(request, [token])
+            length = len(request.prompt) + stats.generated_tokens
+            logits = self._continue(request, [token], length=length)
             stats.decode_seconds += time.perf_counter() - start
 
     def _prefill(self, request: Request) -> _native.Logits | None:
@@ -303,7 +305,7 @@ class Session:
         request.stats.reused_tokens = shared
         logits, done = None, shared
         for chunk in _chunks(request.prompt[shared:], self._host.limits.max_rows):
-            logits = self._continue(request, chunk)
+            logits = self._continue(request, chunk, length=len(request.prompt))
             if logits is None:
                 return None
             done += len(chunk)
@@ -312,23 +314,34 @@ class Session:
         request.stats.prefill_seconds = time.perf_counter() - start
         return logits
 
-    def _continue(self, request: Request, ids: Sequence[int]) -> _native.Logits | None:
-        """Logits of the last of some more tokens; None: cancelled."""
+    def _continue(self, request: Request, ids: Sequence[int], *, length: int) -> _native.Logits | None:
+        """Logits of the last of some more tokens of a text of `length` tokens; None: cancelled."""
         with self._lock:
             if self._running is not request:
                 return None
-            return self._append(request.weights, ids)
+            held = list(self._tokens)
+            again = held[self._prepare(request.weights, length) :]
+            for chunk in _chunks([*again, *ids], self._host.limits.max_rows):
+                logits = self._append(request.weights, chunk)
+            return logits
 
     def _load(self) -> Weights:
         """The weights that compute the next tokens of the session."""
         return self._host.load(self._adapter)
 
-    def _begin(self, weights: Weights) -> int:
-        """End the running generation and drop keys and values of other weights. Returns how many positions remain."""
+    def _begin(self, weights: Weights, length: int) -> int:
+        """End the running generation, and see `_prepare`."""
         self._running = None
-        if self._kv is None or self._computed_by != weights.content:
+        return self._prepare(weights, length)
+
+    def _prepare(self, weights: Weights, length: int) -> int:
+        """Drop keys and values that do not serve a text of `length` tokens: those of other weights, and at the length
+        from which a text is a long one, all. Returns how many positions remain.
+        """
+        wanted = weights.content, weights.is_long(length)
+        if self._kv is None or self._computed_by != wanted:
             self._tokens.clear()
-            self._kv, self._computed_by = weights.new_kv(), weights.content
+            self._kv, self._computed_by = weights.new_kv(length), wanted
         return len(self._tokens)
 
     def _restore(self, tokens: list[int]) -> None:
@@ -397,7 +410,7 @@ def _step(rows: Sequence[_Row]) -> _native.Logits:
     for session, weights, token, wanted in rows:
         at = position.get(id(session), len(session._tokens))
         position[id(session)] = at + 1
-        assert session._kv is not None, "_begin() comes first"
+        assert session._kv is not None, "_prepare() comes first"
         native.append((token, at, session._kv, weights.adapter, 1.0, wanted))
     try:
         logits = rows[0].weights.decoder.step(native)

@@ -40,6 +40,7 @@ class Weights(NamedTuple):
 
     content: what they are. They do not use keys and values that other content computed.
     precision: of the keys and values of a session.
+    long_above: a text with more tokens is a long one. All its tokens turn by other frequencies. None: no text is.
     vocab: how many tokens they know.  layers: the base's layers that tokens go through. None: each once. Tokens of one
         native step have the same.
     """
@@ -48,6 +49,7 @@ class Weights(NamedTuple):
     adapter: _native.Adapter | None
     content: Content
     precision: Precision
+    long_above: int | None
     vocab: int
     layers: tuple[int, ...] | None
 
@@ -56,8 +58,14 @@ class Weights(NamedTuple):
         """How many bytes the adapter's own weights take in memory."""
         return 0 if self.adapter is None else self.adapter.nbytes
 
-    def new_kv(self) -> _native.Kv:
-        return self.decoder.kv(half=self.precision == "float16", adapter=self.adapter)
+    def is_long(self, length: int) -> bool:
+        """Whether a text of so many tokens is a long one."""
+        return self.long_above is not None and length > self.long_above
+
+    def new_kv(self, length: int) -> _native.Kv:
+        """For a text of so many tokens."""
+        half, of_long = self.precision == "float16", self.is_long(length)
+        return self.decoder.kv(half=half, adapter=self.adapter, of_long=of_long)
 
 
 def load_foundation(
@@ -102,7 +110,10 @@ def load_foundation(
             vocab=spec.vocab_size,
             max_positions=max_context,
             rules=_rules(spec),
-            ropes=[(table.frequencies, table.scale) for table in spec.ropes],
+            ropes=[
+                (table.frequencies, table.long.frequencies if table.long else (), table.scale)
+                for table in spec.ropes
+            ],
             embedding=_embedding(constants),
             head=_native.Matrix([constants.matrix(HEAD)]),
             norm=reader.norm("norm"),
@@ -118,6 +129,7 @@ def load_foundation(
         adapter=None,
         content=(object(), "base"),
         precision=precision,
+        long_above=next(iter(_long_above(spec)), None),
         vocab=spec.vocab_size,
         layers=None,
     )
@@ -125,12 +137,17 @@ def load_foundation(
 
 def check_native(spec: ModelSpec, where: Path) -> None:
     """UnsupportedError: the native decoder does not compute something that the model needs."""
-    if any(table.long for table in spec.ropes):
+    if len(_long_above(spec)) > 1:
         raise UnsupportedError(
-            "bedplate's runtime does not compute this model: it turns long texts by other frequencies (longrope)",
+            "bedplate's runtime does not compute this model: layers differ in when a text is a long one (longrope)",
             where=where,
             hint="docs/inputs.md lists the models that run",
         )
+
+
+def _long_above(spec: ModelSpec) -> set[int]:
+    """A text with more tokens than this is a long one. Empty: no text is."""
+    return {table.long.above for table in spec.ropes if table.long}
 
 
 def _rules(spec: ModelSpec) -> _native.Rules:
