@@ -14,14 +14,11 @@ namespace bedplate {
 struct KvShape {
     std::int64_t layers, heads, head_dim;
     bool half;
+    bool of_long;  // whether the keys turn as those of a long text, see Rope
 
     std::size_t item_bytes() const { return half ? 2 : 4; }
     std::size_t head_bytes() const { return static_cast<std::size_t>(head_dim * kPositions) * item_bytes(); }
     std::size_t block_bytes() const { return static_cast<std::size_t>(layers * heads) * 2 * head_bytes(); }
-    bool operator==(const KvShape& other) const {
-        return layers == other.layers && heads == other.heads && head_dim == other.head_dim &&
-               half == other.half;
-    }
 };
 
 class Kv {

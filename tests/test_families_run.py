@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from bedplate.model.checkpoint import open_checkpoint
 from bedplate.model.families import FAMILIES, glm4
 from bedplate.model.stored import stored_linears
 from bedplate.oracle import stock_program
+from bedplate.runtime.weights import check_native
+from bedplate.spec import LongRope
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"
 VOCABULARY = 320
@@ -47,15 +50,77 @@ def logits(bundle: bedplate.Bundle, adapter: str | None = None) -> np.ndarray:
 @pytest.mark.parametrize("variant", variants(), ids="-".join)
 def test_a_bundle_computes_what_transformers_does(variant: tuple[str, str], tmp_path: Path) -> None:
     model = save(tmp_path / "model", *variant)
-    if "longrope" in variant[1]:
-        with pytest.raises(UnsupportedError, match=r"does not compute this model: .*longrope"):
-            bedplate.build(model, tmp_path / "toy.bundle", programs=False)
-        assert not (tmp_path / "toy.bundle").exists()
-        return
     bundle = bedplate.build(model, tmp_path / "toy.bundle", programs=False, quantize="none")
-    expected = theirs(model, TOKENS).numpy()
     # Sums of the same terms in another order; the largest logits are about 10.
-    np.testing.assert_allclose(logits(bundle), expected[9:], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits(bundle), expected(model, variant)[9:], rtol=0, atol=1e-4)
+
+
+def expected(model: Path, variant: tuple[str, str]) -> np.ndarray:
+    """Of transformers: the logits of each position when it is the last one."""
+    if "longrope" not in variant[1]:
+        return theirs(model, TOKENS).numpy()
+    # Here the positions after count too: how long the text is.
+    return np.stack([theirs(model, TOKENS[: at + 1]).numpy()[-1] for at in range(LENGTH)])
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_text_that_becomes_a_long_one(family: str, tmp_path: Path) -> None:
+    """Longrope turns all tokens of a text by other frequencies when it is longer than 16 tokens."""
+    variant = family, "longrope, long"
+    model = save(tmp_path / "model", *variant)
+    bundle = bedplate.build(model, tmp_path / "toy.bundle", programs=False, quantize="none")
+    whole = theirs(model, TOKENS).numpy()
+    last = expected(model, variant)
+    assert np.abs(whole[9] - last[9]).max() > 0.1
+    with bedplate.Engine(bundle, kv="float32") as engine:
+        session, beside = engine.session(), engine.session()
+        np.testing.assert_allclose(session.logits(TOKENS), whole, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(session.logits(TOKENS[:10]), last[:10], rtol=0, atol=1e-4)
+        in_one = session.step(TOKENS[10:])  # over the border
+        np.testing.assert_allclose(in_one, last[-1], rtol=0, atol=1e-4)
+        beside.step(TOKENS[:16])
+        by_one = engine.session()
+        rows = [row.copy() for row in (by_one.step(TOKENS[:15]), *(by_one.step([t]) for t in TOKENS[15:]))]
+        np.testing.assert_array_equal(rows[-1], in_one)
+        # One becomes long in the same step in which another is short.
+        short = engine.session()
+        both = engine.step([(beside, TOKENS[16:17]), (short, TOKENS[:5])])
+        np.testing.assert_array_equal(both[0], rows[2])
+        np.testing.assert_allclose(both[1], last[4], rtol=0, atol=1e-4)
+        assert beside.tokens == tuple(TOKENS[:17])
+
+
+def test_no_program_of_long_texts(tmp_path: Path) -> None:
+    model, notices = save(tmp_path / "model", "llama", "longrope, long"), Notices()
+    bundle = bedplate.build(model, tmp_path / "toy.bundle", quantize="none", reporter=notices)
+    assert bundle.base_program is None
+    assert "a text of more than 16 tokens turns by other frequencies" in " ".join(notices.texts)
+
+
+def test_layers_that_differ_in_when_a_text_is_long(tmp_path: Path) -> None:
+    spec = open_checkpoint(save(tmp_path, "llama", "longrope, long")).spec
+    (table,) = spec.ropes
+    other = replace(table, long=LongRope(frequencies=table.frequencies, above=8))
+    with pytest.raises(UnsupportedError, match="differ in when a text is a long one"):
+        check_native(replace(spec, ropes=(table, other)), tmp_path)
+
+
+def test_a_generation_over_the_border(tmp_path: Path) -> None:
+    """As transformers' generate does for Phi 3, the text is read anew where it becomes a long one."""
+    model = save(tmp_path / "model", "phi3", "longrope, long")
+    bundle = bedplate.build(model, tmp_path / "toy.bundle", programs=False, quantize="none")
+    with bedplate.Engine(bundle, kv="float32") as engine:
+        session = engine.session()
+        prompt = engine.tokenizer.decode(TOKENS[:8])
+        session.generate(prompt, max_tokens=14)
+        ids = list(session.tokens)
+        start = len(engine.tokenizer.encode(prompt))
+        assert start < 16 < len(ids)
+        for at in range(start, len(ids)):
+            assert ids[at] == theirs(model, ids[:at]).numpy()[-1].argmax()
+        # A shorter text again: nothing of what was computed for the long one is of use.
+        again = engine.session().generate(prompt, max_tokens=3)
+        assert session.generate(prompt, max_tokens=3) == again and session.last.reused_tokens == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -75,7 +75,7 @@ def adapter_writer(
             alpha=8.0,
             dtype="float32",
             layers=None,
-            vocab=96,
+            vocab=32,
             source="a" * 64,
             constants=infos,
             shared=(),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from formula import Adapter, Model, Place, Rules
+from formula import Model, Place, Rules
+from formula_adapters import Adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import EIGHT, FLOAT, FOUR, MIXED, Kind, Random, native_adapter, run
+from random_models import EIGHT, FLOAT, FOUR, MIXED, Kind, Random, run
 
 from bedplate import _native
 
@@ -31,7 +33,7 @@ def assert_close_but_for_codes(
     other, a step of 1/254 of the largest of 32 inputs, which all that follows sees. That is rare: of many short texts
     most are as close as float32 is.
     """
-    native = None if adapter is None else native_adapter(adapter)
+    native = None if adapter is None else adapter.native()
     texts = [LONG[first : first + 5] for first in range(0, len(LONG), 5)]
     expected = np.stack([model.logits(text, adapter, scale) for text in texts])
     got = np.stack([run(decoder, text, adapter=native, scale=scale) for text in texts])
@@ -138,9 +140,27 @@ TURNED = 1e-4
 
 def test_rotary_embeddings_by_layer() -> None:
     """Of any frequencies and scale, one for each layer, or none."""
-    ropes = [(FREQUENCIES, 1.25), ([0.5] * 8, 1.0)]
+    ropes = [(FREQUENCIES, (), 1.25), ([0.5] * 8, (), 1.0)]
     model = Random(10).model(ropes=ropes, rope=(0, None, 1), layers=3, sharpness=3.0)
     assert_close(run(model.decoder(), LONG), model.logits(LONG), TURNED)
+
+
+@pytest.mark.parametrize("long_first", [True, False])
+def test_long_texts_turn_by_other_frequencies(long_first: bool) -> None:
+    """Where a rotary embedding has some. Long texts and others in one step, one of them further than the other."""
+    others = [0.2, 1.5, *FREQUENCIES[2:]]
+    ropes = [(FREQUENCIES, others, 1.25), ([0.5] * 8, (), 1.0)]
+    model = Random(10).model(ropes=ropes, rope=(0, 1), layers=2, sharpness=3.0)
+    both, only = model.decoder(), replace(model, ropes=[(others, (), 1.25), ropes[1]]).decoder()
+    expected = {True: run(only, LONG), False: run(both, LONG)}
+    kvs = {of_long: both.kv(half=False, of_long=of_long) for of_long in (long_first, not long_first)}
+    lengths = {long_first: len(LONG), (not long_first): 9}
+    for of_long, count in lengths.items():
+        both.step([(token, at, kvs[of_long], None, 1.0, False) for at, token in enumerate(LONG[: count - 1])])
+    last = [(LONG[count - 1], count - 1, kvs[of_long], None, 1.0, True) for of_long, count in lengths.items()]
+    for got, (of_long, count) in zip(both.step(last).array, lengths.items(), strict=True):
+        np.testing.assert_array_equal(got, expected[of_long][count - 1])
+    assert not np.allclose(expected[True][8], expected[False][8], atol=1e-2)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -211,7 +231,7 @@ class TestBranches:
         random = Random(rank)
         model = random.model(dim=48, hidden=70)
         adapter = random.adapter(model, rank, of, back=back)
-        got = run(model.decoder(threads), LONG[:9], adapter=native_adapter(adapter), scale=0.75)
+        got = run(model.decoder(threads), LONG[:9], adapter=adapter.native(), scale=0.75)
         expected = model.logits(LONG[:9], adapter, 0.75)
         assert_close(got, expected, 2e-5)
         assert np.abs(expected - model.logits(LONG[:9])).max() > 0.05 * expected.std()

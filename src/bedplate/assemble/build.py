@@ -127,7 +127,7 @@ def _has_program(spec: ModelSpec, max_context: int, model: Path, reporter: Repor
     from bedplate.compile.stock import no_stock_program, not_lowered
 
     if reason := no_stock_program(spec, max_context):
-        reporter.notice(f"the bundle has no programs: ExecuTorch's attention cannot compute it ({reason})")
+        reporter.notice(f"the bundle has no programs: ExecuTorch cannot compute this model ({reason})")
         return False
     if what := not_lowered(spec, max_context):
         raise UnsupportedError(

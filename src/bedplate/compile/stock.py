@@ -8,6 +8,8 @@ from bedplate.spec import ModelSpec
 
 def no_stock_program(spec: ModelSpec, max_context: int) -> str | None:
     """Why ExecuTorch's operators cannot compute a model for this context, in words. None: they can."""
+    if above := [table.long.above for table in spec.ropes if table.long and table.long.above < max_context]:
+        return f"a text of more than {min(above)} tokens turns by other frequencies, from its first token on"
     reasons = (no_stock_attention(spec, layer, max_context) for layer in dict.fromkeys(spec.layers))
     return next((reason for reason in reasons if reason is not None), None)
 

@@ -69,13 +69,16 @@ def without_effect(base: Weights, bundle: Bundle, spec: ModelSpec) -> list[str]:
 
 
 def _last_logits(weights: Weights, ids: list[int]) -> NDArray[np.float32]:
-    kv, last = weights.new_kv(), len(ids) - 1
+    kv, last = weights.new_kv(len(ids)), len(ids) - 1
     rows = [(token, at, kv, weights.adapter, 1.0, at == last) for at, token in enumerate(ids)]
     return weights.decoder.step(rows).array
 
 
 def compare(name: str, base: NDArray[np.float32], adapted: NDArray[np.float32]) -> Effect:
-    """The effect of an adapter, from logits float32 [T, vocab] of the base and of the adapter."""
+    """The effect of an adapter, from logits float32 [T, vocab] of the base and of the adapter. Tokens that only the
+    adapter has are left out.
+    """
+    adapted = adapted[:, : base.shape[1]]
     log_p, log_q = log_softmax(adapted), log_softmax(base)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
     return Effect(

@@ -50,7 +50,8 @@ class Session:
         self._adapter = adapter
         self._kv: _native.Kv | None = None
         self._tokens: list[int] = []  # what the keys and values stand for
-        self._computed_by: Content | None = None  # what the weights are that computed them
+        # What the weights are that computed them, and whether as those of a long text.
+        self._computed_by: tuple[Content, bool] | None = None
         self._running: Request | None = None
         self._lock = threading.RLock()
         self.last: Statistics | None = None
@@ -96,7 +97,7 @@ class Session:
         return self._lock
 
     def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Append tokens. Returns the logits of the last one, float32 [vocab].
+        """Append tokens. Returns the logits of the last one, float32 [vocab]: as many as the adapter has tokens.
 
         RunError: the context is full, or token ids are not in the vocabulary. The session is then as it was before.
         """
@@ -110,39 +111,44 @@ class Session:
         import numpy as np
 
         # All parts are checked and loaded before any session changes.
-        wanted = [(session, session._checked(token_ids)) for session, token_ids in parts]
+        wanted = [(session, _ids(token_ids)) for session, token_ids in parts]
         for session, ids in wanted:
             session._check_room(len(session._tokens) + len(ids))
         loaded = [session._load() for session, _ in wanted]
+        for (_, ids), weights in zip(wanted, loaded, strict=True):
+            _check_known(ids, weights)
         before = [list(session._tokens) for session, _ in wanted]
         try:
             rows = [
                 _Row(session, weights, token, wanted=at == len(ids) - 1)
                 for (session, new), weights, held in zip(wanted, loaded, before, strict=True)
                 # Keys and values that other weights computed are computed again.
-                for ids in [held[session._begin(weights) :] + new]
+                for ids in [held[session._begin(weights, len(held) + len(new)) :] + new]
                 for at, token in enumerate(ids)
             ]
-            most = parts[0][0]._host.limits.max_rows
-            return np.concatenate([_step(chunk).array for chunk in _chunks(rows, most)])
+            logits = _steps(rows, parts[0][0]._host.limits.max_rows)
+            width = max(map(len, logits.values()))
+            return np.stack([_widened(logits[id(session)], width) for session, _ in wanted])
         except BaseException:
             for (session, _), tokens in zip(wanted, before, strict=True):
                 session._restore(tokens)
             raise
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Logits at every position of a new text, float32 [T, vocab]. The session then holds this text only.
+        """Logits at every position of a new text, float32 [T, vocab], as of `step`. The session then holds this text
+        only.
 
         RunError: the text is longer than the context.
         """
         import numpy as np
 
         with self.held():
-            ids = self._checked(token_ids)
+            ids = _ids(token_ids)
             self._check_room(len(ids))
             weights, before = self._load(), list(self._tokens)
+            _check_known(ids, weights)
             try:
-                self._begin(weights)
+                self._begin(weights, len(ids))
                 self._tokens.clear()
                 rows = [
                     self._append(weights, chunk, every=True).array for chunk in _chunks(ids, _LOGITS_ROWS)
@@ -227,11 +233,12 @@ class Session:
         arguments.flag("stream", stream)
         with self._lock:
             weights = self._host.load_for_text(self._adapter)
-            ids = self._checked(self._encode(prompt, arguments.flag("allow_special", allow_special)))
+            ids = _ids(self._encode(prompt, arguments.flag("allow_special", allow_special)))
             self._check_room(len(ids))
+            _check_known(ids, weights)
             stats = Statistics(prompt_tokens=len(ids))
             request = Request(prompt=ids, weights=weights, wish=wish, stats=stats)
-            self._begin(request.weights)
+            self._begin(weights, len(ids))
             self._running, self.last = request, request.stats
         pieces = self._generate(request)
         return pieces if stream else "".join(pieces)
@@ -282,7 +289,8 @@ class Session:
                 stats.finish_reason = "length"
                 return
             start = time.perf_counter()
-            logits = self._continue(request, [token])
+            length = len(request.prompt) + stats.generated_tokens
+            logits = self._continue(request, [token], length=length)
             stats.decode_seconds += time.perf_counter() - start
 
     def _prefill(self, request: Request) -> _native.Logits | None:
@@ -297,7 +305,7 @@ class Session:
         request.stats.reused_tokens = shared
         logits, done = None, shared
         for chunk in _chunks(request.prompt[shared:], self._host.limits.max_rows):
-            logits = self._continue(request, chunk)
+            logits = self._continue(request, chunk, length=len(request.prompt))
             if logits is None:
                 return None
             done += len(chunk)
@@ -306,23 +314,34 @@ class Session:
         request.stats.prefill_seconds = time.perf_counter() - start
         return logits
 
-    def _continue(self, request: Request, ids: Sequence[int]) -> _native.Logits | None:
-        """Logits of the last of some more tokens; None: cancelled."""
+    def _continue(self, request: Request, ids: Sequence[int], *, length: int) -> _native.Logits | None:
+        """Logits of the last of some more tokens of a text of `length` tokens; None: cancelled."""
         with self._lock:
             if self._running is not request:
                 return None
-            return self._append(request.weights, ids)
+            held = list(self._tokens)
+            again = held[self._prepare(request.weights, length) :]
+            for chunk in _chunks([*again, *ids], self._host.limits.max_rows):
+                logits = self._append(request.weights, chunk)
+            return logits
 
     def _load(self) -> Weights:
         """The weights that compute the next tokens of the session."""
         return self._host.load(self._adapter)
 
-    def _begin(self, weights: Weights) -> int:
-        """End the running generation and drop keys and values of other weights. Returns how many positions remain."""
+    def _begin(self, weights: Weights, length: int) -> int:
+        """End the running generation, and see `_prepare`."""
         self._running = None
-        if self._kv is None or self._computed_by != weights.content:
+        return self._prepare(weights, length)
+
+    def _prepare(self, weights: Weights, length: int) -> int:
+        """Drop keys and values that do not serve a text of `length` tokens: those of other weights, and at the length
+        from which a text is a long one, all. Returns how many positions remain.
+        """
+        wanted = weights.content, weights.is_long(length)
+        if self._kv is None or self._computed_by != wanted:
             self._tokens.clear()
-            self._kv, self._computed_by = weights.new_kv(), weights.content
+            self._kv, self._computed_by = weights.new_kv(length), wanted
         return len(self._tokens)
 
     def _restore(self, tokens: list[int]) -> None:
@@ -336,21 +355,33 @@ class Session:
         last = len(ids) - 1
         return _step([_Row(self, weights, token, every or at == last) for at, token in enumerate(ids)])
 
-    def _checked(self, token_ids: Sequence[int]) -> list[int]:
-        ids = arguments.token_ids(token_ids)
-        vocab = self._host.limits.vocab
-        wrong = next((token for token in ids if not 0 <= token < vocab), None)
-        if wrong is not None:
-            raise RunError(f"token {wrong} is not in the vocabulary", hint=f"token ids are 0 … {vocab - 1}")
-        if not ids:
-            raise RunError("there are no tokens", hint="give at least one token: is the prompt empty?")
-        return ids
-
     def _check_room(self, count: int) -> None:
         limit = self._host.limits.max_context
         if count > limit:
             hint = "shorten the text, reset the session, or give the engine a larger max_context"
             raise RunError(f"{count} tokens do not fit the context of {limit}", hint=hint)
+
+
+def _ids(token_ids: object) -> list[int]:
+    ids = arguments.token_ids(token_ids)
+    if not ids:
+        raise RunError("there are no tokens", hint="give at least one token: is the prompt empty?")
+    return ids
+
+
+def _check_known(ids: Sequence[int], weights: Weights) -> None:
+    wrong = next((token for token in ids if token >= weights.vocab), None)
+    if wrong is not None:
+        raise RunError(
+            f"token {wrong} is not in the vocabulary", hint=f"token ids are 0 … {weights.vocab - 1}"
+        )
+
+
+def _widened(logits: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """Logits, and -inf for what they have no token for."""
+    import numpy as np
+
+    return np.pad(logits, (0, width - len(logits)), constant_values=-np.inf)
 
 
 class _Row(NamedTuple):
@@ -362,6 +393,16 @@ class _Row(NamedTuple):
     wanted: bool
 
 
+def _steps(rows: Sequence[_Row], most: int) -> dict[int, NDArray[np.float32]]:
+    """Compute rows in steps of at most `most`. Returns the logits of the one that each session wants, by its id."""
+    found: dict[int, NDArray[np.float32]] = {}
+    for layers in dict.fromkeys(row.weights.layers for row in rows):
+        group = [row for row in rows if row.weights.layers == layers]  # a native step has one list of layers
+        logits = (one for chunk in _chunks(group, most) for one in _step(chunk).array)
+        found |= zip((id(row.session) for row in group if row.wanted), logits, strict=True)
+    return found
+
+
 def _step(rows: Sequence[_Row]) -> _native.Logits:
     """Compute rows of sessions whose lock the caller holds. If this succeeds, the sessions hold the tokens."""
     position: dict[int, int] = {}
@@ -369,7 +410,7 @@ def _step(rows: Sequence[_Row]) -> _native.Logits:
     for session, weights, token, wanted in rows:
         at = position.get(id(session), len(session._tokens))
         position[id(session)] = at + 1
-        assert session._kv is not None, "_begin() comes first"
+        assert session._kv is not None, "_prepare() comes first"
         native.append((token, at, session._kv, weights.adapter, 1.0, wanted))
     try:
         logits = rows[0].weights.decoder.step(native)
