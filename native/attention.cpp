@@ -15,7 +15,8 @@ Heads Decoder::heads(std::int64_t i) const {
 }
 
 // Queries and keys that are normed all heads together.
-void Decoder::norm_whole(int thread, const Layer& layer) {
+void Decoder::norm_whole(int thread, std::int64_t index) {
+    const Layer& layer = layer_of(index);
     const std::int64_t q = model_.heads * model_.head_dim;
     if (layer.q_norm.size() != static_cast<std::size_t>(q) || of_heads(layer)) return;
     const Linears& place = layer.places[kAttentionIn];
@@ -23,11 +24,19 @@ void Decoder::norm_whole(int thread, const Layer& layer) {
     for (std::int64_t i = some.begin; i < some.end; ++i) {
         float* const out = out_.data() + i * place.width;
         const float eps = model_.rules.norm_eps;
-        kernels_.rms_norm(out, layer.q_norm.data(), eps, q, out);
+        kernels_.rms_norm(out, head_norm(index, i, &Norms::q_norm).data(), eps, q, out);
         float* const key = out + place.firsts[1];
-        kernels_.rms_norm(key, layer.k_norm.data(), eps, model_.kv_heads * model_.head_dim, key);
+        kernels_.rms_norm(key, head_norm(index, i, &Norms::k_norm).data(), eps,
+                          model_.kv_heads * model_.head_dim, key);
     }
     team_.meet(thread);
+}
+
+// The weights of a norm of a row's queries or keys: its adapter's, or the model's.
+const std::vector<float>& Decoder::head_norm(std::int64_t index, std::int64_t i,
+                                             std::vector<float> Norms::* which) const {
+    const Norms* norms = own(index, i);
+    return norms == nullptr || (norms->*which).empty() ? layer_of(index).*which : norms->*which;
 }
 
 // Whether each head's queries and keys are normed on their own.
@@ -48,19 +57,18 @@ void Decoder::prepare_head(const Layer& layer, const std::vector<float>& weight,
 }
 
 void Decoder::keep(std::int64_t index, std::int64_t i, std::int64_t head) {
-    const Layer& layer = model_.layers[static_cast<std::size_t>(index)];
+    const Layer& layer = layer_of(index);
     const Linears& place = layer.places[kAttentionIn];
     const std::int64_t position = row(i).position, block = position / kPositions;
     float* out = out_.data() + i * place.width + head * model_.head_dim;
-    prepare_head(layer, layer.k_norm, i, out + place.firsts[1]);
+    prepare_head(layer, head_norm(index, i, &Norms::k_norm), i, out + place.firsts[1]);
     kernels_.keep(heads(i), out + place.firsts[1], out + place.firsts[2], position % kPositions,
                   row(i).kv->keys(index, head, block), row(i).kv->values(index, head, block));
 }
 
 // The positions that a row sees.
 Range Decoder::seen(std::int64_t layer, std::int64_t i) const {
-    const std::int64_t end = row(i).position + 1,
-                       window = model_.layers[static_cast<std::size_t>(layer)].window;
+    const std::int64_t end = row(i).position + 1, window = layer_of(layer).window;
     return {window == 0 ? 0 : std::max<std::int64_t>(0, end - window), end};
 }
 
@@ -91,7 +99,7 @@ void Decoder::attend(int thread, std::int64_t layer) {
 
 // Attention of a row's kv head (`pair`) to some blocks of positions.
 void Decoder::attend(int thread, std::int64_t index, std::int64_t pair, Range blocks, const void* then) {
-    const Layer& layer = model_.layers[static_cast<std::size_t>(index)];
+    const Layer& layer = layer_of(index);
     const std::int64_t i = pair / model_.kv_heads, head = pair % model_.kv_heads;
     const Heads shape = heads(i);
     const Range positions = seen(index, i);
@@ -102,8 +110,8 @@ void Decoder::attend(int thread, std::int64_t index, std::int64_t pair, Range bl
 
     float* const q = own.queries.data();
     std::copy_n(out_.data() + i * layer.places[kAttentionIn].width + head * width, width, q);
-    for (std::int64_t g = 0; g < shape.group; ++g)
-        prepare_head(layer, layer.q_norm, i, q + g * shape.head_dim);
+    const auto& weight = head_norm(index, i, &Norms::q_norm);
+    for (std::int64_t g = 0; g < shape.group; ++g) prepare_head(layer, weight, i, q + g * shape.head_dim);
     float* const states = split_ ? states_.data() + pair * most_blocks_ * floats : own.states.data();
     for (std::int64_t block = blocks.begin; block < blocks.end; ++block) {
         const std::int64_t first = block * kPositions;

@@ -13,6 +13,8 @@
 #include <malloc.h>
 #endif
 
+#include <algorithm>
+
 #include "decoder.h"
 #include "instruction_sets.h"
 #include "logits.h"
@@ -34,6 +36,10 @@ using OffsetPart = std::tuple<std::int64_t, std::int64_t, float, Range, Range>;
 using NormPart = std::tuple<std::optional<Range>, std::optional<Range>>;
 // weights and correction of one place of a layer
 using PlacePart = std::tuple<std::vector<std::shared_ptr<Matrix>>, std::shared_ptr<Branch>>;
+// factor and shift of a linear's outputs
+using AffinePart = std::tuple<std::optional<Range>, std::optional<Range>>;
+// branch, and factor and shift of each linear, of an adapter at one place
+using ChangePart = std::tuple<std::shared_ptr<Branch>, std::vector<AffinePart>>;
 // frequencies, those of long texts, scale
 using RopePart = std::tuple<std::vector<float>, std::vector<float>, float>;
 // token, position, session, adapter, scale, whether its logits are wanted
@@ -101,16 +107,84 @@ void fill_places(Layer& layer, const std::vector<PlacePart>& places) {
 
 void require_threads(int threads) { require(threads >= 1 && threads <= 1024, "threads must be 1 to 1024"); }
 
-std::shared_ptr<Adapter> make_adapter(const std::vector<std::vector<std::shared_ptr<Branch>>>& layers,
-                                      int readers) {
+std::vector<std::int64_t> ids(const std::optional<Range>& range) {
+    if (!range) return {};
+    const Source from = source(*range);
+    require(from.size % 8 == 0, "bytes that are no int64 numbers");
+    std::vector<std::int64_t> values(static_cast<std::size_t>(from.size / 8));
+    from.read(0, from.size, values.data());
+    return values;
+}
+
+// What is not there is 1 or 0 everywhere.
+Affine affine(const AffinePart& part) {
+    Affine made{floats(std::get<0>(part)), floats(std::get<1>(part))};
+    if (made.factor.empty()) made.factor.assign(made.shift.size(), 1);
+    if (made.shift.empty()) made.shift.assign(made.factor.size(), 0);
+    return made;
+}
+
+Change change(const ChangePart& part) {
+    const auto& [branch, affines] = part;
+    Change made{branch, {}};
+    for (const auto& one : affines) made.affines.push_back(affine(one));
+    return made;
+}
+
+void fill_norms(Norms& norms, const std::vector<NormPart>& parts,
+                const std::vector<std::optional<Range>>& of_heads) {
+    require(parts.size() == 4 && of_heads.size() == 2, "a layer has four norms, and two of heads");
+    for (std::size_t i = 0; i < parts.size(); ++i) norms.*Norms::kAll[i] = norm(parts[i]);
+    norms.q_norm = floats(of_heads[0]);
+    norms.k_norm = floats(of_heads[1]);
+}
+
+std::shared_ptr<Adapter::OfLayer> make_layer_of_adapter(std::int64_t base, const std::vector<NormPart>& norms,
+                                                        const std::vector<std::optional<Range>>& head_norms,
+                                                        const std::vector<ChangePart>& places) {
+    auto layer = std::make_shared<Adapter::OfLayer>();
+    layer->base = base;
+    fill_norms(*layer, norms, head_norms);
+    require(places.size() == kPlaces, "a layer has four places");
+    for (std::size_t i = 0; i < places.size(); ++i) layer->places[i] = change(places[i]);
+    return layer;
+}
+
+std::shared_ptr<Adapter::Embedding> make_embedding(std::shared_ptr<Table> table, bool of_head,
+                                                   std::shared_ptr<Table> narrow,
+                                                   std::shared_ptr<BackMatrix> back,
+                                                   const std::optional<Range>& tokens,
+                                                   std::shared_ptr<Table> rows) {
+    return std::make_shared<Adapter::Embedding>(Adapter::Embedding{
+        std::move(table), of_head, std::move(narrow), std::move(back), ids(tokens), std::move(rows)});
+}
+
+std::shared_ptr<Adapter::Head> make_head(std::shared_ptr<Matrix> matrix, const ChangePart& part,
+                                         const std::optional<Range>& tokens, std::shared_ptr<Matrix> rows) {
+    auto head = std::make_shared<Adapter::Head>();
+    if (matrix != nullptr) head->linears.weights = {std::move(matrix)};
+    head->change = change(part);
+    head->ids = ids(tokens);
+    head->rows = std::move(rows);
+    return head;
+}
+
+std::shared_ptr<Adapter> make_adapter(std::int64_t vocab,
+                                      const std::vector<std::shared_ptr<Adapter::OfLayer>>& layers,
+                                      const NormPart& last, const Adapter::Embedding& embedding,
+                                      const Adapter::Head& head, int readers) {
     require_threads(readers);
     auto adapter = std::make_shared<Adapter>();
-    for (const auto& places : layers) {
-        require(places.size() == kPlaces, "a layer has four places");
-        adapter->layers.emplace_back();
-        for (std::size_t i = 0; i < places.size(); ++i) adapter->layers.back().places[i] = places[i];
+    adapter->vocab = vocab;
+    for (const auto& layer : layers) {
+        require(layer != nullptr, "a layer that is none");
+        adapter->layers.push_back(*layer);
     }
+    adapter->norm = norm(last);
+    adapter->embedding = embedding;
+    adapter->head = head;
     const nb::gil_scoped_release released;
+    complete(*adapter);
     read(*adapter, readers);
     return adapter;
 }
@@ -118,14 +192,16 @@ std::shared_ptr<Adapter> make_adapter(const std::vector<std::vector<std::shared_
 Logits step(Decoder& self, const std::vector<RowPart>& parts) {
     std::vector<Row> rows;
     std::size_t wanted = 0;
+    std::int64_t width = self.model().vocab;
     for (const auto& [token, position, kv, adapter, scale, is_wanted] : parts) {
         rows.push_back({token, position, kv.get(), adapter.get(), scale, is_wanted});
         wanted += is_wanted;
+        if (is_wanted) width = std::max(width, self.vocab(rows.back()));
     }
-    const auto vocab = static_cast<std::size_t>(self.model().vocab);
+    const auto columns = static_cast<std::size_t>(width);
     const nb::gil_scoped_release released;
-    Logits logits(self.spare(), wanted, vocab);
-    self.step(rows, logits.data.get());
+    Logits logits(self.spare(), wanted, columns);
+    self.step(rows, width, logits.data.get());
     return logits;
 }
 
@@ -154,22 +230,12 @@ void bind_weights(nb::module_& m) {
                      return std::make_shared<Branch>(Branch{std::move(narrow), {backs.begin(), backs.end()}});
                  }),
              "narrow"_a, "backs"_a);
-    nb::class_<Adapter>(m, "Adapter")
-        .def(nb::new_(&make_adapter), "layers"_a, "readers"_a)
-        .def_prop_ro("nbytes", &Adapter::bytes);
     nb::class_<Layer>(m, "Layer")
         .def(nb::new_([](const std::vector<NormPart>& norms,
                          const std::vector<std::optional<Range>>& head_norms, int rope, std::int64_t window,
                          const std::vector<PlacePart>& places) {
                  auto layer = std::make_shared<Layer>();
-                 require(norms.size() == 4 && head_norms.size() == 2,
-                         "a layer has four norms, and two of heads");
-                 layer->attention_norm = norm(norms[0]);
-                 layer->attention_output_norm = norm(norms[1]);
-                 layer->mlp_norm = norm(norms[2]);
-                 layer->mlp_output_norm = norm(norms[3]);
-                 layer->q_norm = floats(head_norms[0]);
-                 layer->k_norm = floats(head_norms[1]);
+                 fill_norms(*layer, norms, head_norms);
                  layer->rope = rope;
                  layer->window = window;
                  fill_places(*layer, places);
@@ -191,6 +257,23 @@ void bind_weights(nb::module_& m) {
              "logit_cap"_a, "query_growth"_a, "growth_positions"_a);
 }
 
+void bind_adapter(nb::module_& m) {
+    const nb::tuple nothing = nb::make_tuple(nb::none(), nb::list());
+    nb::class_<Adapter::OfLayer>(m, "AdapterLayer")
+        .def(nb::new_(&make_layer_of_adapter), nb::kw_only(), "base"_a, "norms"_a, "head_norms"_a,
+             "places"_a);
+    nb::class_<Adapter::Embedding>(m, "AdapterEmbedding")
+        .def(nb::new_(&make_embedding), nb::kw_only(), "table"_a = nb::none(), "of_head"_a = false,
+             "narrow"_a = nb::none(), "back"_a = nb::none(), "ids"_a = nb::none(), "rows"_a = nb::none());
+    nb::class_<Adapter::Head>(m, "AdapterHead")
+        .def(nb::new_(&make_head), nb::kw_only(), "matrix"_a = nb::none(), "change"_a = nothing,
+             "ids"_a = nb::none(), "rows"_a = nb::none());
+    nb::class_<Adapter>(m, "Adapter")
+        .def(nb::new_(&make_adapter), nb::kw_only(), "vocab"_a, "layers"_a, "norm"_a, "embedding"_a, "head"_a,
+             "readers"_a)
+        .def_prop_ro("nbytes", &Adapter::bytes);
+}
+
 void bind_decoder(nb::module_& m) {
     nb::class_<Kv>(m, "Kv").def_prop_ro("nbytes", &Kv::bytes);
     nb::class_<Decoder>(m, "Decoder")
@@ -199,19 +282,10 @@ void bind_decoder(nb::module_& m) {
                          const Rules& rules, const std::vector<RopePart>& ropes,
                          std::shared_ptr<Table> embedding, std::shared_ptr<Matrix> head, const NormPart& last,
                          const std::vector<std::shared_ptr<Layer>>& layers, int threads, int readers) {
-                 Model model{dim,
-                             heads,
-                             kv_heads,
-                             head_dim,
-                             hidden,
-                             vocab,
-                             max_positions,
-                             rules,
-                             {},
-                             std::move(embedding),
-                             std::move(head),
-                             norm(last),
-                             {}};
+                 Model model{dim,   heads,         kv_heads, head_dim, hidden,
+                             vocab, max_positions, rules,    {},       std::move(embedding),
+                             {},    norm(last),    {}};
+                 model.head.weights = {std::move(head)};
                  for (const auto& [frequencies, of_long, scale] : ropes)
                      model.ropes.push_back({frequencies, of_long, scale});
                  for (const auto& layer : layers) {
@@ -229,10 +303,10 @@ void bind_decoder(nb::module_& m) {
              "threads"_a, "readers"_a)
         .def(
             "kv",
-            [](const Decoder& self, bool half, bool of_long) {
-                return std::make_shared<Kv>(self.kv_shape(half, of_long));
+            [](const Decoder& self, bool half, const Adapter* adapter, bool of_long) {
+                return std::make_shared<Kv>(self.kv_shape(adapter, half, of_long));
             },
-            "half"_a, "of_long"_a = false)
+            "half"_a, "adapter"_a.none() = nb::none(), "of_long"_a = false)
         .def(
             "check", [](const Decoder& self, const Adapter& adapter) { check(adapter, self.model()); },
             "adapter"_a)
@@ -265,6 +339,7 @@ NB_MODULE(_native, m) {
         }
     });
     bind_weights(m);
+    bind_adapter(m);
     bind_decoder(m);
     bind_logits(m);
     m.def("return_memory", [] {

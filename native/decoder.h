@@ -9,8 +9,10 @@
 #include <array>
 #include <cstdint>
 #include <mutex>
+#include <utility>
 #include <vector>
 
+#include "adapter.h"
 #include "kernels.h"
 #include "kv.h"
 #include "logits.h"
@@ -26,7 +28,7 @@ struct Row {
     std::int64_t token, position;
     Kv* kv;
     const Adapter* adapter;  // null: the base
-    float scale;             // of the adapter
+    float scale;             // of the adapter's branches
     bool wanted;             // whether its logits are
 };
 
@@ -60,20 +62,32 @@ class Decoder {
     int threads() const { return team_.size(); }
     // Of the logits of its steps.
     const std::shared_ptr<Spare>& spare() const { return spare_; }
-    KvShape kv_shape(bool half, bool of_long) const {
-        return {static_cast<std::int64_t>(model_.layers.size()), model_.kv_heads, model_.head_dim, half,
-                of_long};
+    // Of sessions with an adapter; null: with the base.
+    KvShape kv_shape(const Adapter* adapter, bool half, bool of_long) const {
+        const std::size_t layers = adapter == nullptr ? model_.layers.size() : adapter->layers.size();
+        return {static_cast<std::int64_t>(layers), model_.kv_heads, model_.head_dim, half, of_long};
+    }
+    // How many logits a row has.
+    std::int64_t vocab(const Row& row) const {
+        return row.adapter == nullptr ? model_.vocab : row.adapter->vocab;
     }
 
-    // Computes rows, in the order of the sessions' positions, and writes logits [wanted rows, vocab]. Keys
-    // and values of each row's position are written; those of the positions before it must be there, or be of
-    // this step. InvalidError: a row is out of bounds; nothing has changed then.
-    void step(const std::vector<Row>& rows, float* logits);
+    // Computes rows, in the order of the sessions' positions, and writes logits [wanted rows, width], at most
+    // `width` of a row, and -inf beyond what it has. Keys and values of each row's position are written;
+    // those of the positions before it must be there, or be of this step. All rows have the same layers, one
+    // after the other. InvalidError: they have not, or a row is out of bounds; nothing has changed then.
+    void step(const std::vector<Row>& rows, std::int64_t width, float* logits);
 
   private:
     struct Run {  // rows of one adapter
         Range rows;
         const Adapter* adapter;
+    };
+    struct Batch {
+        std::vector<Row> rows;  // by adapter
+        std::vector<Run> runs;
+
+        void add(const Row& row);
     };
     struct Part {  // what a branch adds to some rows
         const Branch* branch;
@@ -81,11 +95,28 @@ class Decoder {
         float* t;  // narrow values
         bool scaled;
     };
+    struct Finish {  // what becomes of the outputs of a linear for some rows
+        const Affine* affine;
+        std::size_t linear;
+        Range rows;
+    };
+    struct Work {  // products of the linears of a place, for some rows
+        Place place;
+        std::int64_t layer;  // the step's; of the head any
+        const Linears* linears;
+        const Batch* batch;
+        Range rows;
+    };
+    struct Changes {
+        std::vector<Part> parts;
+        std::vector<Finish> finishes;
+    };
     struct Own {  // memory of a thread
         InputRows inputs;
-        std::vector<Part> parts;
+        Changes changes;
         Array<float> x;  // the residual of a single row
         Array<float> queries, states, weights;
+        Array<float> scratch;  // narrow values of a token; logits of a block
     };
     struct Outputs {
         float* to;
@@ -95,12 +126,26 @@ class Decoder {
     using Shares = std::array<Range, 3>;  // blocks of each linear of a place
 
     void check(const std::vector<Row>& rows) const;
-    void prepare(const std::vector<Row>& rows, float* logits);
+    void prepare(const std::vector<Row>& rows);
+    void prepare_logits(const std::vector<std::int64_t>& places);
     void make_room(std::int64_t last);
 
-    std::int64_t rows() const { return static_cast<std::int64_t>(rows_.size()); }
-    const Row& row(std::int64_t i) const { return rows_[static_cast<std::size_t>(i)]; }
-    bool alone() const { return rows_.size() == 1; }
+    std::int64_t rows() const { return static_cast<std::int64_t>(all_.rows.size()); }
+    const Row& row(std::int64_t i) const { return all_.rows[static_cast<std::size_t>(i)]; }
+    bool alone() const { return all_.rows.size() == 1; }
+    // The model's layer that stands at a place of the step's.
+    const Layer& layer_of(std::int64_t index) const {
+        return model_.layers[static_cast<std::size_t>(layers_[static_cast<std::size_t>(index)])];
+    }
+    // The norms that the adapter of a row has in a layer; null: none.
+    const Norms* own(std::int64_t index, std::int64_t i) const {
+        const Adapter* adapter = row(i).adapter;
+        return adapter == nullptr ? nullptr : &adapter->layers[static_cast<std::size_t>(index)];
+    }
+    const Norm* own(std::int64_t index, std::int64_t i, Norm Norms::* which) const {
+        const Norms* norms = own(index, i);
+        return norms == nullptr ? nullptr : &(norms->*which);
+    }
     Range mine(int thread, std::int64_t count) const;
     Range my_rows(int thread) const;
     Shares shares(int thread, const Linears& linears, Place place, std::int64_t narrow) const;
@@ -109,20 +154,30 @@ class Decoder {
 
     void work(int thread);
     void embed(int thread);
+    void read_token(const Row& row, float* x) const;
+    void add_branch(int thread, const Row& row, float* x);
     void layer(int thread, std::int64_t index);
     float* residual(int thread);
     Outputs given();
-    void add(int thread, const Norm& norm);
-    const float* normalize(const Norm& norm, const float* x, float* y) const;
-    Inputs norm(int thread, const Norm& norm);
+    void add(int thread, std::int64_t index, Norm Norms::* which);
+    const float* normalize(const Norm& norm, const Norm* own, const float* x, float* y) const;
+    Inputs norm(int thread, std::int64_t index, Norm Norms::* which);
     Inputs mlp_in(int thread, std::int64_t layer, const Inputs& read);
-    const std::vector<Part>& parts_of(int thread, std::int64_t layer, Place place);
-    Shares apply(int thread, std::int64_t layer, Place place, const Inputs& inputs, const Outputs& out);
-    void narrow(int thread, const std::vector<Part>& parts, std::int64_t blocks, const Inputs& inputs);
+    Work at(std::int64_t layer, Place place) const;
+    const Changes& changes_of(int thread, const Work& work);
+    Shares apply(int thread, const Work& work, const Inputs& inputs, const Outputs& out);
+    void narrow(int thread, const Work& work, std::int64_t blocks, const Inputs& inputs);
+    void set_aside(const Work& work, const Finish& finish, const Shares& blocks, const Outputs& out);
+    void finish(const Work& work, const Finish& finish, const Shares& blocks, const Outputs& out);
     void head(int thread);
+    Inputs head_in(int thread);
+    void logits_of(int thread, const Work& work, const Inputs& inputs);
+    void own_rows(int thread, const Adapter& adapter, Range rows, const Inputs& inputs, Range columns);
 
     Heads heads(std::int64_t row) const;
-    void norm_whole(int thread, const Layer& layer);
+    void norm_whole(int thread, std::int64_t index);
+    const std::vector<float>& head_norm(std::int64_t index, std::int64_t row,
+                                        std::vector<float> Norms::* which) const;
     bool of_heads(const Layer& layer) const;
     void prepare_head(const Layer& layer, const std::vector<float>& weight, std::int64_t row, float* x) const;
     Range seen(std::int64_t layer, std::int64_t row) const;
@@ -140,9 +195,13 @@ class Decoder {
     std::mutex mutex_;
 
     // Of the running step.
-    std::vector<Row> rows_;  // by adapter
-    std::vector<Run> runs_;
-    std::vector<std::int64_t> wanted_;  // rows, in the caller's order
+    Batch all_;
+    std::vector<std::int64_t> layers_;  // of the model, in their order
+    Batch wanted_;                      // rows with logits, by the head that they have
+    std::vector<std::int64_t> from_;    // their places among all rows
+    std::vector<Work> heads_;
+    std::vector<std::pair<std::int64_t, std::int64_t>> swaps_;  // that bring logits into the caller's order
+    std::int64_t width_ = 0;                                    // of a row of logits
     float* logits_ = nullptr;
     std::int64_t most_blocks_ = 0;  // of positions
     bool chained_ = false;          // whether rows attend to others of the step

@@ -401,6 +401,14 @@ void scale(float factor, float cap, int64_t count, float* x) {
     }
 }
 
+void affine(const float* factor, const float* shift, const float* onto, int64_t count, float* x) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const int64_t rest = count - i;
+        const Floats y = fma(load_part(factor + i, rest), load_part(x + i, rest), load_part(shift + i, rest));
+        store_part(x + i, onto == nullptr ? y : load_part(onto + i, rest) + y, rest);
+    }
+}
+
 // --- Attention
 
 template <bool kHalf>
@@ -562,7 +570,7 @@ void join(const Heads& h, const float* states, int64_t count, float* weights, fl
 #define NAME_OF(isa) #isa
 #define NAME(isa) NAME_OF(isa)
 extern const Kernels kernels;
-const Kernels kernels{NAME(BEDPLATE_ISA), quantize, product, back, rms_norm, layer_norm, rotate,
-                      activate,           add,      scale,   keep, attend,   join};
+const Kernels kernels{NAME(BEDPLATE_ISA), quantize, product, back,   rms_norm, layer_norm, rotate,
+                      activate,           add,      scale,   affine, keep,     attend,     join};
 
 }  // namespace bedplate::BEDPLATE_ISA

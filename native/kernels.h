@@ -113,6 +113,8 @@ struct Kernels {
     void (*add)(const float* y, float scale, int64_t count, float* x);
     // x *= scale, and then cap · tanh(x / cap); 0: no cap.
     void (*scale)(float scale, float cap, int64_t count, float* x);
+    // x = factor · x + shift, and then plus `onto`; null: 0.
+    void (*affine)(const float* factor, const float* shift, const float* onto, int64_t count, float* x);
     // Writes a position's key and value of one kv head into its block.
     void (*keep)(const Heads&, const float* key, const float* value, int64_t position, void* keys,
                  void* values);

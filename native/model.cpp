@@ -7,8 +7,6 @@
 namespace bedplate {
 namespace {
 
-constexpr std::int64_t kMostRanks = 4096;
-
 // Where the next row of so many floats begins: at a cache line, and an odd number of lines on. A product
 // writes the same columns of many rows, and lines that lie a power of two apart share few places of a cache.
 std::int64_t stride_of(std::int64_t floats) {
@@ -16,7 +14,9 @@ std::int64_t stride_of(std::int64_t floats) {
     return (whole(floats, kLine) | 1) * kLine;
 }
 
-void check_branch(const Branch& branch, const Linears& linears) {
+}  // namespace
+
+void check(const Branch& branch, const Linears& linears) {
     require(branch.narrow != nullptr && branch.narrow->columns() == linears.columns,
             "a branch takes another input than its linears");
     require(branch.narrow->rows() <= kMostRanks, "a branch is too wide");
@@ -45,8 +45,27 @@ void lay_out(Linears& linears, const std::vector<std::int64_t>& rows, std::int64
         linears.width += linears.weights[i]->blocks() * kBlock;
     }
     linears.width = stride_of(linears.width);
-    if (linears.correction != nullptr) check_branch(*linears.correction, linears);
+    if (linears.correction != nullptr) check(*linears.correction, linears);
 }
+
+void collect(const Branch& branch, Readables& all) {
+    all.push_back(branch.narrow.get());
+    for (const auto& back : branch.backs) all.push_back(back.get());
+}
+
+std::size_t bytes_of(const Readables& all) {
+    const std::set<const Readable*> different(all.begin(), all.end());
+    return std::accumulate(different.begin(), different.end(), std::size_t(0),
+                           [](std::size_t sum, const Readable* one) { return sum + one->bytes(); });
+}
+
+std::size_t Norms::floats() const {
+    std::size_t count = q_norm.size() + k_norm.size();
+    for (const auto norm : kAll) count += (this->*norm).weight.size() + (this->*norm).bias.size();
+    return count;
+}
+
+namespace {
 
 bool is_factor(float x) { return std::isfinite(x) && x > 0; }
 
@@ -91,68 +110,44 @@ void check_attention(const Layer& layer, const Model& m) {
             "the norms of queries and keys do not fit the heads");
 }
 
-using All = std::vector<Readable*>;
-
-void collect(const std::shared_ptr<const Branch>& branch, All& all) {
-    if (branch == nullptr) return;
-    all.push_back(branch->narrow.get());
-    for (const auto& back : branch->backs) all.push_back(back.get());
-}
-
 // In the order in which a step reads them.
-All all_of(const Model& model) {
-    All all;
+Readables all_of(const Model& model) {
+    Readables all;
     if (model.embedding != nullptr) all.push_back(model.embedding.get());
     for (const auto& layer : model.layers)
         for (const auto& place : layer.places) {
             for (const auto& weight : place.weights)
                 if (weight != nullptr) all.push_back(weight.get());
-            collect(place.correction, all);
+            if (place.correction != nullptr) collect(*place.correction, all);
         }
-    if (model.head != nullptr) all.push_back(model.head.get());
+    for (const auto& weight : model.head.weights)
+        if (weight != nullptr) all.push_back(weight.get());
     return all;
-}
-
-All all_of(const Adapter& adapter) {
-    All all;
-    for (const auto& layer : adapter.layers)
-        for (const auto& branch : layer.places) collect(branch, all);
-    return all;
-}
-
-std::size_t bytes_of(const All& all) {
-    const std::set<const Readable*> different(all.begin(), all.end());
-    return std::accumulate(different.begin(), different.end(), std::size_t(0),
-                           [](std::size_t sum, const Readable* one) { return sum + one->bytes(); });
 }
 
 }  // namespace
 
 void complete(Model& m) {
-    constexpr std::int64_t kMost = 1 << 24;
     for (const std::int64_t size :
          {m.dim, m.heads, m.kv_heads, m.head_dim, m.hidden, m.vocab, m.max_positions})
-        require(size >= 1 && size <= kMost, "a dimension of the model is out of bounds");
+        require(size >= 1 && size <= kMostTokens, "a dimension of the model is out of bounds");
     m.stride = stride_of(m.dim);
     require(m.heads % m.kv_heads == 0, "the heads are no multiple of the kv heads");
     require(m.head_dim % 2 == 0 && m.head_dim <= 4096, "head_dim is odd or too large");
     check_rules(m.rules);
     check_ropes(m);
     check_norm(m.norm, m);
-    require(m.head != nullptr && m.head->rows() == m.vocab && m.head->columns() == m.dim,
-            "the head does not fit the model");
+    lay_out(m.head, {m.vocab}, m.dim);
     require(m.embedding == nullptr || (m.embedding->rows() == m.vocab && m.embedding->columns() == m.dim),
             "the embedding does not fit the model");
-    require(m.embedding != nullptr || m.head->view().coding != Coding::kFour,
+    require(m.embedding != nullptr || m.head.weights[0]->view().coding != Coding::kFour,
             "a head of 4 bits does not serve as embedding");
     require(!m.layers.empty(), "a model of no layers");
     m.direct = m.rules.residual_scale == 1;
     const std::int64_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
     const std::vector<std::int64_t> mlp(m.rules.gated ? 2 : 1, m.hidden);
     for (auto& layer : m.layers) {
-        for (const Norm* norm :
-             {&layer.attention_norm, &layer.attention_output_norm, &layer.mlp_norm, &layer.mlp_output_norm})
-            check_norm(*norm, m);
+        for (const auto norm : Norms::kAll) check_norm(layer.*norm, m);
         check_attention(layer, m);
         m.direct &= layer.attention_output_norm.weight.empty() && layer.mlp_output_norm.weight.empty();
         lay_out(layer.places[kAttentionIn], {q, kv, kv}, m.dim);
@@ -162,29 +157,12 @@ void complete(Model& m) {
     }
 }
 
-void check(const Adapter& adapter, const Model& model) {
-    require(adapter.layers.size() == model.layers.size(), "the adapter has another number of layers");
-    for (std::size_t i = 0; i < adapter.layers.size(); ++i)
-        for (int place = 0; place < kPlaces; ++place)
-            if (const auto& branch = adapter.layers[i].places[place])
-                check_branch(*branch, model.layers[i].places[place]);
-}
-
 void read(const Model& model, int threads) { read_all(all_of(model), threads); }
-
-void read(const Adapter& adapter, int threads) { read_all(all_of(adapter), threads); }
 
 std::size_t Model::bytes() const {
     std::size_t floats = norm.weight.size() + norm.bias.size();
-    for (const auto& layer : layers) {
-        floats += layer.q_norm.size() + layer.k_norm.size();
-        for (const Norm* norm :
-             {&layer.attention_norm, &layer.attention_output_norm, &layer.mlp_norm, &layer.mlp_output_norm})
-            floats += norm->weight.size() + norm->bias.size();
-    }
+    for (const auto& layer : layers) floats += layer.floats();
     return bytes_of(all_of(*this)) + floats * sizeof(float);
 }
-
-std::size_t Adapter::bytes() const { return bytes_of(all_of(*this)); }
 
 }  // namespace bedplate

@@ -15,8 +15,8 @@ struct Branch {
     std::vector<std::shared_ptr<BackMatrix>> backs;  // B of linears of the place
 };
 
-// The places of a layer whose linears share one input.
-enum Place : int { kAttentionIn, kAttentionOut, kMlpIn, kMlpOut, kPlaces };
+// The places of a layer whose linears share one input; and the head, which is no layer's.
+enum Place : int { kAttentionIn, kAttentionOut, kMlpIn, kMlpOut, kPlaces, kHead = kPlaces };
 
 struct Linears {
     std::vector<std::shared_ptr<Matrix>> weights;
@@ -41,13 +41,21 @@ struct Rope {
 
 constexpr int kNoRope = -1;
 
-// With x the residual: x += residual_scale · attention_output_norm(attention(attention_norm(x))), and the
-// same of the MLP.
-struct Layer {
+// The norms of a layer.
+struct Norms {
     Norm attention_norm, attention_output_norm, mlp_norm, mlp_output_norm;
     std::vector<float> q_norm, k_norm;  // of each head or of all together, before they turn; empty: none
-    int rope = kNoRope;                 // of the model's
-    std::int64_t window = 0;            // keys that a query sees, its own included; 0: all
+
+    static constexpr Norm Norms::* kAll[] = {&Norms::attention_norm, &Norms::attention_output_norm,
+                                             &Norms::mlp_norm, &Norms::mlp_output_norm};
+    std::size_t floats() const;
+};
+
+// With x the residual: x += residual_scale · attention_output_norm(attention(attention_norm(x))), and the
+// same of the MLP.
+struct Layer : Norms {
+    int rope = kNoRope;       // of the model's
+    std::int64_t window = 0;  // keys that a query sees, its own included; 0: all
     Linears places[kPlaces];
 };
 
@@ -70,7 +78,7 @@ struct Model {
     Rules rules;
     std::vector<Rope> ropes;
     std::shared_ptr<Table> embedding;  // null: rows of the head
-    std::shared_ptr<Matrix> head;
+    Linears head;                      // one
     Norm norm;
     std::vector<Layer> layers;
     std::int64_t stride = 0;  // floats from a row of the residual to the next
@@ -79,23 +87,26 @@ struct Model {
     std::size_t bytes() const;
 };
 
-// A LoRA adapter: branches of each layer's places; null: none there.
-struct Adapter {
-    struct OfLayer {
-        std::shared_ptr<const Branch> places[kPlaces];
-    };
-    std::vector<OfLayer> layers;
-
-    std::size_t bytes() const;
-};
-
 // Reads the weights on so many threads. InvalidError: a file ends too early.
 void read(const Model& model, int threads);
-void read(const Adapter& adapter, int threads);
 
 // Lays out the outputs of each place, and checks that all sizes fit each other. InvalidError: they do not.
 void complete(Model& model);
-// InvalidError: a branch does not fit the model.
-void check(const Adapter& adapter, const Model& model);
+
+// --- What models and adapters have in common
+
+constexpr std::int64_t kMostRanks = 4096;      // narrow values of a branch
+constexpr std::int64_t kMostTokens = 1 << 24;  // or anything else that a model has many of
+
+// The outputs of linears of so many rows each, at whole blocks. InvalidError: their shapes are others.
+void lay_out(Linears& linears, const std::vector<std::int64_t>& rows, std::int64_t columns);
+// InvalidError: a branch does not fit the linears.
+void check(const Branch& branch, const Linears& linears);
+
+using Readables = std::vector<Readable*>;
+
+void collect(const Branch& branch, Readables& all);
+// Of the memory that all take, each counted once.
+std::size_t bytes_of(const Readables& all);
 
 }  // namespace bedplate

@@ -32,6 +32,7 @@ TORCHTUNE = {
     "up_proj": "w3",
     "lora_A": "lora_a",
     "lora_B": "lora_b",
+    "lora_magnitude_vector": "magnitude",
 }
 GGUF = {
     "self_attn.q_proj": "attn_q",
@@ -55,12 +56,12 @@ def tensors_of(peft: Path) -> dict[str, Tensor]:
 
 
 def interleaved(name: str, value: Tensor, config: LlamaConfig) -> Tensor:
-    """Rows of q and k as Meta has them, where the tensor is a B."""
+    """Rows of q and k as Meta has them, where the tensor is a B or magnitudes."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    linear, half = name.split(".")[-3:-1]
-    if linear not in heads or half != "lora_B":
+    linear, half = name.removesuffix(".weight").split(".")[-2:]
+    if linear not in heads or half not in ("lora_B", "lora_magnitude_vector"):
         return value
-    halves = value.view(heads[linear], 2, -1, value.shape[1])
+    halves = value.view(heads[linear], 2, -1, *value.shape[1:])
     return halves.transpose(1, 2).reshape(value.shape).contiguous()
 
 
@@ -126,10 +127,11 @@ def mlx_config(peft: Path, **changes: Any) -> dict[str, Any]:
 def as_mlx(peft: Path, folder: Path, **changes: Any) -> Path:
     """`adapters.safetensors`: A is [in, rank] and B [rank, out]."""
     folder.mkdir()
-    tensors = {
-        f"model.{name.removesuffix('.weight').replace('lora_A', 'lora_a').replace('lora_B', 'lora_b')}": value.T
-        for name, value in tensors_of(peft).items()
-    }
+    tensors = {}
+    for name, value in tensors_of(peft).items():
+        path, _, half = name.removesuffix(".weight").rpartition(".")
+        own = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}[half]
+        tensors[f"model.{path}.{own}"] = value.T if value.ndim == 2 else value
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "adapters.safetensors")
     (folder / CONFIG).write_text(json.dumps(mlx_config(peft, **changes), indent=4))
     return folder

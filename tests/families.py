@@ -362,10 +362,36 @@ def save_adapter(folder: Path, model: Path, config: LoraConfig) -> Path:
     return folder
 
 
-def with_peft(folder: Path, adapter: Path, tokens: list[int]) -> torch.Tensor:
-    """Logits [T, V] of transformers with an adapter."""
+def save_trained(folder: Path, model: Path, config: LoraConfig, *, tokens: int | None = None) -> Path:
+    """An adapter as PEFT saves it, with random numbers in all that it trains. tokens: as many has its vocabulary."""
+    base = theirs_of(model)
+    if tokens is not None:
+        quiet(lambda: base.resize_token_embeddings(tokens))
+    adapted = quiet(lambda: get_peft_model(base, config))
+    torch.manual_seed(5)
     with torch.no_grad():
-        return PeftModel.from_pretrained(theirs_of(folder), adapter).eval()(torch.tensor([tokens])).logits[0]  # type: ignore[no-any-return]
+        for name, parameter in adapted.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if "magnitude" in name:
+                parameter *= torch.empty_like(parameter).uniform_(0.6, 1.5)
+            elif "lora_embedding_A" in name or "lora_B" in name:
+                parameter.normal_(0.0, 0.3)
+            else:
+                parameter += torch.empty_like(parameter).normal_(0.0, 0.2)
+    quiet(lambda: adapted.save_pretrained(folder))
+    return folder
+
+
+def with_peft(
+    folder: Path, adapter: Path, tokens: list[int], *, vocabulary: int | None = None
+) -> torch.Tensor:
+    """Logits [T, V] of transformers with an adapter. vocabulary: what its embedding is resized to first."""
+    base = theirs_of(folder)
+    if vocabulary is not None:
+        quiet(lambda: base.resize_token_embeddings(vocabulary))
+    with torch.no_grad():
+        return PeftModel.from_pretrained(base, adapter).eval()(torch.tensor([tokens])).logits[0]  # type: ignore[no-any-return]
 
 
 def quiet(call: Any) -> Any:

@@ -31,6 +31,8 @@ from bedplate.api import Bundle
 from bedplate.bundle import manifest, strict_json
 from bedplate.errors import BedplateError
 from bedplate.runtime.engine import Engine
+from bedplate.runtime.model_spec import read_spec
+from bedplate.spec import linear_shapes
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
 # What a file may say in place of a number, and what may stand in place of a value of any kind.
@@ -199,7 +201,7 @@ def _numbers(engine: Engine, name: str | None) -> int:
     """How many logits a few tokens have."""
     tokens = [token % engine.limits.vocab for token in TOKENS[: engine.limits.max_context]]
     logits = engine.session(name).step(tokens)
-    assert logits.shape == (engine.limits.vocab,) and logits.dtype == np.float32
+    assert logits.shape == (engine.load(name).vocab,) and logits.dtype == np.float32
     return len(logits)
 
 
@@ -289,7 +291,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def make_bundles(folder: Path) -> list[Path]:
-    """Of a toy of one layer, each with an adapter of all linears in 8 bits and one of three in floats."""
+    """Of a toy of one layer, each with an adapter of all linears in 8 bits, one of three in floats, and two that hold
+    all that an adapter may hold.
+    """
+    from forged_adapter import Drawn, forge_adapter
     from toy import save_adapter, save_toy_model, toy_config
 
     import bedplate
@@ -303,6 +308,18 @@ def make_bundles(folder: Path) -> list[Path]:
         bundle = bedplate.build(folder / "model", folder / f"{name}.bundle", programs=False, **options)
         bundle.add(every, name="every", quantize="8w")
         bundle.add(some, name="some", quantize="none")
+        spec = read_spec(bundle)
+        drawn, vocab, dim = Drawn(linear_shapes(spec), spec.dim, spec.vocab_size), spec.vocab_size, spec.dim
+        added = [1, 7, *range(vocab, vocab + 3)]
+        own = drawn.layers(2, branches=True, affines=True) | drawn.affine("lm_head", vocab + 3)
+        own |= drawn.rows("lm_head", added) | drawn.rows("embed_tokens", added)
+        forge_adapter(bundle, "own", own, vocab=vocab + 3, layers=(0, 0), scheme="8w")
+        saved = {f"{place}.weight": drawn.floats(vocab + 1, dim) for place in ("lm_head", "embed_tokens")}
+        saved |= {"norm.weight": drawn.floats(dim), "layers.0.mlp_norm.weight": drawn.floats(dim)}
+        saved |= drawn.branch("lm_head", vocab + 1, dim)
+        saved["embed_tokens.lora_a.weight"] = drawn.floats(vocab + 1, 2)
+        saved["embed_tokens.lora_b.weight"] = drawn.floats(dim, 2)
+        forge_adapter(bundle, "saved", saved, vocab=vocab + 1)
         made.append(bundle.path)
     return made
 

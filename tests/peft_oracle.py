@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
+import weakref
+from functools import cached_property
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
+from adapted import logits_with
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+import bedplate
 from bedplate.model.adapter import Adapter, read_adapter
 from bedplate.model.checkpoint import open_checkpoint
 
@@ -24,6 +30,8 @@ class Oracle:
     """The float32 toy in a folder, with and without adapters."""
 
     def __init__(self, model: Path) -> None:
+        self._folder, self._work = model, Path(mkdtemp())
+        weakref.finalize(self, shutil.rmtree, self._work)
         self.spec = open_checkpoint(model).spec
         self.model = LlamaForCausalLM.from_pretrained(
             model, dtype=torch.float32, attn_implementation="eager"
@@ -53,17 +61,16 @@ class Oracle:
         return read_adapter(folder, self.spec)
 
     def merged(self, adapter: Adapter) -> Tensor:
-        """Logits float32 [T, vocab] of the base with B·A added to its weights."""
-        changed = []
-        with torch.no_grad():
-            for path, a, b in adapter.matrices():
-                weight = self.model.model.get_submodule(path).weight
-                changed.append((weight, weight.clone()))
-                weight += torch.from_numpy(b) @ torch.from_numpy(a)
-            logits = self._logits(self.model)
-            for weight, before in changed:
-                weight.copy_(before)
-        return logits
+        """Logits float32 [T, vocab] of what a float bundle holds of an adapter, merged into the base's weights."""
+        self._bundle.add(adapter.path, name="a", programs=False, allow_noop=True)
+        try:
+            return logits_with(self._bundle, "a", self._folder, TOKENS[0].tolist())
+        finally:
+            self._bundle.remove("a")
+
+    @cached_property
+    def _bundle(self) -> bedplate.Bundle:
+        return bedplate.build(self._folder, self._work / "toy.bundle", quantize="none", programs=False)
 
     def assert_equal(self, folder: Path, *, has_effect: bool = True) -> Adapter:
         """bedplate reads from `folder` what PEFT computes."""

@@ -90,12 +90,70 @@ class Rules:
         growth_positions: int,
     ) -> None: ...
 
-class Adapter:
-    """Branches of each layer's four places; None: none there. readers: threads that read them. NativeError: a file
-    ends too early.
+Affine = tuple[Source | None, Source | None]
+"""factor and shift of a linear's outputs, float32 [rows]: y becomes factor · y + shift. None: 1, 0."""
+Change = tuple[Branch | None, Sequence[Affine]]
+"""What an adapter changes at linears of one input: a branch, then factor and shift of each, or of none of them."""
+
+class AdapterLayer:
+    """base: the number of the model's layer whose weights it uses. norms, head_norms: as a Layer's, in place of the
+    model's; None: the model's. places: what changes at each of its four.
     """
 
-    def __init__(self, layers: Sequence[Sequence[Branch | None]], readers: int) -> None: ...
+    def __init__(
+        self,
+        *,
+        base: int,
+        norms: Sequence[Norm],
+        head_norms: Sequence[Source | None],
+        places: Sequence[Change],
+    ) -> None: ...
+
+class AdapterEmbedding:
+    """table: in place of the model's; of_head: the rows of the adapter's own head. narrow, back: A [vocab, rank] and
+    B [dim, rank] of a branch. rows: of the tokens `ids`, int64, ascending, in place of the table's.
+    """
+
+    def __init__(
+        self,
+        *,
+        table: Table | None = None,
+        of_head: bool = False,
+        narrow: Table | None = None,
+        back: BackMatrix | None = None,
+        ids: Source | None = None,
+        rows: Table | None = None,
+    ) -> None: ...
+
+class AdapterHead:
+    """matrix: in place of the model's. rows: float32, whose products are the logits of the tokens `ids`, int64,
+    ascending.
+    """
+
+    def __init__(
+        self,
+        *,
+        matrix: Matrix | None = None,
+        change: Change = ...,
+        ids: Source | None = None,
+        rows: Matrix | None = None,
+    ) -> None: ...
+
+class Adapter:
+    """What it does not have, it takes from the model. vocab: its tokens, those of the model and maybe more. readers:
+    threads that read it. NativeError: a file ends too early, or what it has does not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab: int,
+        layers: Sequence[AdapterLayer],
+        norm: Norm,
+        embedding: AdapterEmbedding,
+        head: AdapterHead,
+        readers: int,
+    ) -> None: ...
     @property
     def nbytes(self) -> int: ...
 
@@ -107,16 +165,18 @@ class Kv:
         """Memory that it takes now."""
 
 Row = tuple[int, int, Kv, Adapter | None, float, bool]
-"""token, position, session, adapter (None: the base), its scale, whether the row's logits are wanted."""
+"""token, position, session, adapter (None: the base), the scale of its branches, whether its logits are wanted."""
 
 class Logits:
-    """What a step gives: float32 [wanted rows, vocab]."""
+    """What a step gives: float32 [wanted rows, width]. width: the most logits that one of them has, and no less than
+    the model's; beyond those that a row has, they are -inf.
+    """
 
     def likeliest(self) -> int | None:
         """The column of the highest value of the last row, the first if several are equal. None: NaN or no row."""
     @property
     def array(self) -> NDArray[np.float32]:
-        """float32 [rows, vocab], not copied. Imports numpy."""
+        """float32 [rows, width], not copied. Imports numpy."""
 
 class Decoder:
     """A model. ropes: of each rotary embedding, frequencies [head_dim / 2], those of long texts (empty: the same), and
@@ -144,13 +204,16 @@ class Decoder:
         threads: int,
         readers: int,
     ) -> None: ...
-    def kv(self, half: bool, of_long: bool = False) -> Kv:
-        """An empty session; half: float16, else float32. of_long: its text is a long one, see `ropes`."""
+    def kv(self, half: bool, adapter: Adapter | None = None, of_long: bool = False) -> Kv:
+        """An empty session, for the layers of an adapter; half: float16, else float32. of_long: its text is a long
+        one, see `ropes`.
+        """
     def check(self, adapter: Adapter) -> None:
         """NativeError: it is of another model."""
     def step(self, rows: Sequence[Row]) -> Logits:
-        """Compute rows of any sessions. Keys and values of the positions before each are there, or are of this step.
-        NativeError: a row is out of bounds; nothing has changed then.
+        """Compute rows of any sessions, which have the same layers one after the other. Keys and values of the
+        positions before each are there, or are of this step.
+        NativeError: a row is out of bounds, or has other layers; nothing has changed then.
         """
     @property
     def threads(self) -> int: ...

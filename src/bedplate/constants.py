@@ -26,7 +26,7 @@ class Constant:
     """A packed constant: the bytes that a data file holds under `key`.
 
     name: the module path it comes from, for people (`layers.3.q_proj.weight`); not part of the key.
-    dtype, shape: of the logical tensor: `float32`, `bfloat16`, `int8`, `uint8`, or `int4` (two codes a byte).
+    dtype, shape: of the logical tensor: `float32`, `bfloat16`, `int64`, `int8`, `uint8`, or `int4` (two codes a byte).
     layout: how its bytes are to be read, in words; part of the key.
     data: uint8 [nbytes], C-contiguous.
     scales: of codes that a delegate reads: the constant of their scales, which the key covers.

@@ -74,6 +74,8 @@ def adapter_writer(
             ranks={"q_proj": 4},
             alpha=8.0,
             dtype="float32",
+            layers=None,
+            vocab=32,
             source="a" * 64,
             constants=infos,
             shared=(),

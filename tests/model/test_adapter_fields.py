@@ -128,8 +128,7 @@ BESIDE: dict[str, dict[str, Any]] = {"layers_pattern": {"layers_to_transform": [
 NOT_EQUAL = [
     *(("peft_type", value) for value in CHANGES["peft_type"]),
     *(("init_lora_weights", value) for value in CHANGES["init_lora_weights"][5:]),
-    ("target_modules", ["lm_head", "q_proj"]),
-    ("target_modules", ["embed_tokens", "q_proj"]),
+    ("modules_to_save", ["mlp"]),  # whole linears
     ("rank_pattern", {"q_proj": 3, PATH: 1}),  # PEFT sorts it on saving, and then refuses its own file
     ("target_parameters", ["q_proj.weight"]),  # target_modules names it too
     ("target_parameters", ["norm.weight"]),  # no matrix

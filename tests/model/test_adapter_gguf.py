@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from peft_oracle import Oracle
 from transformers import LlamaConfig
 
 from bedplate.errors import AdapterError, BedplateError, UnsupportedError
+from bedplate.model.adapter import read_adapter
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
@@ -98,6 +100,17 @@ def test_fields_of_a_gguf_that_are_refused(
     says: str,
 ) -> None:
     refused(oracle, as_gguf(peft, tmp_path / "a.gguf", config, fields=fields), kind, says)
+
+
+def test_a_head_that_is_adapted(oracle: Oracle, peft: Path, config: LlamaConfig, tmp_path: Path) -> None:
+    """llama.cpp knows a head only in a model whose head is not the embedding."""
+    a, b = np.ones((4, 64), np.float32), np.full((320, 4), 2, np.float32)
+    extra = {"output.weight.lora_a": a, "output.weight.lora_b": b}
+    file = as_gguf(peft, tmp_path / "head.gguf", config, extra=extra)
+    untied = dataclasses.replace(oracle.spec, tied_head=False)
+    pair = read_adapter(file, untied).pairs[None, "lm_head"]
+    assert (pair.a == a).all() and (pair.b == b).all() and pair.scale == 6 / 4
+    refused(oracle, file, UnsupportedError, "a LoRA on the head")
 
 
 @pytest.mark.parametrize(

@@ -101,26 +101,43 @@ def made_by_peft(oracle: Oracle, folder: Path, *, new_tokens: int = 0, **fields:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"use_dora": True}, "lora_magnitude_vector is DoRA"),
-        ({"lora_bias": True}, r"lora_B\.bias is a trained bias beside B"),
-        ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head\.lora_A\.weight is a LoRA on the head"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A is a LoRA on the embedding table"),
-        ({"modules_to_save": ["lm_head"]}, r"lm_head\.weight is a head of its own \(trained"),
-        ({"modules_to_save": ["embed_tokens"]}, r"embed_tokens\.weight is an embedding table of its own"),
-        ({"modules_to_save": ["norm"]}, "norm.weight is trained norms"),
-        ({"new_tokens": 2}, r"embed_tokens\.weight is an embedding table of its own .*grown by new tokens"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_tokens_delta is trained token embeddings"),
-        ({"kasa_config": KasaConfig()}, "lora_diag is KaSA"),
+        ({"use_dora": True}, "hold a magnitude of layers.*, but use_dora is false: PEFT would drop it"),
+        ({"lora_bias": True}, "hold a bias of layers.*, but lora_bias is false: PEFT would drop it"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lora_B of lm_head, which the config does not adapt"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_B of embed_tokens, which the config does not"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices does not name its tokens: PEFT would"),
     ],
     ids=str,
 )
-def test_what_a_config_hides_is_found_in_the_tensors(
+def test_what_a_config_hides_and_peft_would_drop(
     fields: dict[str, Any], says: str, oracle: Oracle, tmp_path: Path
 ) -> None:
     folder = made_by_peft(oracle, tmp_path / "adapter", **fields)
-    with pytest.raises(UnsupportedError, match=says) as caught:
+    with pytest.raises(AdapterError, match=says) as caught:
+        oracle.read(folder)
+    assert caught.value.where == str(folder / CONFIG) and caught.value.hint
+
+
+def test_what_a_config_hides_and_is_not_taken(oracle: Oracle, tmp_path: Path) -> None:
+    folder = made_by_peft(oracle, tmp_path / "adapter", kasa_config=KasaConfig())
+    with pytest.raises(UnsupportedError, match="lora_diag is KaSA") as caught:
         oracle.read(folder)
     assert caught.value.where == str(folder / WEIGHTS) and "merge" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "names", [["lm_head"], ["embed_tokens"], ["norm"], ["lm_head", "embed_tokens"]], ids=str
+)
+def test_parameters_that_a_config_hides_count_as_in_peft(
+    names: list[str], oracle: Oracle, tmp_path: Path
+) -> None:
+    """PEFT copies them into the base, where a head that shares its weight with the embedding changes with it."""
+    folder = made_by_peft(oracle, tmp_path / "adapter", modules_to_save=names)
+    tensors = load_file(folder / WEIGHTS)
+    changed = {name: value + 0.1 for name, value in tensors.items() if "lora" not in name}
+    assert changed
+    save_file(tensors | changed, folder / WEIGHTS)
+    oracle.assert_equal(folder)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +148,6 @@ def test_what_a_config_hides_is_found_in_the_tensors(
         ("model.layers.0.self_attn.q_proj.base_layer.weight", "weights of the base model, trained in full"),
         ("model.layers.0.mlp.up_proj.weight", "weights of the base model, trained in full"),
         ("model.layers.0.mlp.experts.base_layer.lora_A.weight", "several adapted parameters in one module"),
-        ("model.layers.0.mlp.experts.3.up_proj.lora_B.bias", r"a trained bias beside B \(lora_bias\)"),
         ("model.layers.0.self_attn.q_proj.lora_E", "AdaLoRA"),
         ("score.weight", "a head of another task"),
         ("v_head.summary.weight", "a head of another task"),

@@ -17,6 +17,7 @@ from adapter_formats import (
     mlx_config,
     refused,
 )
+from peft import LoraConfig
 from peft_oracle import Oracle
 from safetensors.torch import load_file, save_file
 
@@ -60,7 +61,11 @@ def test_a_config_of_an_older_mlx(oracle: Oracle, peft: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "kind", "says"),
     [
-        ({"fine_tune_type": "dora"}, UnsupportedError, r'fine_tune_type = "dora" \(DoRA\)'),
+        (
+            {"fine_tune_type": "dora"},
+            AdapterError,
+            r'fine_tune_type is "dora", but the weights hold no magnitude',
+        ),
         ({"fine_tune_type": "full"}, UnsupportedError, 'fine_tune_type = "full" .*trained in full'),
         ({"fine_tune_type": 3}, UnsupportedError, "fine_tune_type = 3"),
         ({"num_layers": 2}, AdapterError, "num_layers = 2 adapts layers 1 to 2 .* of layer 0"),
@@ -95,10 +100,19 @@ def test_a_config_of_mlx_that_is_refused(
     refused(oracle, as_mlx(peft, tmp_path / "mlx", **changes), kind, says)
 
 
+def test_dora_of_mlx(oracle: Oracle, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"], use_dora=True)
+    peft = oracle.save(tmp_path / "peft", config)
+    folder = as_mlx(peft, tmp_path / "mlx", fine_tune_type="dora")
+    equal(oracle, folder, peft)
+    (folder / CONFIG).write_text(json.dumps(mlx_config(peft)))
+    refused(oracle, folder, AdapterError, 'fine_tune_type is "lora", but the weights hold a magnitude')
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("model.layers.0.self_attn.q_proj.m", "is DoRA"),
+        ("model.embed_tokens.m", "is an embedding table"),
         ("model.embed_tokens.lora_a", "a LoRA on the embedding table"),
         ("lm_head.lora_a", "a LoRA on the head"),
         ("model.layers.0.self_attn.q_proj.weight", "weights of the base model"),

@@ -16,6 +16,7 @@ from adapter_formats import (
     equal,
     refused,
 )
+from peft import LoraConfig
 from peft_oracle import Oracle
 from transformers import LlamaConfig
 
@@ -62,11 +63,15 @@ def test_a_checkpoint_of_torchtune_without_a_config(
     assert "lora_alpha" in str(error.hint)
 
 
+def test_dora_of_torchtune(oracle: Oracle, config: LlamaConfig, tmp_path: Path) -> None:
+    """Its config does not speak of it."""
+    peft = oracle.save(tmp_path / "peft", LoraConfig(r=4, target_modules=["q_proj", "o_proj"], use_dora=True))
+    equal(oracle, as_torchtune(peft, tmp_path / "torchtune", config), peft)
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("layers.0.attn.q_proj.magnitude", "is DoRA"),
-        ("output.lora_a.weight", "a LoRA on the head"),
         ("tok_embeddings.weight", "an embedding table"),
         ("layers.0.sa_norm.scale", "is trained norms"),
         ("layers.0.attn.q_proj.weight", "weights of the base model"),

@@ -49,18 +49,3 @@ def test_logits_equal_those_of_transformers(changes: dict[str, Any], tmp_path: P
             rtol=0,
             atol=1e-5 * float(expected.abs().max()),
         )
-
-
-def test_an_update_is_added_to_its_weight(toy_model: Path, toy_adapters: dict[str, Path]) -> None:
-    from bedplate.model.adapter import read_adapter
-
-    checkpoint = open_checkpoint(toy_model)
-    updates = {
-        path: torch.from_numpy(b @ a)
-        for path, a, b in read_adapter(toy_adapters["qv"], checkpoint.spec).matrices()
-    }
-    (hidden,) = hidden_states(checkpoint, [[5, 9, 13, 2, 7]], updates=updates.get)
-    with torch.no_grad():
-        expected = reference(toy_model, toy_adapters["qv"])(torch.tensor([[5, 9, 13, 2, 7]])).logits[0]
-    found = torch.cat(list(logits(hidden, head_weight(checkpoint), checkpoint.spec)))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

@@ -1,147 +1,18 @@
-"""What the native layer computes, in numpy and float64: the formulas of native/kernels.h, written down once more.
-
-A model here is data, as in native/model.h: numbers as files hold them, from which both `dense` matrices and the
-native layer's own objects are made.
-"""
+"""Models of the native layer in numpy and float64, as in native/model.h: numbers as files hold them."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import formula_adapters as adapters
 import numpy as np
+from formula_adapters import Adapter, Change, Floats, NormPair
+from formula_linears import Branch, Doubles, Linear, stored
 from numpy.typing import NDArray
 
 from bedplate import _native
-
-Doubles = NDArray[np.float64]
-GROUP = 32
-_FILE = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  open as long as the tests run
-
-
-def stored(data: bytes) -> _native.Source:
-    """Where these bytes lie in a file."""
-    offset = _FILE.seek(0, 2)
-    _FILE.write(data)
-    return _FILE.fileno(), offset, len(data)
-
-
-def bfloat16(values: NDArray[Any]) -> NDArray[np.float32]:
-    """Rounded towards zero."""
-    bits = np.asarray(values, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
-    return bits.view(np.float32)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Offsets:
-    """codes int8 [rows, rank]; scales float32 [rows]; those of the first columns / group count, times `unit`."""
-
-    group: int
-    unit: float
-    codes: NDArray[np.int8]
-    scales: NDArray[np.float32]
-
-    def dense(self, columns: int) -> Doubles:
-        used = self.codes[:, : columns // self.group].astype(np.float64)
-        return np.repeat(used * (self.scales.astype(np.float64) * self.unit)[:, None], self.group, axis=1)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Linear:
-    """values: codes int8 [rows, columns], or float32 with 32 bits. scales: float32 [rows, groups]; none with 32."""
-
-    bits: int
-    values: NDArray[Any]
-    scales: NDArray[np.float32] | None = None
-    group: int = 0
-    offsets: Offsets | None = None
-    bias: NDArray[np.float32] | None = None
-
-    @property
-    def rows(self) -> int:
-        return int(self.values.shape[0])
-
-    @property
-    def columns(self) -> int:
-        return int(self.values.shape[1])
-
-    def dense(self) -> Doubles:
-        """float64 [rows, columns], offsets included."""
-        weights = self.values.astype(np.float64)
-        if self.scales is not None:
-            weights *= np.repeat(self.scales.astype(np.float64), self.group or self.columns, axis=1)
-        return weights if self.offsets is None else weights + self.offsets.dense(self.columns)
-
-    def apply(self, x: Doubles) -> Doubles:
-        """x float64 [rows of inputs, columns]."""
-        y = (x if self.bits == 32 else in_groups(x)) @ self.dense().T
-        return y if self.bias is None else y + self.bias.astype(np.float64)
-
-    def part(self, *, even_low: bool = True) -> _native.Part:
-        codes: NDArray[Any] = np.ascontiguousarray(self.values)
-        if self.bits == 4:
-            shifted = (codes + 8).astype(np.uint8)
-            even, odd = shifted[:, 0::2], shifted[:, 1::2]
-            codes = even | odd << 4 if even_low else odd | even << 4
-        scales = b"" if self.scales is None else self.scales.tobytes()
-        if self.bits == 4 and self.group and even_low:
-            assert self.scales is not None
-            scales = (self.scales.view(np.uint32) >> 16).astype(np.uint16).tobytes()
-        return (self.rows, self.columns, self.bits, self.group, stored(codes.tobytes()), stored(scales))
-
-    def matrix(self) -> _native.Matrix:
-        offsets, bias = None, None if self.bias is None else stored(self.bias.tobytes())
-        if self.offsets is not None:
-            o = self.offsets
-            codes, scales = stored(o.codes.tobytes()), stored(o.scales.tobytes())
-            offsets = (o.codes.shape[1], o.group, o.unit, codes, scales)
-        return _native.Matrix([self.part()], offsets, bias)
-
-    def table(self) -> _native.Table:
-        return _native.Table(self.part(even_low=False))
-
-
-def in_groups(x: Doubles) -> Doubles:
-    """Inputs as products of codes see them: 8 bits, a scale for each 32 columns."""
-    padded = np.zeros((len(x), -(-x.shape[1] // GROUP), GROUP))
-    padded.reshape(len(x), -1)[:, : x.shape[1]] = x
-    largest = np.abs(padded).max(axis=2, keepdims=True)
-    scale = np.where(largest > 1e-35, largest / 127, 1.0)
-    return (np.rint(padded / scale) * scale).reshape(len(x), -1)[:, : x.shape[1]]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Back:
-    """B [rows, rank] of one linear, of `whole` from `column` on."""
-
-    whole: Linear
-    column: int
-    rank: int
-    linear: int
-    narrow: int
-
-    def dense(self) -> Doubles:
-        return self.whole.dense()[:, self.column : self.column + self.rank]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Branch:
-    narrow: Linear
-    backs: Sequence[Back]
-
-    def add(self, x: Doubles, outputs: Sequence[Doubles], scale: Doubles | float = 1.0) -> None:
-        t = self.narrow.apply(x) * scale
-        for back in self.backs:
-            outputs[back.linear][...] += t[:, back.narrow : back.narrow + back.rank] @ back.dense().T
-
-    def native(self) -> _native.Branch:
-        backs = [
-            _native.BackMatrix(b.whole.part(), b.column, b.rank, linear=b.linear, narrow=b.narrow)
-            for b in self.backs
-        ]
-        return _native.Branch(self.narrow.matrix(), backs)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,16 +20,12 @@ class Place:
     linears: Sequence[Linear]
     correction: Branch | None = None
 
-    def apply(self, x: Doubles, branch: Branch | None, scale: Doubles | float) -> list[Doubles]:
+    def apply(self, x: Doubles, change: Change, scale: float) -> list[Doubles]:
         outputs = [linear.apply(x) for linear in self.linears]
         if self.correction is not None:
             self.correction.add(x, outputs)
-        if branch is not None:
-            branch.add(x, outputs, scale)
+        change.apply(x, outputs, scale)
         return outputs
-
-
-Adapter = list[list[Branch | None]]  # of each layer's four places
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -278,21 +145,32 @@ class Model:
         self, tokens: Sequence[int], adapter: Adapter | None = None, scale: float = 1.0, *, half: bool = False
     ) -> Doubles:
         """float64 [T, vocab] of a text from position 0 on; half: keys and values are kept in float16."""
-        rules = self.rules
-        x = (self.embedding or self.head).dense()[list(tokens)] * rules.embedding_scale
-        for layer, branches in zip(self.layers, adapter or [[None] * 4] * len(self.layers), strict=True):
-            first, second, third, fourth = zip(layer.places, branches, strict=True)
-            read = self._normed(x, layer.norms[0])
+        rules, adapter = self.rules, adapter or self.base()
+        table = (self.embedding or self.head).dense()
+        x = adapter.embedding.read(table, adapter.head.linear, tokens, scale) * rules.embedding_scale
+        for own in adapter.layers:
+            layer = self.layers[own.base]
+            first, second, third, fourth = zip(layer.places, own.places, strict=True)
+            norms = [replaced(norm, new) for norm, new in zip(layer.norms, own.norms, strict=True)]
+            read = self._normed(x, norms[0])
             q, k, v = first[0].apply(read, first[1], scale)
-            given = second[0].apply(self._attention(layer, q, k, v, half), second[1], scale)[0]
-            x = x + rules.residual_scale * self._normed(given, layer.norms[1])
+            attended = self._attention(layer, own.head_norms, q, k, v, half)
+            given = second[0].apply(attended, second[1], scale)[0]
+            x = x + rules.residual_scale * self._normed(given, norms[1])
             if not rules.parallel:
-                read = self._normed(x, layer.norms[2])
+                read = self._normed(x, norms[2])
             outputs = third[0].apply(read, third[1], scale)
             hidden = activated(rules.activation, outputs[0]) * (outputs[1] if rules.gated else 1)
             given = fourth[0].apply(hidden, fourth[1], scale)[0]
-            x = x + rules.residual_scale * self._normed(given, layer.norms[3])
-        return capped(self.head.apply(self._normed(x, self.norm)) * rules.logit_scale, rules.logit_cap)
+            x = x + rules.residual_scale * self._normed(given, norms[3])
+        x = self._normed(x, replaced(self.norm, adapter.norm))
+        logits = adapter.head.apply(self.head, x, adapter.vocab, scale)
+        return capped(logits * rules.logit_scale, rules.logit_cap)
+
+    def base(self) -> Adapter:
+        """An adapter that changes nothing."""
+        layers = [adapters.Layer(base=i, places=[Change()] * 4) for i in range(len(self.layers))]
+        return Adapter(vocab=self.head.rows, layers=layers)
 
     def _normed(self, x: Doubles, norm: Norm | None) -> Doubles:
         if norm is None:
@@ -307,8 +185,18 @@ class Model:
         normed: Doubles = x / np.sqrt(mean + self.rules.norm_eps) * weight.astype(np.float64)
         return normed
 
-    def _attention(self, layer: Layer, q: Doubles, k: Doubles, v: Doubles, half: bool) -> Doubles:
+    def _attention(
+        self,
+        layer: Layer,
+        own: tuple[Floats | None, Floats | None],
+        q: Doubles,
+        k: Doubles,
+        v: Doubles,
+        half: bool,
+    ) -> Doubles:
         length, norms = len(q), layer.head_norms
+        if norms is not None:
+            norms = (norms[0] if own[0] is None else own[0], norms[1] if own[1] is None else own[1])
         whole = norms is not None and len(norms[0]) == q.shape[1]
         if norms is not None and whole:
             q, k = self._rms(q, norms[0]), self._rms(k, norms[1])
@@ -342,6 +230,13 @@ class Model:
         still = np.asarray(frequencies) == 0  # such a pair stays as it is
         cos, sin = np.where(still, 1, np.cos(angles) * scale), np.where(still, 0, np.sin(angles) * scale)
         return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)
+
+
+def replaced(norm: Norm | None, own: NormPair) -> Norm | None:
+    if norm is None:
+        return None
+    weight, bias = own
+    return Norm(weight=norm.weight if weight is None else weight, bias=norm.bias if bias is None else bias)
 
 
 def activated(name: str, x: Doubles) -> Doubles:

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from formula import Adapter, Back, Branch, Layer, Linear, Model, Norm, Offsets, Place, Rules, bfloat16
+from formula import Layer, Model, Norm, Place, Rules
+from formula_adapters import Adapter, Change
+from formula_adapters import Layer as AdapterLayer
+from formula_linears import Back, Branch, Linear, Offsets, bfloat16
 
 from bedplate import _native
 
@@ -185,26 +188,21 @@ class Random:
         mlp = ["gate", "up"] if model.rules.gated else ["up"]
         names = [["q", "k", "v"], ["o"], mlp, ["down"]]
         wanted = of.split()
-        return [
-            [
-                self.branch(
-                    [linear.rows for linear in place.linears],
-                    place.linears[0].columns,
-                    rank,
-                    of=numbers,
-                    narrow=narrow,
-                    back=back,
-                )
-                if (numbers := [i for i, name in enumerate(names[at]) if name in wanted])
-                else None
-                for at, place in enumerate(layer.places)
-            ]
-            for layer in model.layers
-        ]
 
+        def change(place: Place, at: int) -> Change:
+            rows, columns = [linear.rows for linear in place.linears], place.linears[0].columns
+            numbers = [i for i, name in enumerate(names[at]) if name in wanted]
+            if not numbers:
+                return Change()
+            return Change(branch=self.branch(rows, columns, rank, of=numbers, narrow=narrow, back=back))
 
-def native_adapter(adapter: Adapter) -> _native.Adapter:
-    return _native.Adapter([[b if b is None else b.native() for b in layer] for layer in adapter], readers=2)
+        return Adapter(
+            vocab=model.head.rows,
+            layers=[
+                AdapterLayer(base=index, places=[change(place, at) for at, place in enumerate(layer.places)])
+                for index, layer in enumerate(model.layers)
+            ],
+        )
 
 
 def run(
@@ -217,7 +215,7 @@ def run(
     chunk: int = 64,
 ) -> Any:
     """Logits float32 [T, vocab] of a text of a session of its own, in steps of `chunk` tokens."""
-    kv, rows = decoder.kv(half=half), []
+    kv, rows = decoder.kv(half=half, adapter=adapter), []
     for first in range(0, len(tokens), chunk):
         some = [
             (token, first + i, kv, adapter, scale, True)

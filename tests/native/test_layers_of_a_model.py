@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from formula import Adapter, Model, Place, Rules
+from formula import Model, Place, Rules
+from formula_adapters import Adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import EIGHT, FLOAT, FOUR, MIXED, Kind, Random, native_adapter, run
+from random_models import EIGHT, FLOAT, FOUR, MIXED, Kind, Random, run
 
 from bedplate import _native
 
@@ -32,7 +33,7 @@ def assert_close_but_for_codes(
     other, a step of 1/254 of the largest of 32 inputs, which all that follows sees. That is rare: of many short texts
     most are as close as float32 is.
     """
-    native = None if adapter is None else native_adapter(adapter)
+    native = None if adapter is None else adapter.native()
     texts = [LONG[first : first + 5] for first in range(0, len(LONG), 5)]
     expected = np.stack([model.logits(text, adapter, scale) for text in texts])
     got = np.stack([run(decoder, text, adapter=native, scale=scale) for text in texts])
@@ -230,7 +231,7 @@ class TestBranches:
         random = Random(rank)
         model = random.model(dim=48, hidden=70)
         adapter = random.adapter(model, rank, of, back=back)
-        got = run(model.decoder(threads), LONG[:9], adapter=native_adapter(adapter), scale=0.75)
+        got = run(model.decoder(threads), LONG[:9], adapter=adapter.native(), scale=0.75)
         expected = model.logits(LONG[:9], adapter, 0.75)
         assert_close(got, expected, 2e-5)
         assert np.abs(expected - model.logits(LONG[:9])).max() > 0.05 * expected.std()

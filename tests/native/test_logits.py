@@ -6,7 +6,7 @@ import gc
 
 import numpy as np
 import pytest
-from formula import Linear
+from formula_linears import Linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays

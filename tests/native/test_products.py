@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from formula import GROUP, Linear, Model, Norm, Offsets, Rules
+from formula import Model, Norm, Rules
+from formula_linears import GROUP, Linear, Offsets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import EIGHT, FLOAT, KINDS, Kind, Random

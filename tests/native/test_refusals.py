@@ -11,8 +11,8 @@ from typing import Any
 import formula
 import numpy as np
 import pytest
-from formula import stored
-from random_models import EIGHT, FLOAT, FOUR, Kind, Random, native_adapter, run
+from formula_linears import stored
+from random_models import EIGHT, FLOAT, FOUR, Kind, Random, run
 
 from bedplate import _native
 from bedplate._native import BackMatrix, Branch, Layer, Matrix, NativeError, Table
@@ -107,6 +107,17 @@ class TestSizesOfMatrices:
 FITS = part(2, 32, 8, 0, 64, 8)
 
 
+WIDE = part(64, 2, 32, 0, 512, 0)
+
+
+def numbers(*values: int) -> _native.Source:
+    return stored(np.array(values, np.int64).tobytes())
+
+
+def table(rows: int, columns: int) -> Table:
+    return Random(0).linear(rows, columns).table()
+
+
 def back(one: _native.Part, column: int = 0, rank: int = 1, linear: int = 0, narrow: int = 0) -> BackMatrix:
     return BackMatrix(one, column, rank, linear, narrow)
 
@@ -151,7 +162,7 @@ class TestBranches:
         wide = part(sizes["rows"], sizes["rank"], 32, 0, 4 * sizes["rows"] * sizes["rank"], 0)
         narrow = part(sizes["ranks"], sizes["columns"], 32, 0, 4 * sizes["ranks"] * sizes["columns"], 0)
         branch = Branch(Matrix([narrow]), [back(wide, 0, sizes["rank"], sizes["linear"], sizes["narrow"])])
-        adapter = _native.Adapter([[None, branch, None, None]] * 2, readers=1)
+        adapter = adapter_of(branch)
         decoder = Random(0).model().decoder()
         with pytest.raises(NativeError, match=complaint):
             decoder.check(adapter)
@@ -161,11 +172,114 @@ class TestBranches:
         assert kv.nbytes == 0
 
     def test_of_another_model(self) -> None:
-        with pytest.raises(NativeError, match="another number of layers"):
-            Random(0).model().decoder().check(_native.Adapter([[None] * 4], readers=1))
-        for places in ([], [None] * 3, [None] * 5):
+        for places in ([], [(None, [])] * 3, [(None, [])] * 5):
             with pytest.raises(NativeError, match="four places"):
-                _native.Adapter([places], readers=1)
+                adapter_layer(places=places)
+
+    @pytest.mark.parametrize(
+        ("fields", "complaint"),
+        [
+            ({"base": 2}, "a layer that the model has not"),
+            ({"base": -1}, "a layer that the model has not"),
+            ({"base": HUGE}, "a layer that the model has not"),
+            ({"norms": [(260, None), *[(None, None)] * 3]}, "a norm of an adapter"),
+            ({"norms": [(None, 256), *[(None, None)] * 3]}, "a norm of an adapter"),
+            ({"norms": [(None, None), (256, None), *[(None, None)] * 2]}, "a norm of an adapter"),
+            ({"norms": [(None, None)] * 3}, "a layer has four norms"),
+            ({"head_norms": [64, None]}, "a norm of an adapter"),
+            ({"head_norms": [None]}, "a layer has four norms"),
+            ({"affines": [[(256, None)]]}, "not of the linears that are there"),
+            ({"affines": [[(260, None), (None, None), (None, None)]]}, "do not fit their linear"),
+            ({"affines": [[(256, 252), (None, None), (None, None)]]}, "do not fit their linear"),
+            ({"affines": [[(None, None), (None, None), (None, 124)]]}, "do not fit their linear"),
+            ({"affines": [[], [(256, None)] * 2]}, "not of the linears that are there"),
+        ],
+        ids=str,
+    )
+    def test_layers_that_do_not_fit(self, fields: dict[str, Any], complaint: str) -> None:
+        def sized(value: Any) -> Any:
+            """Sizes in bytes become zeros."""
+            if isinstance(value, (list, tuple)):
+                return type(value)(map(sized, value))
+            return None if value is None else zeros(value)
+
+        if "base" not in fields:
+            fields = {name: sized(value) for name, value in fields.items()}
+        if "affines" in fields:
+            affines = [*fields["affines"], *[[]] * 4][:4]
+            fields = {"places": [(None, one) for one in affines]}
+        decoder = Random(0).model().decoder()
+        with pytest.raises(NativeError, match=complaint):
+            decoder.check(adapter_of(layers=[adapter_layer(), adapter_layer(**fields)]))
+
+    @pytest.mark.parametrize(
+        ("fields", "complaint"),
+        [
+            ({"layers": []}, "no layers"),
+            ({"layers": [None]}, "incompatible|none"),
+            ({"vocab": 49}, "fewer tokens"),
+            ({"vocab": 51}, "a token has no row"),
+            ({"vocab": 0}, "out of bounds"),
+            ({"vocab": HUGE}, "out of bounds"),
+            ({"norm": (260, None)}, "a norm of an adapter"),
+            ({"norm": (255, None)}, "float32"),
+            ({"norm": (256, 256)}, "a norm of an adapter"),
+        ],
+        ids=str,
+    )
+    def test_adapters_that_do_not_fit(self, fields: dict[str, Any], complaint: str) -> None:
+        if "norm" in fields:
+            fields = {"norm": tuple(size and zeros(size) for size in fields["norm"])}
+        decoder = Random(0).model().decoder()
+        with pytest.raises((NativeError, TypeError), match=complaint):
+            decoder.check(adapter_of(**fields))
+
+    @pytest.mark.parametrize(
+        ("make", "complaint"),
+        [
+            (lambda: {"of_head": True}, "does not serve as embedding"),
+            (lambda: {"table": table(49, 64)}, "embedding does not fit"),
+            (lambda: {"table": table(50, 63)}, "embedding does not fit"),
+            (lambda: {"narrow": table(50, 2)}, "lacks a half"),
+            (lambda: {"back": back(FITS)}, "lacks a half"),
+            (lambda: {"narrow": table(49, 2), "back": back(WIDE, 0, 2)}, "the branch at the embedding"),
+            (lambda: {"narrow": table(50, 3), "back": back(WIDE, 0, 2)}, "the branch at the embedding"),
+            (lambda: {"narrow": table(50, 1), "back": back(FITS)}, "the branch at the embedding"),
+            (lambda: {"narrow": table(50, 5000), "back": back(WIDE, 0, 2)}, "the branch at the embedding"),
+            (lambda: {"ids": zeros(8)}, "not as many rows"),
+            (lambda: {"ids": zeros(7), "rows": table(1, 64)}, "int64"),
+            (lambda: {"rows": table(1, 64)}, "not as many rows"),
+            (lambda: {"ids": numbers(50), "rows": table(1, 64)}, "not in the vocabulary"),
+            (lambda: {"ids": numbers(-HUGE - 1), "rows": table(1, 64)}, "not in the vocabulary"),
+            (lambda: {"ids": numbers(2, 1), "rows": table(2, 64)}, "do not ascend"),
+            (lambda: {"ids": numbers(1, 2), "rows": table(2, 63)}, "rows of the embedding do not fit"),
+        ],
+    )
+    def test_embeddings_that_do_not_fit(self, make: Callable[[], Any], complaint: str) -> None:
+        with pytest.raises(NativeError, match=complaint):
+            made = adapter_of(embedding=_native.AdapterEmbedding(**make()))
+            Random(0).model().decoder().check(made)
+
+    @pytest.mark.parametrize(
+        ("make", "complaint"),
+        [
+            (lambda: {"matrix": matrix(49, 64)}, "head does not fit"),
+            (lambda: {"matrix": matrix(50, 63)}, "head does not fit"),
+            (lambda: {"change": (None, [(zeros(196), None)])}, "do not fit their linear"),
+            (lambda: {"change": (None, [(None, None)] * 2)}, "not of the linears that are there"),
+            (lambda: {"change": (Branch(matrix(2, 63), []), [])}, "another input"),
+            (lambda: {"change": (Branch(matrix(2, 64), [back(WIDE, 0, 2)]), [])}, "other outputs"),
+            (lambda: {"ids": numbers(1)}, "not as many rows"),
+            (lambda: {"ids": numbers(50), "rows": matrix(1, 64)}, "not in the vocabulary"),
+            (lambda: {"ids": numbers(3, 3), "rows": matrix(2, 64)}, "do not ascend"),
+            (lambda: {"ids": numbers(1, 2), "rows": matrix(2, 63)}, "rows of the head do not fit"),
+            (lambda: {"ids": numbers(1, 2), "rows": Matrix([FITS])}, "no float32 numbers"),
+        ],
+    )
+    def test_heads_that_do_not_fit(self, make: Callable[[], Any], complaint: str) -> None:
+        with pytest.raises(NativeError, match=complaint):
+            made = adapter_of(head=_native.AdapterHead(**make()))
+            Random(0).model().decoder().check(made)
 
     def test_nothing_in_place_of_something(self) -> None:
         for make in (
@@ -174,8 +288,27 @@ class TestBranches:
             lambda: Layer(zeros(0), zeros(0), [([None], None)] * 4),  # type: ignore[list-item]
         ):
             with pytest.raises((TypeError, NativeError)):
-                adapter = _native.Adapter([[make(), None, None, None]], readers=1)  # type: ignore[list-item, no-untyped-call]
-                assert adapter.nbytes
+                assert adapter_of(make()).nbytes  # type: ignore[arg-type, no-untyped-call]
+
+
+def adapter_layer(**fields: Any) -> _native.AdapterLayer:
+    """That changes nothing but what `fields` say."""
+    plain = {"base": 0, "norms": [(None, None)] * 4, "head_norms": [None, None], "places": [(None, [])] * 4}
+    return _native.AdapterLayer(**(plain | fields))
+
+
+def adapter_of(branch: Branch | None = None, **fields: Any) -> _native.Adapter:
+    """Of two layers, with a branch at each output of attention, and what `fields` say."""
+    places: list[_native.Change] = [(None, []), (branch, []), (None, []), (None, [])]
+    plain = {
+        "vocab": 50,
+        "layers": [adapter_layer(base=base, places=places) for base in range(2)],
+        "norm": (None, None),
+        "embedding": _native.AdapterEmbedding(),
+        "head": _native.AdapterHead(),
+        "readers": 1,
+    }
+    return _native.Adapter(**(plain | fields))
 
 
 def matrix(rows: int, columns: int) -> Matrix:
@@ -405,7 +538,7 @@ class TestFiles:
         narrow = (16, 64, 8, 0, (file, 0, 16 * 64), zeros(64))
         branch = Branch(Matrix([narrow]), [back(wide, 0, 16)])
         with pytest.raises(NativeError, match="ends too early"):
-            _native.Adapter([[branch, None, None, None]], readers=1)
+            adapter_of(branch)
 
     def test_that_are_none(self) -> None:
         closed = os.open(os.devnull, os.O_RDONLY)
@@ -425,11 +558,11 @@ def test_weights_say_what_they_take() -> None:
     adapter = random.adapter(model, 16)
     floats = sum(
         b.narrow.values.size + sum(back.whole.values[:, : back.rank].size for back in b.backs)
-        for layer in adapter
-        for b in layer
-        if b is not None
+        for layer in adapter.layers
+        for change in layer.places
+        if (b := change.branch) is not None
     )
-    assert native_adapter(adapter).nbytes == pytest.approx(4 * floats, rel=0.1)
+    assert adapter.native().nbytes == pytest.approx(4 * floats, rel=0.1)
     weights = sum(
         linear.values.size for layer in model.layers for place in layer.places for linear in place.linears
     )

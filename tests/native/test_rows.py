@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from formula import Adapter, Model, Rules
+from formula import Model, Rules
+from formula_adapters import Adapter, Change
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import EIGHT, FOUR, MIXED, Random, native_adapter, run
+from random_models import EIGHT, FOUR, MIXED, Random, run
 
 from bedplate import _native
 
@@ -71,7 +72,7 @@ def decoder_of(
 ) -> tuple[_native.Decoder, list[_native.Adapter | None]]:
     model, adapters = model_of(name)
     _native.use_instruction_set(instruction_set)
-    return model.decoder(threads), [None, *map(native_adapter, adapters)]
+    return model.decoder(threads), [None, *(adapter.native() for adapter in adapters)]
 
 
 @functools.cache
@@ -179,7 +180,7 @@ class TestScales:
         """Up to the rounding of floats; by powers of two, to the bit."""
         decoder, _ = decoder_of(name, instruction_set, 1)
         adapters = model_of(name)[1]
-        folded = native_adapter(with_b_times(adapters[adapter - 1], scale))
+        folded = with_b_times(adapters[adapter - 1], scale).native()
         got = alone(name, instruction_set, adapter, scale, False)
         expected = run(decoder, TEXT, adapter=folded)
         if scale != 0.3:
@@ -198,17 +199,17 @@ def with_b_times(adapter: Adapter, scale: float) -> Adapter:
             return dataclasses.replace(linear, values=linear.values * np.float32(scale))
         return dataclasses.replace(linear, scales=linear.scales * np.float32(scale))
 
-    return [
-        [
-            b
-            if b is None
-            else dataclasses.replace(
-                b, backs=[dataclasses.replace(back, whole=scaled(back.whole)) for back in b.backs]
-            )
-            for b in layer
-        ]
-        for layer in adapter
+    def of_place(change: Change) -> Change:
+        if change.branch is None:
+            return change
+        backs = [dataclasses.replace(back, whole=scaled(back.whole)) for back in change.branch.backs]
+        return dataclasses.replace(change, branch=dataclasses.replace(change.branch, backs=backs))
+
+    layers = [
+        dataclasses.replace(layer, places=[of_place(change) for change in layer.places])
+        for layer in adapter.layers
     ]
+    return dataclasses.replace(adapter, layers=layers)
 
 
 def test_steps_of_several_threads_take_turns(instruction_set: str) -> None:

@@ -7,15 +7,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
+from bedplate.assemble.adapter_constants import no_program, pack_adapter
 from bedplate.assemble.bundle_structure import adapter_structure, read_recipe
 from bedplate.assemble.report import Reporter
 from bedplate.assemble.templates import Templates
 from bedplate.background import Background
 from bedplate.bundle import files, manifest
+from bedplate.bundle.named import NamedConstants
 from bedplate.bundle.ptd import describe, write_ptd
 from bedplate.bundle.store import AdapterFacts, Bundle
+from bedplate.bundle.values import Values
 from bedplate.compile.cache import UnitCache
 from bedplate.compile.units import Structure
 from bedplate.constants import Constant
@@ -29,7 +30,6 @@ from bedplate.model.tokenizer_settings import SETTINGS
 from bedplate.quantize.joined import joined, joined_names
 from bedplate.quantize.options import AdapterScheme
 from bedplate.quantize.recipe import Scheme, default_adapter_scheme
-from bedplate.quantize.rows import pack_branch
 from bedplate.runtime.cores import physical_cores
 from bedplate.runtime.effect import without_effect
 from bedplate.runtime.model_spec import read_spec
@@ -75,7 +75,7 @@ def add_adapters(
     templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
     scheme = quantize or default_adapter_scheme(read_recipe(bundle))
     wanted = templates if programs and bundle.base_program else None
-    packer = _Packer(bundle, spec, scheme, exact_rank, wanted)
+    packer = _Packer(bundle, spec, scheme, exact_rank, wanted, reporter)
     bundle.add_adapters(
         {name: partial(packer.write, name, adapters[name], texts[name]) for name in sources},
         check=_check_nothing if loading is None else partial(_check_effect, loading, spec, sources),
@@ -134,22 +134,30 @@ class _Packer:
         quantize: AdapterScheme,
         exact_rank: bool,
         templates: Templates | None,
+        reporter: Reporter,
     ) -> None:
         self._bundle, self._spec, self._quantize = bundle, spec, quantize
-        self._templates, self._exact_rank = templates, exact_rank
+        self._templates, self._exact_rank, self._reporter = templates, exact_rank, reporter
         self._foundation = {constant.name: constant.key for constant in bundle.foundation_info.constants}
 
     def write(self, name: str, adapter: Adapter, text: AdapterText, folder: Path) -> AdapterFacts:
         """Write `weights.ptd`, and `program.pte` and `chat_template.jinja`, if it has them, into `folder`."""
         structure = adapter_structure(self._bundle, self._spec, adapter.ranks, self._quantize)
-        if self._templates is not None and not self._exact_rank:
-            structure = _at_unit_rank(structure, self._templates)
-        template = None if self._templates is None else self._templates.get(structure)
-        together = joined_names(_branch_schemes(structure))
+        templates = self._templates_for(name, adapter)
+        if templates is not None and not self._exact_rank:
+            structure = _at_unit_rank(structure, templates)
+        template = None if templates is None else templates.get(structure)
+        together = joined_names(_branch_schemes(structure, adapter.spec.n_layers))
         infos: list[manifest.ConstantInfo] = []
-        packed = _noting(joined(pack_adapter(adapter, structure), together), infos)
         in_foundation = frozenset(self._foundation.values())
-        constants = write_ptd(folder / manifest.ADAPTER_WEIGHTS, packed, leave_out=in_foundation)
+        with NamedConstants(self._bundle.foundation, self._bundle.foundation_info.constants) as constants:
+            values = Values(constants, self._spec)
+            packed = pack_adapter(adapter, structure.recipe, structure.ranks, values, self._foundation)
+            own = write_ptd(
+                folder / manifest.ADAPTER_WEIGHTS,
+                _noting(joined(packed, together), infos),
+                leave_out=in_foundation,
+            )
         keys = self._foundation | {info.name: info.key for info in infos}
         if template is not None:
             assert template.joined() - self._foundation.keys() == together, (
@@ -165,16 +173,29 @@ class _Packer:
             ranks=dict(structure.ranks),
             alpha=adapter.alpha,
             dtype="float32" if self._quantize == "none" else self._quantize,
+            layers=adapter.layers,
+            vocab=adapter.spec.vocab_size,
             source=adapter.fingerprint,
-            constants=constants,
+            constants=own,
             shared=tuple(sorted((i for i in infos if i.key in in_foundation), key=lambda info: info.name)),
         )
         return AdapterFacts(info=info, special_tokens=text.special_tokens)
 
+    def _templates_for(self, name: str, adapter: Adapter) -> Templates | None:
+        """None: the adapter gets no program."""
+        if self._templates is None:
+            return None
+        if what := no_program(adapter, self._spec):
+            self._reporter.notice(
+                f"{name} has no program: ExecuTorch's program of a LoRA does not compute {what}"
+            )
+            return None
+        return self._templates
+
 
 def _at_unit_rank(structure: Structure, templates: Templates) -> Structure:
     """The structure itself or, if it has no units, the same at the next rank that has some, within reason."""
-    rank = max(structure.ranks.values())
+    rank = max(structure.ranks.values(), default=0)
     for unit_rank in range(rank, max(2 * rank, SMALL_RANK) + 1):
         rounded = replace(structure, ranks=dict.fromkeys(structure.ranks, unit_rank))
         if templates.is_compiled(rounded):
@@ -182,30 +203,16 @@ def _at_unit_rank(structure: Structure, templates: Templates) -> Structure:
     return structure
 
 
-def _branch_schemes(structure: Structure) -> dict[str, Scheme]:
-    """The scheme of each half of each branch, by module path."""
+def _branch_schemes(structure: Structure, n_layers: int) -> dict[str, Scheme]:
+    """The scheme of each half of each branch, by module path. n_layers: of the adapter."""
     scheme = structure.recipe.adapter_scheme()
     linears = [name for name in linear_shapes(structure.spec) if name in structure.ranks]
     return {
         f"layers.{layer}.{name}.{half}": scheme
-        for layer in range(structure.spec.n_layers)
+        for layer in range(n_layers)
         for name in linears
         for half in ("lora_a", "lora_b")
     }
-
-
-def pack_adapter(adapter: Adapter, structure: Structure) -> Iterator[Constant]:
-    """Constants of an adapter's branches.
-
-    A structure of a higher rank gets rows of zeros below A and columns of zeros beside B: they add nothing.
-    """
-    scheme = structure.recipe.adapter
-    for path, a, b in adapter.matrices():
-        unit_rank = structure.ranks[path.split(".", 2)[2]]
-        if zeros := unit_rank - len(a):
-            a, b = np.pad(a, ((0, zeros), (0, 0))), np.pad(b, ((0, 0), (0, zeros)))
-        yield from pack_branch(f"{path}.lora_a.weight", a, scheme)
-        yield from pack_branch(f"{path}.lora_b.weight", b, scheme)
 
 
 def _noting(constants: Iterable[Constant], infos: list[manifest.ConstantInfo]) -> Iterator[Constant]:

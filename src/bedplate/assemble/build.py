@@ -161,7 +161,7 @@ def _foundation(
 ) -> Iterator[Constant]:
     from bedplate.model.checkpoint import checked_tensor, tied_names
     from bedplate.quantize.correction import quantize_corrected
-    from bedplate.quantize.foundation import fixed_constants, pack_corrected, pack_tensor
+    from bedplate.quantize.foundation import fixed_constants, pack_corrected, pack_tensor, row_norms
 
     corrections = structure.corrections
     together = corrected_together(structure.spec, corrections)
@@ -178,13 +178,15 @@ def _foundation(
         done += 1
     for place, paths in together.items():
         reporter.progress("quantize and pack", done, len(names))
+        weights = {path: checked_tensor(checkpoint, f"{path}.weight") for path in paths}
         corrected = quantize_corrected(
-            {path: checked_tensor(checkpoint, f"{path}.weight") for path in paths},
+            weights,
             {path: schemes[path] for path in paths},
             rank=corrections[paths[0].split(".", 2)[2]],
             rms=statistics.get(place),
         )
         yield from pack_corrected(place, corrected)
+        yield from (row_norms(path, weights[path]) for path in corrected.weights)
         done += len(paths)
     reporter.progress("quantize and pack", done, len(names))
     yield from fixed_constants(structure.spec, structure.max_context).values()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,21 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bedplate.assemble.report import Reporter, load_torch
-from bedplate.bundle.manifest import ConstantInfo
-from bedplate.bundle.ptd import read_ptd
-from bedplate.bundle.store import AdapterEntry, Bundle
+from bedplate.bundle.store import Bundle
 from bedplate.bundle.usage import BASE
 from bedplate.errors import CheckpointError, NotFoundError, RunError
-from bedplate.names import parts_of
 from bedplate.oracle import stock_program
 from bedplate.runtime.effect import log_softmax
 from bedplate.runtime.engine import Engine
 from bedplate.runtime.weights import Precision
-from bedplate.spec import linear_shapes
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from bedplate.model.checkpoint import Checkpoint
 
 SEQUENCE = 512  # tokens that are a text of their own, so that all is read with about as much context
@@ -122,28 +117,25 @@ def _evaluate(
     reporter: Reporter,
 ) -> Evaluation:
     """ours_of: logits float32 [T, vocab] of a text of its own."""
-    from bedplate.model.reference import head_weight, hidden_states, logits
+    from bedplate.assemble.adapted import Adapted
+    from bedplate.model.reference import head_bias, head_weight, hidden_states, logits
 
     label = name or "base"
     # A last piece of one token has no next token to be asked for.
     texts = [text for text in pieces if len(text) > 1]
-    entry = None if name is None else bundle.adapters[name]
-    hidden = hidden_states(
-        checkpoint,
-        texts,
-        updates=(
-            (lambda path: None)
-            if entry is None
-            else _updates(entry, bundle.foundation, linear_shapes(checkpoint.spec))
-        ),
-        progress=partial(reporter.progress, f"{label}: float model"),
-    )
-    head, sums = head_weight(checkpoint), _Sums()
+    progress = partial(reporter.progress, f"{label}: float model")
+    with ExitStack() as stack:
+        model = checkpoint
+        if name is not None:
+            model = stack.enter_context(Adapted(checkpoint, bundle.adapters[name], bundle.foundation))
+        hidden = hidden_states(model, texts, progress=progress)
+        head, bias = head_weight(model), head_bias(model)
+    sums = _Sums()
     for done, (text, states) in enumerate(zip(texts, hidden, strict=True)):
         reporter.progress(f"{label}: bundle", done, len(texts))
         ours = ours_of(text)
         at = 0
-        for block in logits(states, head, checkpoint.spec):
+        for block in logits(states, head, model.spec, bias=bias):
             rows = block.numpy()
             sums.add(rows, ours[at : at + len(rows)], text[at + 1 : at + 1 + len(rows)])
             at += len(rows)
@@ -180,40 +172,6 @@ class _Sums:
             mean_kl=self.kl / self.positions,
             top1=self.same / self.positions,
         )
-
-
-def _updates(
-    entry: AdapterEntry, foundation: Path, shapes: Mapping[str, tuple[int, int]]
-) -> Callable[[str], Tensor | None]:
-    """Module path → B A of the adapter's branch there, float32 [out, in], as it is stored; None: it has none.
-
-    shapes: of the linears of a layer, by their names in it.
-    """
-    import torch
-
-    infos: dict[str, list[ConstantInfo]] = {}
-    for info in (*entry.info.constants, *entry.info.shared):
-        infos.setdefault(info.name.partition("#")[0], []).append(info)
-    holder = {part: name for name in infos for part in parts_of(name)}
-    own, shared = read_ptd(entry.weights), read_ptd(foundation)
-
-    def matrix(name: str) -> NDArray[np.float32]:
-        data = ((own if info.key in own.entries else shared).data(info.key) for info in infos[name])
-        parts = [of.view(info.dtype).reshape(info.shape) for of, info in zip(data, infos[name], strict=True)]
-        # Of float32, or codes and the scales of their rows.
-        return reduce(np.multiply, (part.astype(np.float32) for part in parts))
-
-    def update(path: str) -> Tensor | None:
-        a, b = (holder.get(f"{path}.{half}.weight") for half in ("lora_a", "lora_b"))
-        if a is None or b is None:
-            return None
-        # Joined matrices are multiplied as they are: the linears' updates lie one below the other.
-        together = [part.removesuffix(".lora_b.weight") for part in parts_of(b)]
-        rows = [shapes[linear.split(".", 2)[2]][0] for linear in together]
-        start = sum(rows[: together.index(path)])
-        return torch.from_numpy((matrix(b) @ matrix(a))[start : start + rows[together.index(path)]])
-
-    return update
 
 
 def _read(path: Path) -> str:

@@ -16,7 +16,7 @@ from bedplate.bundle import strict_json
 from bedplate.errors import BundleError
 from bedplate.hashing import sha256_of_few
 
-VERSION = 3
+VERSION = 4
 MANIFEST = "bundle.json"
 FOUNDATION = "foundation.ptd"
 FOUNDATION_INFO = "foundation.json"
@@ -71,6 +71,8 @@ class AdapterInfo:
     rank: the rank of the adapter. ranks: the ranks of its matrices, by the suffix of the module that they adapt. They
     are higher if zeros fill them up to the rank of a compiled program.
     dtype: how A and B are packed, "float32" or "8w".
+    layers: the base's layer of each of its layers, whose weights it uses. None: the base's layers, each once.
+    vocab: how many tokens it knows: those of the base, or more.
     source: fingerprint of the files it came from.
     constants: what its `weights.ptd` holds.  shared: its constants that the foundation holds, under the same keys.
     """
@@ -81,6 +83,8 @@ class AdapterInfo:
     ranks: dict[str, int]
     alpha: float
     dtype: str
+    layers: tuple[int, ...] | None
+    vocab: int
     source: str
     constants: tuple[ConstantInfo, ...]
     shared: tuple[ConstantInfo, ...]

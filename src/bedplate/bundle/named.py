@@ -71,6 +71,7 @@ class NamedConstants:
         self._joined = {
             name: tuple(part.removesuffix(CODES) for part in parts) for name, parts in joined.items()
         }
+        self._read: set[str] = set()
         self._file = path.open("rb", buffering=0)
 
     def __enter__(self) -> NamedConstants:
@@ -84,6 +85,12 @@ class NamedConstants:
         if sha256_of(self._file) != sha256:
             hint = "the file was changed or damaged: restore it from a copy, or add the adapter again"
             raise BundleError("its SHA-256 is not the one in bundle.json", where=self.path, hint=hint)
+
+    def check_all_read(self) -> None:
+        """BundleError: something in `infos` was not asked for, so that it would have no effect."""
+        unread = min(self._infos.keys() - self._read, default=None)
+        if unread is not None:
+            raise self._wrong(unread, "this bedplate does not compute a constant of this name here")
 
     def has(self, name: str) -> bool:
         """True if there is a constant of this name, or a matrix of codes and scales."""
@@ -122,6 +129,13 @@ class NamedConstants:
             )
         return self._source(info)
 
+    def ids(self, name: str) -> Source:
+        """Where the int64 numbers are that `name` holds."""
+        info = self._info(name)
+        if info.dtype != "int64" or len(info.shape) != 1:
+            raise self._wrong(name, f"it has dtype {info.dtype} and shape {info.shape}, not int64 [tokens]")
+        return self._source(info)
+
     def matrix(self, name: str) -> Part:
         """The matrix that holds `name`, of floats or of codes and scales."""
         holder = self._holder(name)
@@ -155,6 +169,7 @@ class NamedConstants:
         info = self._infos.get(name)
         if info is None:
             raise self._wrong(name, "there is no constant of this name")
+        self._read.add(name)
         return info
 
     def _source(self, info: ConstantInfo) -> Source:

@@ -26,23 +26,18 @@ def hidden_states(
     checkpoint: Checkpoint,
     texts: Sequence[Sequence[int]],
     *,
-    updates: Callable[[str], Tensor | None] = lambda path: None,
     note: Note = lambda layer, place, x: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Tensor]:
     """What the final norm gives for each text (token ids), float32 [S, dim].
 
-    updates: what to add to the weight of the linear at a module path. progress(done, total) counts layers.
+    progress(done, total) counts layers.
     Raises CheckpointError for values that are not finite.
     """
     states, n_layers = HiddenStates(checkpoint, texts, note=note), checkpoint.spec.n_layers
     for layer in range(n_layers):
         progress(layer, n_layers)
-        weights = layer_weights(checkpoint, layer)
-        for name in weights:
-            update = updates(f"layers.{layer}.{name.removesuffix('.weight')}")
-            weights[name] = weights[name] if update is None else weights[name] + update
-        states.advance(layer, weights)
+        states.advance(layer, layer_weights(checkpoint, layer))
     progress(n_layers, n_layers)
     return states.normed()
 
@@ -105,9 +100,16 @@ def head_weight(checkpoint: Checkpoint) -> Tensor:
     return checkpoint.tensor("embed_tokens.weight" if checkpoint.spec.tied_head else "lm_head.weight").float()
 
 
-def logits(hidden: Tensor, head: Tensor, spec: ModelSpec, *, rows: int = 64) -> Iterator[Tensor]:
+def head_bias(checkpoint: Checkpoint) -> Tensor | None:
+    """Float32 [vocab], which only an adapter's head has. None: there is none."""
+    return checkpoint.tensor("lm_head.bias").float() if "lm_head.bias" in checkpoint.names() else None
+
+
+def logits(
+    hidden: Tensor, head: Tensor, spec: ModelSpec, *, bias: Tensor | None = None, rows: int = 64
+) -> Iterator[Tensor]:
     """Logits of a text, float32 [up to `rows`, vocab] at a time."""
-    return (finished_logits(F.linear(block, head), spec) for block in torch.split(hidden, rows))
+    return (finished_logits(F.linear(block, head, bias), spec) for block in torch.split(hidden, rows))
 
 
 class _Layer:

@@ -20,7 +20,7 @@ from bedplate.model.reference import HiddenStates, head_weight, layer_weights, l
 from bedplate.quantize.activations import eight_bit_rows
 from bedplate.quantize.calibration import SEQUENCE, Statistics
 from bedplate.quantize.correction import quantize_corrected
-from bedplate.quantize.plan import correction_scheme, head_scheme
+from bedplate.quantize.plan import correction_scheme
 from bedplate.quantize.recipe import EIGHT_BIT, WEIGHT_ONLY, Goal, Recipe, Scheme
 from bedplate.quantize.weights import quantize_weight
 from bedplate.spec import ModelSpec, correction_places, linear_shapes
@@ -207,7 +207,7 @@ def _mean_kls(
     exact: HiddenStates,
     rounded: Sequence[tuple[Collection[str], HiddenStates]],
 ) -> list[float]:
-    head, scheme = head_weight(checkpoint), head_scheme(recipe)
+    head, scheme = head_weight(checkpoint), recipe.head_scheme()
     fixed = scheme if scheme.bits != 4 else EIGHT_BIT
     heads = {
         False: head if fixed.bits is None else quantize_weight(head, fixed).dequantize(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from bedplate.model.parts import RMSNorm, Rope
 from bedplate.quantize.correction import Corrected
 from bedplate.quantize.packing import pack_embedding, pack_float, pack_linear
 from bedplate.quantize.recipe import Scheme
-from bedplate.quantize.weights import QuantizedWeight, quantize_weight
+from bedplate.quantize.weights import QuantizedWeight, quantize_weight, row_blocks
 from bedplate.spec import ModelSpec
 
 
@@ -33,6 +34,19 @@ def pack_tensor(names: Sequence[str], value: Tensor, schemes: Mapping[str, Schem
         if scheme not in quantized:
             quantized[scheme] = quantize_weight(value.detach(), scheme)
         yield from pack_quantized(name, quantized[scheme], is_embedding=is_embedding)
+        if not is_embedding:
+            yield row_norms(path, value)
+
+
+def row_norms(path: str, weight: Tensor) -> Constant:
+    """The squared lengths of the rows of a linear's weight, [rows, columns], before it was quantized: DoRA needs them.
+
+    In numpy, whose sums do not depend on the number of threads.
+    """
+    squares = np.empty(len(weight), np.float32)
+    for block in row_blocks(weight):
+        squares[block] = np.square(weight[block].double().numpy()).sum(axis=1)
+    return pack_float(f"{path}.row_norms", squares, is_tensor=False)[0]
 
 
 def fixed_constants(spec: ModelSpec, max_context: int) -> dict[str, Constant]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -36,17 +35,11 @@ def plan(model: nn.Module, recipe: Recipe) -> dict[str, Scheme]:
                 schemes[path] = correction_scheme(leaf, module.in_features)
             else:
                 logical = path.removesuffix(".linear") if is_lora_base(path, modules) else path
-                scheme = head_scheme(recipe) if logical == "lm_head" else recipe.scheme_of(logical)
+                scheme = recipe.head_scheme() if logical == "lm_head" else recipe.scheme_of(logical)
                 scheme = _checked(logical, scheme, module.in_features)
                 schemes[path] = foundation[logical] = scheme
     _check_rules(recipe, foundation)
     return schemes
-
-
-def head_scheme(recipe: Recipe) -> Scheme:
-    """The head's: it has no correction that offsets could go into."""
-    scheme = recipe.scheme_of("lm_head")
-    return replace(scheme, method="hqq") if scheme.method == "offset" else scheme
 
 
 def correction_scheme(leaf: str, width: int) -> Scheme:

@@ -99,6 +99,11 @@ class Recipe:
             "no rule of the recipe matches", where=path, hint="end the defaults with the pattern '*'"
         )
 
+    def head_scheme(self) -> Scheme:
+        """The head's: it has no correction that offsets could go into."""
+        scheme = self.scheme_of("lm_head")
+        return replace(scheme, method="hqq") if scheme.method == "offset" else scheme
+
     def corrections(self, spec: ModelSpec) -> dict[str, int]:
         """The rank of the correction of each linear that has one, by its name in the layer.
 

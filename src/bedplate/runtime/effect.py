@@ -75,7 +75,10 @@ def _last_logits(weights: Weights, ids: list[int]) -> NDArray[np.float32]:
 
 
 def compare(name: str, base: NDArray[np.float32], adapted: NDArray[np.float32]) -> Effect:
-    """The effect of an adapter, from logits float32 [T, vocab] of the base and of the adapter."""
+    """The effect of an adapter, from logits float32 [T, vocab] of the base and of the adapter. Tokens that only the
+    adapter has are left out.
+    """
+    adapted = adapted[:, : base.shape[1]]
     log_p, log_q = log_softmax(adapted), log_softmax(base)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
     return Effect(

@@ -195,7 +195,8 @@ class Engine:
         """Append tokens to several sessions in one step. Returns the logits of the last token of each session, float32
         [sessions, vocab].
 
-        The logits of a session are the same bits as if it ran alone.
+        vocab: how many tokens the adapter with the most of them has. A row has -inf for those that its own adapter
+        does not have. The logits of a session are the same bits as if it ran alone.
         RunError: a session is given twice or belongs to another engine, its context is full, or token ids are not in
         the vocabulary.  BundleError: the file of an adapter is damaged. After an error, no session has changed.
         """

@@ -97,7 +97,7 @@ class Session:
         return self._lock
 
     def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Append tokens. Returns the logits of the last one, float32 [vocab].
+        """Append tokens. Returns the logits of the last one, float32 [vocab]: as many as the adapter has tokens.
 
         RunError: the context is full, or token ids are not in the vocabulary. The session is then as it was before.
         """
@@ -111,10 +111,12 @@ class Session:
         import numpy as np
 
         # All parts are checked and loaded before any session changes.
-        wanted = [(session, session._checked(token_ids)) for session, token_ids in parts]
+        wanted = [(session, _ids(token_ids)) for session, token_ids in parts]
         for session, ids in wanted:
             session._check_room(len(session._tokens) + len(ids))
         loaded = [session._load() for session, _ in wanted]
+        for (_, ids), weights in zip(wanted, loaded, strict=True):
+            _check_known(ids, weights)
         before = [list(session._tokens) for session, _ in wanted]
         try:
             rows = [
@@ -124,24 +126,27 @@ class Session:
                 for ids in [held[session._begin(weights, len(held) + len(new)) :] + new]
                 for at, token in enumerate(ids)
             ]
-            most = parts[0][0]._host.limits.max_rows
-            return np.concatenate([_step(chunk).array for chunk in _chunks(rows, most)])
+            logits = _steps(rows, parts[0][0]._host.limits.max_rows)
+            width = max(map(len, logits.values()))
+            return np.stack([_widened(logits[id(session)], width) for session, _ in wanted])
         except BaseException:
             for (session, _), tokens in zip(wanted, before, strict=True):
                 session._restore(tokens)
             raise
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Logits at every position of a new text, float32 [T, vocab]. The session then holds this text only.
+        """Logits at every position of a new text, float32 [T, vocab], as of `step`. The session then holds this text
+        only.
 
         RunError: the text is longer than the context.
         """
         import numpy as np
 
         with self.held():
-            ids = self._checked(token_ids)
+            ids = _ids(token_ids)
             self._check_room(len(ids))
             weights, before = self._load(), list(self._tokens)
+            _check_known(ids, weights)
             try:
                 self._begin(weights, len(ids))
                 self._tokens.clear()
@@ -228,8 +233,9 @@ class Session:
         arguments.flag("stream", stream)
         with self._lock:
             weights = self._host.load_for_text(self._adapter)
-            ids = self._checked(self._encode(prompt, arguments.flag("allow_special", allow_special)))
+            ids = _ids(self._encode(prompt, arguments.flag("allow_special", allow_special)))
             self._check_room(len(ids))
+            _check_known(ids, weights)
             stats = Statistics(prompt_tokens=len(ids))
             request = Request(prompt=ids, weights=weights, wish=wish, stats=stats)
             self._begin(weights, len(ids))
@@ -349,21 +355,33 @@ class Session:
         last = len(ids) - 1
         return _step([_Row(self, weights, token, every or at == last) for at, token in enumerate(ids)])
 
-    def _checked(self, token_ids: Sequence[int]) -> list[int]:
-        ids = arguments.token_ids(token_ids)
-        vocab = self._host.limits.vocab
-        wrong = next((token for token in ids if not 0 <= token < vocab), None)
-        if wrong is not None:
-            raise RunError(f"token {wrong} is not in the vocabulary", hint=f"token ids are 0 … {vocab - 1}")
-        if not ids:
-            raise RunError("there are no tokens", hint="give at least one token: is the prompt empty?")
-        return ids
-
     def _check_room(self, count: int) -> None:
         limit = self._host.limits.max_context
         if count > limit:
             hint = "shorten the text, reset the session, or give the engine a larger max_context"
             raise RunError(f"{count} tokens do not fit the context of {limit}", hint=hint)
+
+
+def _ids(token_ids: object) -> list[int]:
+    ids = arguments.token_ids(token_ids)
+    if not ids:
+        raise RunError("there are no tokens", hint="give at least one token: is the prompt empty?")
+    return ids
+
+
+def _check_known(ids: Sequence[int], weights: Weights) -> None:
+    wrong = next((token for token in ids if token >= weights.vocab), None)
+    if wrong is not None:
+        raise RunError(
+            f"token {wrong} is not in the vocabulary", hint=f"token ids are 0 … {weights.vocab - 1}"
+        )
+
+
+def _widened(logits: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """Logits, and -inf for what they have no token for."""
+    import numpy as np
+
+    return np.pad(logits, (0, width - len(logits)), constant_values=-np.inf)
 
 
 class _Row(NamedTuple):
@@ -373,6 +391,16 @@ class _Row(NamedTuple):
     weights: Weights
     token: int
     wanted: bool
+
+
+def _steps(rows: Sequence[_Row], most: int) -> dict[int, NDArray[np.float32]]:
+    """Compute rows in steps of at most `most`. Returns the logits of the one that each session wants, by its id."""
+    found: dict[int, NDArray[np.float32]] = {}
+    for layers in dict.fromkeys(row.weights.layers for row in rows):
+        group = [row for row in rows if row.weights.layers == layers]  # a native step has one list of layers
+        logits = (one for chunk in _chunks(group, most) for one in _step(chunk).array)
+        found |= zip((id(row.session) for row in group if row.wanted), logits, strict=True)
+    return found
 
 
 def _step(rows: Sequence[_Row]) -> _native.Logits:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeVar
 
 from bedplate import _native
 from bedplate.background import Background
-from bedplate.bundle.named import NamedConstants, Part, Source
+from bedplate.bundle.named import NamedConstants
 from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError, UnsupportedError
-from bedplate.spec import NORMS, ModelSpec, correction_places, linear_shapes
+from bedplate.runtime.adapter_weights import AdapterReader
+from bedplate.runtime.places import EMBEDDING, HEAD, Reader
+from bedplate.spec import NORMS, ModelSpec
 
 _T = TypeVar("_T")
-_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
 Precision = Literal["float16", "float32"]
 PRECISIONS: tuple[Precision, ...] = ("float16", "float32")
@@ -27,7 +27,7 @@ Content = tuple[object, str]
 
 class Limits(NamedTuple):
     """max_rows: how many tokens one step takes.  max_context: how many positions a session can hold.  vocab: how many
-    token ids there are.
+    token ids the base has.
     """
 
     max_rows: int
@@ -41,6 +41,8 @@ class Weights(NamedTuple):
     content: what they are. They do not use keys and values that other content computed.
     precision: of the keys and values of a session.
     long_above: a text with more tokens is a long one. All its tokens turn by other frequencies. None: no text is.
+    vocab: how many tokens they know.  layers: the base's layers that tokens go through. None: each once. Tokens of one
+        native step have the same.
     """
 
     decoder: _native.Decoder
@@ -48,6 +50,8 @@ class Weights(NamedTuple):
     content: Content
     precision: Precision
     long_above: int | None
+    vocab: int
+    layers: tuple[int, ...] | None
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +64,8 @@ class Weights(NamedTuple):
 
     def new_kv(self, length: int) -> _native.Kv:
         """For a text of so many tokens."""
-        return self.decoder.kv(half=self.precision == "float16", of_long=self.is_long(length))
+        half, of_long = self.precision == "float16", self.is_long(length)
+        return self.decoder.kv(half=half, adapter=self.adapter, of_long=of_long)
 
 
 def load_foundation(
@@ -81,7 +86,7 @@ def load_foundation(
         NamedConstants(bundle.foundation, bundle.foundation_info.constants) as constants,
         _fitting(bundle.foundation),
     ):
-        reader = _Reader(constants, spec)
+        reader = Reader(constants, spec)
         layers = [
             _native.Layer(
                 norms=[
@@ -110,7 +115,7 @@ def load_foundation(
                 for table in spec.ropes
             ],
             embedding=_embedding(constants),
-            head=_native.Matrix([constants.matrix(_HEAD)]),
+            head=_native.Matrix([constants.matrix(HEAD)]),
             norm=reader.norm("norm"),
             layers=layers,
             threads=threads,
@@ -119,9 +124,15 @@ def load_foundation(
         decoder = read() if meanwhile is None else _beside(read, meanwhile)
     _native.return_memory()  # what the lists of constants, and the tokenizer's file, took
     # Each load counts as a new foundation: it does not use the keys and values of an earlier one.
-    content = (object(), "base")
-    long_above = next(iter(_long_above(spec)), None)
-    return Weights(decoder=decoder, adapter=None, content=content, precision=precision, long_above=long_above)
+    return Weights(
+        decoder=decoder,
+        adapter=None,
+        content=(object(), "base"),
+        precision=precision,
+        long_above=next(iter(_long_above(spec)), None),
+        vocab=spec.vocab_size,
+        layers=None,
+    )
 
 
 def check_native(spec: ModelSpec, where: Path) -> None:
@@ -161,7 +172,7 @@ def _rules(spec: ModelSpec) -> _native.Rules:
 def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> Weights:
     """Load an adapter for the decoder of `base`.
 
-    BundleError: the file has another SHA-256, or a constant is missing or has a wrong size.
+    BundleError: the file has another SHA-256, or a constant is missing, unknown or has a wrong size.
     """
     entry = bundle.adapters[name]
     info, file = entry.read_info(), entry.weights  # not kept: the lists take 0.3 MB
@@ -173,16 +184,16 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
         named = (*info.constants, *info.shared)
         constants = stack.enter_context(NamedConstants(file, named, beside=foundation))
         stack.enter_context(_fitting(file))
-        reader = _Reader(constants, spec, info.ranks)
-        layers = [
-            [reader.branch(layer, linears) for linears in reader.places.values()]
-            for layer in range(spec.n_layers)
-        ]
-        read = partial(_native.Adapter, layers, readers=max(1, base.decoder.threads - 1))
+        reader = AdapterReader(constants, spec, info)
+        parts = reader.parts()
+        constants.check_all_read()
+        read = partial(_native.Adapter, **parts, readers=max(1, base.decoder.threads - 1))
         adapter = _beside(read, partial(constants.check, sha256))
         base.decoder.check(adapter)
     loaded, _ = base.content
-    return base._replace(adapter=adapter, content=(loaded, sha256))
+    return base._replace(
+        adapter=adapter, content=(loaded, sha256), vocab=info.vocab, layers=reader.replicated
+    )
 
 
 def _beside(read: Callable[[], _T], meanwhile: Callable[[], None]) -> _T:
@@ -197,158 +208,9 @@ def _beside(read: Callable[[], _T], meanwhile: Callable[[], None]) -> _T:
 
 def _embedding(constants: NamedConstants) -> _native.Table | None:
     """None: the head has the same numbers."""
-    if constants.same_bytes(_EMBEDDING, _HEAD):
+    if constants.same_bytes(EMBEDDING, HEAD):
         return None
-    return _native.Table(constants.matrix(_EMBEDDING))
-
-
-class _Reader:
-    """Reads weights by place.
-
-    places: the linears of each, by its name in a layer.  ranks: of the branches beside the linears.
-    """
-
-    def __init__(
-        self,
-        constants: NamedConstants,
-        spec: ModelSpec,
-        ranks: Mapping[str, int] = MappingProxyType({}),
-    ) -> None:
-        self.places = correction_places(spec)
-        self._spec, self._constants, self._ranks = spec, constants, ranks
-        self._rows = {name.rpartition(".")[2]: rows for name, (rows, _) in linear_shapes(spec).items()}
-        self._parts: dict[str, Part] = {}  # of joined matrices
-        self._units: dict[tuple[str, str, int], float | None] = {}
-
-    def norm(self, name: str) -> _native.Norm:
-        dim, bias = self._spec.dim, f"{name}.bias"
-        return (
-            self._constants.floats(f"{name}.weight", dim),
-            self._constants.floats(bias, dim) if self._spec.norm_bias else None,
-        )
-
-    def head_norm(self, layer: int, part: str) -> Source | None:
-        """The norm of the queries' or the keys' heads. None: there is none."""
-        if self._spec.qk_norm is None:
-            return None
-        heads = {"q": self._spec.n_heads, "k": self._spec.n_kv_heads}[part]
-        width = self._spec.head_dim * (heads if self._spec.qk_norm == "whole" else 1)
-        return self._constants.floats(f"layers.{layer}.self_attn.{part}_norm.weight", width)
-
-    def place(self, layer: int, place: str) -> tuple[list[_native.Matrix], _native.Branch | None]:
-        """The linears of a place with their offsets and biases, and the rest of their correction."""
-        linears, at = self.places[place], f"layers.{layer}.{place}"
-        weights = [self.matrix(f"layers.{layer}.{name}.weight") for name in linears]
-        biases = [
-            self._bias(f"layers.{layer}.{name}.bias", part.rows)
-            for name, part in zip(linears, weights, strict=True)
-        ]
-        names = [f"{at}.{name.rpartition('.')[2]}.weight" for name in linears]
-        # Linears of one input may have a correction or none, as their bits differ.
-        backs = [self.matrix(name) if self._constants.has(name) else None for name in names]
-        if not any(backs):
-            return [
-                _native.Matrix([part], None, bias) for part, bias in zip(weights, biases, strict=True)
-            ], None
-        directions = self.matrix(f"{at}.directions.weight")
-        offsets = [
-            self._offsets(weight, f"{at}.directions.weight", directions, back)
-            for weight, back in zip(weights, backs, strict=True)
-        ]
-        matrices = [
-            _native.Matrix([part], offset, bias)
-            for part, offset, bias in zip(weights, offsets, biases, strict=True)
-        ]
-        return matrices, _beyond_offsets(directions, backs, offsets, weights)
-
-    def _offsets(self, weight: Part, name: str, directions: Part, back: Part | None) -> Offsets | None:
-        """The offsets of a weight's groups, if the first directions are the sums of those; None: they are not."""
-        if back is None or weight.bits != 4 or weight.group == 0 or back.bits != 8:
-            return None
-        groups = weight.columns // weight.group
-        place = (*self._constants.keys_of(name), groups)
-        if place not in self._units:  # all layers share the same directions, unless some were recovered
-            self._units[place] = _native.unit_of_groups(directions, groups)
-        unit = self._units[place]
-        return None if unit is None else (back.columns, weight.group, unit, back.codes, back.scales)
-
-    def branch(self, layer: int, linears: tuple[str, ...]) -> _native.Branch | None:
-        """The branch of an adapter at the linears of one input. None: it adapts none of them."""
-        narrow, backs, rank = [], [], 0
-        for number, name in enumerate(linears):
-            if name not in self._ranks:
-                continue
-            a, b = (self.matrix(f"layers.{layer}.{name}.{half}.weight") for half in ("lora_a", "lora_b"))
-            before = self._constants.before_on_diagonal(f"layers.{layer}.{name}.lora_b.weight")
-            column = sum(self._rank_of(part) for part in before)
-            narrow.append(a)
-            backs.append(_native.BackMatrix(b, column, a.rows, linear=number, narrow=rank))
-            rank += a.rows
-        return _native.Branch(_native.Matrix(narrow), backs) if narrow else None
-
-    def matrix(self, name: str) -> Part:
-        """The matrix of this name, without what it is joined with. BundleError: there is no such matrix."""
-        if name in self._parts:
-            return self._parts[name]
-        whole, names = self._constants.matrix(name), self._constants.joined_with(name)
-        if len(names) == 1:
-            return whole
-        counts = [self._rows_of(part) for part in names]
-        if sum(counts) != whole.rows:
-            raise _native.NativeError(
-                f"{name}: {whole.rows} rows of {len(names)} matrices, not {sum(counts)}"
-            )
-        first = 0
-        for part, count in zip(names, counts, strict=True):
-            self._parts[part] = whole.slice(first, count)
-            first += count
-        return self._parts[name]
-
-    def _rank_of(self, name: str) -> int:
-        """The rank of the branch that a constant belongs to. NativeError: the adapter has none there."""
-        linear = name.split(".", 2)[2].rpartition(".lora_")[0]
-        if linear not in self._ranks:
-            raise _native.NativeError(f"{name}: the adapter has no branch there")
-        return self._ranks[linear]
-
-    def _rows_of(self, name: str) -> int:
-        """Rows of a part: those of its linear, but for the narrow halves of branches."""
-        if name.endswith(".lora_a.weight"):
-            return self._rank_of(name)
-        return next(self._rows[piece] for piece in name.split(".") if piece in self._rows)
-
-    def _bias(self, name: str, rows: int) -> Source | None:
-        if not self._constants.has(name):
-            return None
-        names = self._constants.joined_with(name)
-        counts = [self._rows_of(part) for part in names] if len(names) > 1 else [rows]
-        start = sum(counts[: names.index(name)])
-        whole = self._constants.floats(name, sum(counts))
-        return whole.slice(4 * start, 4 * rows)
-
-
-Offsets = tuple[int, int, float, Source, Source]  # as the native layer's `Offsets`
-
-
-def _beyond_offsets(
-    directions: Part, backs: list[Part | None], offsets: list[Offsets | None], weights: list[Part]
-) -> _native.Branch | None:
-    """The rest of a correction: the directions after the offsets. All directions, if a linear has no offsets."""
-    done = [
-        0 if own is None else weight.columns // own[1] for own, weight in zip(offsets, weights, strict=True)
-    ]
-    first = min(begun for back, begun in zip(backs, done, strict=True) if back is not None)
-    if first == directions.rows:
-        return None
-    narrow = _native.Matrix([directions.slice(first, directions.rows - first)])
-    return _native.Branch(
-        narrow,
-        [
-            _native.BackMatrix(back, start, back.columns - start, linear=number, narrow=start - first)
-            for number, (back, start) in enumerate(zip(backs, done, strict=True))
-            if back is not None and start < back.columns
-        ],
-    )
+    return _native.Table(constants.matrix(EMBEDDING))
 
 
 @contextmanager

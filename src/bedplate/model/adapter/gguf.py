@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from numpy.typing import NDArray
 
 from bedplate.errors import AdapterError, UnsupportedError
 from bedplate.model.adapter.peft_config import MERGE, short
-from bedplate.model.adapter.peft_keys import Half, NotTaken
+from bedplate.model.adapter.peft_keys import Half, Key, NotTaken
 from bedplate.model.adapter.peft_targets import Target
 from bedplate.model.adapter.peft_weights import make_pair, pair_up
 from bedplate.model.adapter.rows import halves_apart
 from bedplate.model.adapter.tensors import check_finite, read_file
-from bedplate.model.adapter.types import RawAdapter
+from bedplate.model.adapter.types import HEAD, RawAdapter
 from bedplate.model.families import family_of
 from bedplate.model.gguf_names import LAYER_LINEARS
 from bedplate.spec import ModelSpec
@@ -27,6 +28,7 @@ from bedplate.spec import ModelSpec
 MAGIC = b"GGUF"
 _AGAIN = "convert the adapter again with llama.cpp's convert_lora_to_gguf.py"
 _HALF = re.compile(r"^blk\.([0-9]{1,6})\.([a-z0-9_]+)\.weight\.lora_([ab])$")
+_OF_HEAD = re.compile(r"^output\.weight\.lora_([ab])$")
 _PREFIX = "adapter.lora.prompt_prefix"
 # Of `adapter.…`: the type, the factor, and what only describes the adapter.
 _KNOWN = {"adapter.type", "adapter.lora.alpha", "adapter.lora.task_name", _PREFIX}
@@ -52,7 +54,7 @@ def read_gguf(path: Path, spec: ModelSpec) -> RawAdapter:
     alpha, warnings = _check_fields(fields, spec, path)
     tensors = {tensor.name: _values(gguf, tensor, path) for tensor in reader.tensors}
     pairs = {}
-    for (layer, linear), halves in pair_up(tensors, path, _parse).items():
+    for (layer, linear), halves in pair_up(tensors, path, partial(_parse, tied_head=spec.tied_head)).items():
         rank = halves["B"].shape[-1] if halves["B"].ndim else 0
         target = Target(
             rank=rank, rank_from="lora_b", scale=alpha / rank if alpha and rank else 1.0, blocks_of=None
@@ -127,7 +129,10 @@ def _values(gguf: Any, tensor: Any, where: Path) -> NDArray[np.float32]:
     return values
 
 
-def _parse(name: str) -> Half | NotTaken:
+def _parse(name: str, *, tied_head: bool) -> Key:
+    """tied_head: the model has no `output`, and llama.cpp takes no LoRA on it."""
+    if (found := _OF_HEAD.match(name)) and not tied_head:
+        return Half(layer=None, linear=HEAD, half=found[1].upper())
     found = _HALF.match(name)
     if found and found[2] in LAYER_LINEARS:
         return Half(layer=int(found[1]), linear=LAYER_LINEARS[found[2]], half=found[3].upper())

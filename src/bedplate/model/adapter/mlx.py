@@ -11,15 +11,16 @@ from typing import Any
 
 from bedplate.errors import AdapterError, UnsupportedError
 from bedplate.model.adapter.peft_config import CONFIG, MERGE, short
-from bedplate.model.adapter.peft_keys import Half, NotTaken, parse_key
+from bedplate.model.adapter.peft_keys import Half, Key, meaning_of
 from bedplate.model.adapter.peft_targets import Target
 from bedplate.model.adapter.peft_weights import make_pair, pair_up
 from bedplate.model.adapter.tensors import parse_safetensors, read_file
-from bedplate.model.adapter.types import AGAIN, Place, RawAdapter
+from bedplate.model.adapter.types import AGAIN, Place, RawAdapter, module_of
 from bedplate.spec import ModelSpec
 
 WEIGHTS = "adapters.safetensors"
-_HALF = re.compile(r"^(?:language_model\.)?(?:model\.)?layers\.([0-9]{1,6})\.(.+)\.lora_([ab])$")
+_HALF = re.compile(r"^(?:language_model\.)?(?:model\.)?layers\.([0-9]{1,6})\.(.+)\.(lora_a|lora_b|m)$")
+_HALVES = {"lora_a": "A", "lora_b": "B", "m": "magnitude"}
 _PARAMETERS = ("rank", "scale", "dropout", "keys", "alpha")
 _NOT_WHOLE = "use the config and the weights of one adapter"
 
@@ -36,16 +37,15 @@ def read_mlx(path: Path, config: Mapping[str, Any], config_data: bytes, spec: Mo
     """
     where, weights = path / CONFIG, path / WEIGHTS
     kind = config.get("fine_tune_type", "lora")
-    if kind != "lora":
-        meaning = {"dora": " (DoRA)", "full": " (weights of the base model, trained in full)"}.get(
-            str(kind), ""
-        )
+    if kind not in ("lora", "dora"):
+        meaning = " (weights of the base model, trained in full)" if kind == "full" else ""
         raise UnsupportedError(
             f"fine_tune_type = {short(kind)}{meaning} is not supported", where=where, hint=MERGE
         )
     rank, scale, keys = _parameters(config.get("lora_parameters"), where)
     data = read_file(weights)
     halves = pair_up(parse_safetensors(data, weights), weights, _parse)
+    _check_magnitudes(halves, kind == "dora", where)
     _check_layers(halves, config, spec, where)
     if keys is not None:
         _check_keys(halves, keys, where)
@@ -56,6 +56,7 @@ def read_mlx(path: Path, config: Mapping[str, Any], config_data: bytes, spec: Mo
         format="mlx",
         weights=weights,
         pairs={
+            # Of a vector, the transpose is itself.
             place: make_pair(place, {half: value.T for half, value in of_linear.items()}, target, 1, weights)
             for place, of_linear in halves.items()
         },
@@ -64,10 +65,21 @@ def read_mlx(path: Path, config: Mapping[str, Any], config_data: bytes, spec: Mo
     )
 
 
-def _parse(name: str) -> Half | NotTaken | None:
+def _parse(name: str) -> Key:
     if found := _HALF.match(name):
-        return Half(layer=int(found[1]), linear=found[2], half=found[3].upper())
-    return NotTaken(meaning="DoRA", weight=0) if name.endswith(".m") else parse_key(name)
+        return Half(layer=int(found[1]), linear=found[2], half=_HALVES[found[3]])
+    return meaning_of(name)
+
+
+def _check_magnitudes(halves: Mapping[Place, Mapping[str, Any]], wanted: bool, where: Path) -> None:
+    for place, of_linear in halves.items():
+        if ("magnitude" in of_linear) != wanted:
+            raise AdapterError(
+                f'fine_tune_type is "{"dora" if wanted else "lora"}", but the weights hold '
+                f"{'no' if wanted else 'a'} magnitude (.m) of {module_of(place)}",
+                where=where,
+                hint=_NOT_WHOLE,
+            )
 
 
 def _parameters(value: Any, where: Path) -> tuple[int, float, frozenset[str] | None]:
@@ -118,7 +130,7 @@ def _check_layers(
     if type(count) is not int:
         raise AdapterError(f"{field} must be an integer, got {short(count)}", where=where, hint=AGAIN)
     first = max(0, spec.n_layers - count) if count > 0 else 0
-    if below := sorted(layer for layer, _ in places if layer < first):
+    if below := sorted(layer for layer, _ in places if layer is not None and layer < first):
         raise AdapterError(
             f"{field} = {count} adapts layers {first} to {spec.n_layers - 1} of this model, "
             f"but the weights hold tensors of layer {below[0]}",

@@ -8,15 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from bedplate.errors import AdapterError
+from bedplate.errors import AdapterError, UnsupportedError
 from bedplate.model.adapter.fit import check_places
-from bedplate.model.adapter.peft_config import CONFIG, PeftConfig, read_config
-from bedplate.model.adapter.peft_keys import Half, NotTaken, parse_key
+from bedplate.model.adapter.peft_changed import Changed, replicated
+from bedplate.model.adapter.peft_config import CONFIG, MERGE, PeftConfig, read_config
+from bedplate.model.adapter.peft_keys import Key, parse_key
 from bedplate.model.adapter.peft_targets import Targets
-from bedplate.model.adapter.peft_weights import Halves, Tensors, make_pair, pair_up
+from bedplate.model.adapter.peft_weights import Halves, Tensors, make_pair, sort_tensors
 from bedplate.model.adapter.tensors import parse_safetensors, read_file
 from bedplate.model.adapter.torch_file import parse_torch
-from bedplate.model.adapter.types import LoraPair, Place, RawAdapter
+from bedplate.model.adapter.types import EMBEDDING, HEAD, LoraPair, Place, RawAdapter, module_of
 from bedplate.model.stored import stored_linears
 from bedplate.spec import ModelSpec
 
@@ -45,7 +46,7 @@ def read_tensors(
     data: bytes,
     tensors: Tensors,
     format: str = "peft",
-    parse: Callable[[str], Half | NotTaken | None] = parse_key,
+    parse: Callable[[str], Key] = parse_key,
     module_names: Mapping[str, str] = MappingProxyType({}),
 ) -> RawAdapter:
     """Tensors of a file `weights` with the content `data`, and PEFT's config with the content `config_data`.
@@ -57,37 +58,85 @@ def read_tensors(
     if not isinstance(config.targets, str):
         targets_named = tuple(module_names.get(name, name) for name in config.targets)
         config = replace(config, targets=targets_named)
-    halves = pair_up(tensors, weights, parse)
-    check_places(halves, spec, weights)
-    targets = Targets(config, path)
+    layers = replicated(config, spec, path / CONFIG)
+    own = spec if layers is None else replace(spec, layers=tuple(spec.layers[layer] for layer in layers))
+    found = sort_tensors(tensors, weights, parse)
+    check_places(found.halves, own, weights)
+    targets = Targets(config, path, tied_head=spec.tied_head)
+    changed = Changed(config, own, found, config_file=path / CONFIG, weights=weights)
     digest = hashlib.sha256(hashlib.sha256(config_data).digest() + hashlib.sha256(data).digest())
     return RawAdapter(
         path=path,
         format=format,
         weights=weights,
-        pairs=_pairs(halves, targets, config, path, weights),
+        pairs=_pairs(found.halves, targets, config, path, weights, magnitudes=format != "peft"),
+        parameters=changed.parameters(),
+        rows=changed.rows(),
+        layers=layers,
         alpha=config.alpha,
         fingerprint=digest.hexdigest(),
-        warnings=(*_missing(halves, targets, config, spec, path), *_pissa(path)),
+        warnings=(*_missing(found.halves, targets, config, own, path), *_pissa(path)),
     )
 
 
 def _pairs(
-    halves: dict[Place, Halves], targets: Targets, config: PeftConfig, path: Path, weights: Path
+    halves: dict[Place, Halves],
+    targets: Targets,
+    config: PeftConfig,
+    path: Path,
+    weights: Path,
+    *,
+    magnitudes: bool,
 ) -> dict[Place, LoraPair]:
+    """magnitudes: they count though the config does not speak of DoRA."""
     blocks = config.block_diagonal.blocks if config.block_diagonal else 1
     pairs = {}
-    for (layer, linear), of_linear in halves.items():
-        target = targets.find(_module_path(layer, linear))
+    for place, of_linear in halves.items():
+        module = module_of(place)
+        target = targets.find(_module_path(place))
         if target is None:
             raise AdapterError(
-                f"the weights hold lora_A and lora_B of layers.{layer}.{linear}, which the config does not adapt: "
+                f"the weights hold lora_A and lora_B of {module}, which the config does not adapt: "
                 "PEFT would drop them",
                 where=path / CONFIG,
                 hint="use the config and the weights of one adapter, or add the missing name to target_modules",
             )
-        pairs[layer, linear] = make_pair((layer, linear), of_linear, target, blocks, weights)
+        for half, field, wanted in (
+            ("magnitude", "use_dora", config.dora),
+            ("bias", "lora_bias", config.lora_bias),
+        ):
+            if half in of_linear and not wanted and not (half == "magnitude" and magnitudes):
+                raise AdapterError(
+                    f"the weights hold a {half} of {module}, but {field} is false: PEFT would drop it",
+                    where=path / CONFIG,
+                    hint=f"use the config and the weights of one adapter, or set {field}",
+                )
+            if wanted and half not in of_linear:
+                raise AdapterError(
+                    f"{field} is true, but the weights hold no {half} of {module}",
+                    where=path / CONFIG,
+                    hint="use the config and the weights of one adapter",
+                )
+        _check_embedding(place, of_linear, config, path)
+        pairs[place] = make_pair(place, of_linear, target, blocks, weights)
     return pairs
+
+
+def _check_embedding(place: Place, halves: Halves, config: PeftConfig, path: Path) -> None:
+    if place != (None, EMBEDDING):
+        return
+    if "magnitude" in halves:
+        raise UnsupportedError(
+            "use_dora = true on the embedding (DoRA) is not supported", where=path / CONFIG, hint=MERGE
+        )
+    # PEFT refuses these for an embedding, but for the last two, which it trains in another way only.
+    for field, is_set in (("use_bdlora", config.block_diagonal is not None), ("lora_bias", config.lora_bias)):
+        if is_set:
+            raise AdapterError(
+                f"{field} is set and the embedding is adapted, which PEFT refuses",
+                where=path / CONFIG,
+                hint="use the config and the weights of one adapter",
+            )
 
 
 def _missing(
@@ -97,13 +146,11 @@ def _missing(
 
     Raises AdapterError where PEFT would take random numbers.
     """
-    modules = [
-        _module_path(layer, linear)
-        for layer in range(spec.n_layers)
-        for linear in stored_linears(spec)
-        if (layer, linear) not in present
+    places: list[Place] = [
+        (layer, linear) for layer in range(spec.n_layers) for linear in stored_linears(spec)
     ]
-    missing = [name for name in (*modules, "lm_head", "model.embed_tokens") if targets.find(name)]
+    absent = [place for place in (*places, (None, HEAD), (None, EMBEDDING)) if place not in present]
+    missing = [name for name in map(_module_path, absent) if targets.find(name)]
     if not missing:
         return
     what = f"the config adapts {missing[0]}, but the weights hold nothing for it"
@@ -126,6 +173,7 @@ def _pissa(path: Path) -> Iterator[str]:
         )
 
 
-def _module_path(layer: int, linear: str) -> str:
+def _module_path(place: Place) -> str:
     """As transformers names it, and PEFT matches it."""
-    return f"model.layers.{layer}.{linear}"
+    module = module_of(place)
+    return module if module == HEAD else f"model.{module}"

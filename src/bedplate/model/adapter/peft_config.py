@@ -20,7 +20,7 @@ from bedplate.model.adapter.peft_fields import (
     SET_BY_EMPTY,
     USED,
 )
-from bedplate.model.adapter.types import AGAIN
+from bedplate.model.adapter.types import AGAIN, EMBEDDING
 
 CONFIG = "adapter_config.json"
 MERGE = "merge the adapter into the base model, or train without this option"
@@ -51,6 +51,11 @@ class PeftConfig:
     targets, excluded: names (suffixes of paths), or one pattern.
     parameters: suffixes of paths of parameters (`q_proj.weight`).
     layers: None stands for all.
+    dora: each adapted linear has magnitudes. lora_bias: each has a bias beside B.
+    saved: ends of the paths of modules that are trained in full.
+    tokens: whose rows are trained, by the end of the path of the embedding or the head.
+    replication: the runs of layers, from one up to another, that the model is made of. None: it is as it is.
+    keeps_tied: what is done to the embedding is done to a head that shares its weight.
     starts_at_zero: what the file holds no tensors for, PEFT starts with B·A = 0.
     """
 
@@ -65,6 +70,12 @@ class PeftConfig:
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
     block_diagonal: BlockDiagonal | None
+    dora: bool
+    lora_bias: bool
+    saved: tuple[str, ...]
+    tokens: Mapping[str, tuple[int, ...]]
+    replication: tuple[tuple[int, int], ...] | None
+    keeps_tied: bool
     starts_at_zero: bool
 
 
@@ -83,7 +94,7 @@ def read_config(data: bytes, where: Path) -> PeftConfig:
         )
     if layers_pattern and layers is None:
         fields.fail("layers_pattern stands there without layers_to_transform")
-    return PeftConfig(
+    config = PeftConfig(
         rank=fields.rank("r", fields.get("r", DEFAULT_RANK)),
         alpha=fields.number("lora_alpha", fields.get("lora_alpha", DEFAULT_ALPHA)),
         by_square_root=fields.flag("use_rslora"),
@@ -99,8 +110,16 @@ def read_config(data: bytes, where: Path) -> PeftConfig:
         layers=layers or None,
         layers_pattern=layers_pattern,
         block_diagonal=_block_diagonal(fields),
+        dora=fields.flag("use_dora"),
+        lora_bias=fields.flag("lora_bias"),
+        saved=_saved(fields),
+        tokens=_tokens(fields),
+        replication=_replication(fields),
+        keeps_tied=fields.flag("ensure_weight_tying"),
         starts_at_zero=_starts_at_zero(fields),
     )
+    _check_together(config, fields)
+    return config
 
 
 def _parse(data: bytes, where: Path) -> dict[str, Any]:
@@ -143,6 +162,62 @@ def _check_known(fields: _Fields) -> None:
 
 def _is_off(value: Any) -> bool:
     return value is None or value is False or value in ({}, [], "")
+
+
+def _check_together(config: PeftConfig, fields: _Fields) -> None:
+    """What PEFT does not take together."""
+    start = fields.get("init_lora_weights", True)
+    others = {
+        "lora_bias": config.lora_bias,
+        "use_bdlora": config.block_diagonal is not None,
+        "velora_config": not _is_off(fields.get("velora_config", None)),
+        "monteclora_config": not _is_off(fields.get("monteclora_config", None)),
+        f"init_lora_weights = {short(start)}": start == "mica",
+    }
+    if beside := [name for name, is_set in others.items() if is_set and config.dora]:
+        fields.fail(f"use_dora and {beside[0]} cannot stand together: PEFT refuses it")
+    if config.lora_bias and not isinstance(start, bool):
+        fields.fail(
+            f"lora_bias and init_lora_weights = {short(start)} cannot stand together: PEFT refuses it"
+        )
+
+
+def _saved(fields: _Fields) -> tuple[str, ...]:
+    names = fields.names("modules_to_save")
+    if "" in names:
+        fields.fail("modules_to_save holds an empty name")
+    return names
+
+
+def _tokens(fields: _Fields) -> dict[str, tuple[int, ...]]:
+    value = fields.get("trainable_token_indices", None)
+    if value in (None, False, "", {}):
+        return {}
+    of_names = value if isinstance(value, dict) else {EMBEDDING: value}
+    found = {}
+    for name, ids in of_names.items():
+        # A list: PEFT would count booleans as 0 and 1.
+        if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+            fields.fail(f"trainable_token_indices must be lists of token ids, got {short(ids)}")
+        if len(set(ids)) < len(ids):
+            fields.fail(f"trainable_token_indices names a token twice: {short(ids)}")
+        found[name] = tuple(ids)
+    return found
+
+
+def _replication(fields: _Fields) -> tuple[tuple[int, int], ...] | None:
+    value = fields.get("layer_replication", None)
+    if _is_off(value):
+        return None
+    if not isinstance(value, list) or not all(
+        isinstance(run, list)
+        and len(run) == 2
+        and all(type(at) is int for at in run)
+        and 0 <= run[0] < run[1] < 2**20
+        for run in value
+    ):
+        fields.fail(f"layer_replication must be a list of ranges of layers, got {short(value)}")
+    return tuple((first, behind) for first, behind in value)
 
 
 def _starts_at_zero(fields: _Fields) -> bool:

@@ -19,6 +19,12 @@ USED = frozenset(
         "init_lora_weights",
         "use_bdlora",
         "bias",
+        "use_dora",
+        "lora_bias",
+        "modules_to_save",
+        "trainable_token_indices",
+        "layer_replication",
+        "ensure_weight_tying",
     }
 )
 
@@ -27,7 +33,6 @@ NO_EFFECT = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
-        "ensure_weight_tying",  # about trained embeddings and heads, which are refused themselves
         "fan_in_fan_out",  # about a linear that stores its weight transposed: PEFT ignores it for all others
         "inference_mode",
         "lora_dropout",
@@ -57,12 +62,7 @@ NO_EFFECT = frozenset(
 
 # What is not taken, in the words that a user knows it by.
 REFUSED = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA, trained on a base that was quantized in groups",
-    "modules_to_save": "modules trained in full beside the adapter",
-    "layer_replication": "layers used twice",
-    "trainable_token_indices": "trained token embeddings",
-    "lora_bias": "a trained bias beside B",
     "alora_invocation_tokens": "activated LoRA (aLoRA), on only after certain tokens",
     "kasa_config": "KaSA, which changes the base model's weights",
     "arrow_config": "Arrow, which routes between several adapters",

@@ -1,4 +1,4 @@
-"""Names of tensors in a PEFT file → the linear that each belongs to, or what it means that is not taken."""
+"""Names of tensors in a PEFT file → what each belongs to, or what it means that is not taken."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from dataclasses import dataclass
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # What stands before `layers` or `lm_head`; a language model inside a multimodal one has one more.
 _OUTER = re.compile(r"^(?:base_model\.)?(?:model\.|language_model\.)*")
+_MODULE = r"(?:layers\.(?P<layer>[0-9]{1,6})\.)?(?P<module>[^.]+(?:\.[^.]+)*)"
 # A state dict that was saved by hand has the adapter's name in it (`lora_A.default.weight`).
-_HALF = re.compile(r"^layers\.([0-9]{1,6})\.([^.]+(?:\.[^.]+)*)\.lora_([AB])(?:\.[^.]+)?\.weight$")
+_HALF = re.compile(rf"^{_MODULE}\.lora_(?P<half>[AB])(?:\.[^.]+)?\.(?P<leaf>weight|bias)$")
+_OF_EMBEDDING = re.compile(r"^(?P<module>embed_tokens)\.lora_embedding_(?P<half>[AB])(?:\.[^.]+)?$")
+_MAGNITUDE = re.compile(rf"^{_MODULE}\.lora_magnitude_vector(?:(?:\.[^.]+)?\.weight)?$")
+_ROWS = re.compile(r"^(?P<module>embed_tokens|lm_head)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
+_VALUE = re.compile(
+    r"^(?P<module>embed_tokens|lm_head|norm|layers\.[0-9]{1,6}\.[^.]+(?:\.[^.]+)*?)"
+    r"(?P<inside>\.base_layer|\.token_adapter\.base_layer)?\.(?P<leaf>weight|bias)$"
+)
 # Parts of an adapter that only training needs.
 _TRAINING_ONLY = re.compile(r"\.(?:lora_velora_embed|lora_monteclora_sampler)(?:\.|$)")
 
@@ -38,11 +46,29 @@ _MEANINGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Half:
-    """A or B (`half`) of a linear of a layer."""
+    """A part of what is done to a linear of a layer, or to one of no layer: `A`, `B`, `magnitude` or `bias`."""
 
-    layer: int
+    layer: int | None
     linear: str
     half: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A parameter of the base model, as the adapter has it.
+
+    name: in the model's files. inside: PEFT's modules that it is in (`base_layer`).
+    """
+
+    name: str
+    inside: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of tokens in place of those of `embed_tokens` or `lm_head`."""
+
+    module: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +79,50 @@ class NotTaken:
     weight: int
 
 
-def parse_key(name: str) -> Half | NotTaken | None:
+Key = Half | Value | Rows | NotTaken | None
+
+
+def parse_key(name: str) -> Key:
     """What a tensor is, by its name. None: inference does not need it."""
-    bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-    bare = _OUTER.sub("", bare)
+    bare = _bare(name)
     if _TRAINING_ONLY.search(bare):
         return None
-    found = _HALF.match(bare)
-    if found and "base_layer" not in found[2]:
-        return Half(layer=int(found[1]), linear=found[2], half=found[3])
+    for pattern in (_HALF, _OF_EMBEDDING, _MAGNITUDE):
+        if (found := pattern.match(bare)) and (half := _half(found)):
+            return half
+    if found := _ROWS.match(bare):
+        return Rows(module=found["module"])
+    found = _VALUE.match(bare)
+    if found and "base_layer" not in found["module"]:
+        inside = (found["inside"] or "").removeprefix(".")
+        return Value(name=f"{found['module']}.{found['leaf']}", inside=inside)
+    return meaning_of(name)
+
+
+def _half(found: re.Match[str]) -> Half | None:
+    parts = found.groupdict()
+    layer, module, half = parts.get("layer"), found["module"], parts.get("half", "magnitude")
+    if parts.get("leaf") == "bias":
+        half = {"A": "", "B": "bias"}[half]
+    if layer is None:
+        # The embedding's halves have other names, but its magnitudes have not.
+        of_embedding = module == "embed_tokens" and parts.get("leaf") is None
+        if module != "lm_head" and not of_embedding:
+            return None
+    if not half or "base_layer" in module:
+        return None
+    return Half(layer=None if layer is None else int(layer), linear=module, half=half)
+
+
+def meaning_of(name: str) -> NotTaken:
+    """What a tensor is that is not taken, in the words that a user knows it by."""
+    bare = _bare(name)
     for weight, (pattern, meaning) in enumerate(_MEANINGS):
         if pattern.search(bare):
             return NotTaken(meaning=meaning, weight=weight)
     return NotTaken(meaning="something that bedplate does not know", weight=len(_MEANINGS))
+
+
+def _bare(name: str) -> str:
+    bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return _OUTER.sub("", bare)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bedplate.errors import AdapterError
 from bedplate.model.adapter.peft_config import CONFIG, PeftConfig, layers_form, pattern_form
-from bedplate.model.adapter.types import AGAIN
+from bedplate.model.adapter.types import AGAIN, EMBEDDING, HEAD
 
 # The first number behind two names or more, as in `model.layers.0.`.
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
@@ -33,8 +33,11 @@ class Target:
 class Targets:
     """Asks a config about modules by their paths in transformers' model (`model.layers.0.mlp.up_proj`)."""
 
-    def __init__(self, config: PeftConfig, folder: Path) -> None:
+    def __init__(self, config: PeftConfig, folder: Path, *, tied_head: bool) -> None:
         self._config, self._where = config, folder / CONFIG
+        self._keeps_tied = (
+            config.keeps_tied and tied_head and not saves_tables(config) and self._names_tables()
+        )
         # Once: a config may hold a pattern for every linear of the model.
         self._ranks, self._alphas = (_compile(of) for of in (config.rank_of, config.alpha_of))
 
@@ -64,13 +67,25 @@ class Targets:
 
     def _names(self, path: str) -> bool:
         targets = self._config.targets
+        if self._keeps_tied and path == HEAD:
+            return True
         if self._is_excluded(path):
             return False
+        if self._keeps_tied and path == f"model.{EMBEDDING}":
+            # PEFT adds it to the names or to the pattern.
+            return isinstance(targets, str) or self._in_layers(path)
         if isinstance(targets, str):
             if targets.lower() == "all-linear":
                 return ".layers." in path
             return re.fullmatch(targets, path) is not None
         return _ends_with(path, targets) and self._in_layers(path)
+
+    def _names_tables(self) -> bool:
+        """Whether PEFT sees by the names alone that the embedding or the head is adapted."""
+        targets = self._config.targets
+        if isinstance(targets, str):
+            return any(re.fullmatch(targets, name) for name in (EMBEDDING, HEAD))
+        return any(name.rpartition(".")[2] in (EMBEDDING, HEAD) for name in targets)
 
     def _is_excluded(self, path: str) -> bool:
         excluded = self._config.excluded
@@ -97,6 +112,11 @@ class Targets:
         else:
             return "A" if in_a else "B" if in_b else None
         raise AdapterError(what, where=self._where, hint=AGAIN)
+
+
+def saves_tables(config: PeftConfig) -> bool:
+    """Whether PEFT sees by the names alone that the embedding or the head is trained in full."""
+    return any(name.rpartition(".")[2] in (EMBEDDING, HEAD) for name in config.saved)
 
 
 def _ends_with(path: str, names: Iterable[str]) -> bool:

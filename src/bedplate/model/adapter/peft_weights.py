@@ -1,57 +1,102 @@
-"""The tensors of a PEFT file and what its config says of them → A and B of each linear."""
+"""The tensors of a PEFT file, sorted by what they are; with what its config says of them → A and B of each linear."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bedplate.errors import AdapterError, UnsupportedError
 from bedplate.model.adapter.peft_config import MERGE
-from bedplate.model.adapter.peft_keys import Half, NotTaken, parse_key
+from bedplate.model.adapter.peft_keys import Half, Key, NotTaken, Rows, Value, meaning_of, parse_key
 from bedplate.model.adapter.peft_targets import Target
-from bedplate.model.adapter.types import AGAIN, LoraPair, Place
+from bedplate.model.adapter.types import AGAIN, LoraPair, Place, module_of
 
 Tensors = Mapping[str, NDArray[np.float32]]
 Halves = dict[str, NDArray[np.float32]]
+_T = TypeVar("_T")
 
 
-def pair_up(
-    tensors: Tensors, where: Path, parse: Callable[[str], Half | NotTaken | None] = parse_key
-) -> dict[Place, Halves]:
-    """`A` and `B` of each linear. parse: what a tensor is, by its name.
+@dataclass(kw_only=True)
+class Sorted:
+    """The tensors of a file.
 
-    Raises UnsupportedError for tensors of anything else, AdapterError for one alone.
+    halves: `A` and `B` of each linear, and `magnitude` and `bias` where they are.
+    values: of the base model's parameters, and PEFT's modules that each is in, by name in the model's files.
+    rows: of tokens, by module.
+    names: of values and rows in the file, by their keys here.
+    """
+
+    halves: dict[Place, Halves] = field(default_factory=dict)
+    values: dict[str, tuple[str, NDArray[np.float32]]] = field(default_factory=dict)
+    rows: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+
+def sort_tensors(tensors: Tensors, where: Path, parse: Callable[[str], Key] = parse_key) -> Sorted:
+    """Sort the tensors of a file. parse: what a tensor is, by its name.
+
+    Raises UnsupportedError for tensors of what is not taken, AdapterError for one half alone.
     """
     parsed = {name: parse(name) for name in sorted(tensors)}
-    not_taken = [(found, name) for name, found in parsed.items() if isinstance(found, NotTaken)]
+    refuse({name: found for name, found in parsed.items() if isinstance(found, NotTaken)}, where)
+    found = Sorted()
+    for name, key in parsed.items():
+        value = tensors[name]
+        if isinstance(key, Half):
+            there = _put(found.halves.setdefault((key.layer, key.linear), {}), key.half, value)
+        elif isinstance(key, Value):
+            there = _put(found.values, key.name, (key.inside, value))
+            found.names[key.name] = name
+        elif isinstance(key, Rows):
+            there = _put(found.rows, key.module, value)
+            found.names[key.module] = name
+        else:
+            continue
+        if there:
+            raise AdapterError(f"tensor {name} is there twice, under two names", where=where, hint=AGAIN)
+    for place, halves in found.halves.items():
+        for half in "AB":
+            if half not in halves:
+                raise AdapterError(f"lora_{half} of {module_of(place)} is missing", where=where, hint=AGAIN)
+    return found
+
+
+def refuse(not_taken: Mapping[str, NotTaken], where: Path) -> None:
+    """UnsupportedError, if there is anything. It names the tensor that says most about the adapter."""
     if not_taken:
-        found, name = min(not_taken, key=lambda pair: pair[0].weight)
+        name, found = min(not_taken.items(), key=lambda pair: pair[1].weight)
         raise UnsupportedError(
             f"tensor {name} is {found.meaning}, which is not supported", where=where, hint=MERGE
         )
-    halves: dict[Place, Halves] = {}
-    for name, half in parsed.items():
-        if isinstance(half, Half):
-            of_linear = halves.setdefault((half.layer, half.linear), {})
-            if half.half in of_linear:
-                raise AdapterError(f"tensor {name} is there twice, under two names", where=where, hint=AGAIN)
-            of_linear[half.half] = tensors[name]
-    for (layer, linear), of_linear in halves.items():
-        for half_name in "AB":
-            if half_name not in of_linear:
-                raise AdapterError(
-                    f"lora_{half_name} of layers.{layer}.{linear} is missing", where=where, hint=AGAIN
-                )
-    return halves
+
+
+def pair_up(tensors: Tensors, where: Path, parse: Callable[[str], Key]) -> dict[Place, Halves]:
+    """The halves of each linear, of a format that has nothing else. Raises as `sort_tensors`."""
+
+    def only_halves(name: str) -> Key:
+        found = parse(name)
+        return meaning_of(name) if isinstance(found, Value | Rows) else found
+
+    return sort_tensors(tensors, where, only_halves).halves
+
+
+def _put(into: dict[str, _T], key: str, value: _T) -> bool:
+    """True: something is there already."""
+    if key in into:
+        return True
+    into[key] = value
+    return False
 
 
 def make_pair(place: Place, halves: Halves, target: Target, blocks: int, where: Path) -> LoraPair:
     """Check the shapes against the rank that the config gives, and lay out diagonal blocks. Raises AdapterError."""
     a, b = halves["A"], halves["B"]
-    name = f"layers.{place[0]}.{place[1]}"
+    name = module_of(place)
     for half, value in (("A", a), ("B", b)):
         if value.ndim != 2:
             raise AdapterError(
@@ -72,7 +117,8 @@ def make_pair(place: Place, halves: Halves, target: Target, blocks: int, where: 
         a = _block_diagonal(a, blocks, f"lora_A of {name}", where)
     elif target.blocks_of == "B":
         b = _block_diagonal(b, blocks, f"lora_B of {name}", where)
-    return LoraPair(a=a, b=b, scale=target.scale)
+    magnitude, bias = halves.get("magnitude"), halves.get("bias")
+    return LoraPair(a=a, b=b, scale=target.scale, magnitude=magnitude, bias=bias)
 
 
 def _block_diagonal(stacked: NDArray[np.float32], blocks: int, name: str, where: Path) -> NDArray[np.float32]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from bedplate.errors import AdapterError, UnsupportedError
 from bedplate.model.adapter.peft import read_tensors
 from bedplate.model.adapter.peft_config import CONFIG
-from bedplate.model.adapter.peft_keys import Half, NotTaken, parse_key
+from bedplate.model.adapter.peft_keys import Half, Key, Rows, Value, meaning_of, parse_key
 from bedplate.model.adapter.rows import halves_apart
 from bedplate.model.adapter.tensors import read_file
 from bedplate.model.adapter.torch_file import parse_torch
@@ -65,7 +65,7 @@ def read_torchtune(path: Path, spec: ModelSpec) -> RawAdapter:
     tensors = parse_torch(data, weights)
     for name, value in tensors.items():
         found = _parse(name)
-        if isinstance(found, Half) and found.half == "B":
+        if isinstance(found, Half) and found.half in ("B", "magnitude"):
             tensors[name] = halves_apart(value, found.linear, spec)
     return read_tensors(
         path,
@@ -80,5 +80,7 @@ def read_torchtune(path: Path, spec: ModelSpec) -> RawAdapter:
     )
 
 
-def _parse(name: str) -> Half | NotTaken | None:
-    return parse_key(".".join(_PARTS.get(part, part) for part in name.split(".")))
+def _parse(name: str) -> Key:
+    theirs = ".".join(_PARTS.get(part, part) for part in name.split("."))
+    found = parse_key(theirs)
+    return meaning_of(theirs) if isinstance(found, Value | Rows) else found
