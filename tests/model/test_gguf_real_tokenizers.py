@@ -182,7 +182,8 @@ def classes() -> dict[str, Tokenizer]:
     vocab, merges = vocabulary("gpt-2")
     gpt2 = GPT2Tokenizer(vocab=vocab, merges=merges)
     vocab, _ = vocabulary("llama-spm")
-    llama = LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab), legacy=True)
+    scores = dict(zip(vocab, FILES["llama-spm"]["fields"]["scores"], strict=True))
+    llama = LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores), legacy=True)
     vocab, merges = vocabulary("command-r")
     cohere = CohereTokenizer(vocab=vocab, merges=merges)
     found: dict[str, Any] = {"qwen2": qwen2, "gpt-2": gpt2, "llama-spm": llama, "command-r": cohere}
