@@ -7,7 +7,7 @@ C max_context.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -102,6 +102,14 @@ class Attention(nn.Module):
         self.output_correction = _correction(corrections, {"o_proj": self.o_proj}, "self_attn", device)
 
     def forward(self, x: Tensor, k_cache: Tensor, v_cache: Tensor, step: Step) -> Tensor:
+        q_BSHN, k_BSKN, v_BSKN = self.heads(x, step)
+        torch.ops.llama.update_cache(k_BSKN, k_cache, step.pos)
+        torch.ops.llama.update_cache(v_BSKN, v_cache, step.pos)
+        y_BSHN = self._attend(q_BSHN, k_cache, v_cache, step.pos)
+        return self.output(y_BSHN.view(1, -1, self.n_heads * self.head_dim))
+
+    def heads(self, x: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+        """q [1, S, H, N], k and v [1, S, K, N]: what attention works on."""
         q, k, v = self.project(x)
         if self.qk_norm == "whole":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -111,14 +119,11 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q_BSHN, k_BSKN = self.q_norm(q_BSHN), self.k_norm(k_BSKN)
         if self.rope is not None:
-            cos, sin = step.tables[self.rope]
-            q_BSHN, k_BSKN = step.rope(q_BSHN, cos, sin), step.rope(k_BSKN, cos, sin)
-        if step.query_factors is not None:
-            q_BSHN = q_BSHN * step.query_factors
-        torch.ops.llama.update_cache(k_BSKN, k_cache, step.pos)
-        torch.ops.llama.update_cache(v_BSKN, v_cache, step.pos)
-        y_BSHN = self._attend(q_BSHN, k_cache, v_cache, step.pos)
-        return self.output(y_BSHN.view(1, -1, self.n_heads * self.head_dim))
+            cos, sin = places.tables[self.rope]
+            q_BSHN, k_BSKN = places.rope(q_BSHN, cos, sin), places.rope(k_BSKN, cos, sin)
+        if places.query_factors is not None:
+            q_BSHN = q_BSHN * places.query_factors
+        return q_BSHN, k_BSKN, v_BSKN
 
     def _attend(self, q_BSHN: Tensor, k_cache: Tensor, v_cache: Tensor, pos: int) -> Tensor:
         if self.plain:
@@ -173,13 +178,19 @@ class MLP(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """What all layers need of a step: cos and sin [1, S, 1, N] of each table, and the factors of queries."""
+class Places:
+    """What positions do to q and k: cos and sin [1, S, 1, N] of each table, and the factors of queries."""
 
-    pos: int
     rope: Rope
     tables: list[tuple[Tensor, Tensor]]
     query_factors: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Places):
+    """What all layers need of a step. pos: of its first token."""
+
+    pos: int
 
 
 class Layer(nn.Module):
@@ -208,8 +219,12 @@ class Layer(nn.Module):
         self.register_buffer("v_cache", torch.zeros(cache_shape), persistent=False)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
+        return self.around(x, lambda read: self.self_attn(read, self.k_cache, self.v_cache, step))
+
+    def around(self, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the layer makes of the residual stream, with whatever computes its attention."""
         read = self.attention_norm(x)
-        y = self.attention_output_norm(self.self_attn(read, self.k_cache, self.v_cache, step))
+        y = self.attention_output_norm(attention(read))
         between = x + self._scaled(y)
         if not self.parallel:
             read = self.mlp_norm(between)
@@ -273,12 +288,17 @@ class Decoder(nn.Module):
             tables=self.rope.at(pos, length),  # type: ignore[arg-type]
             query_factors=self.query_factors and self.query_factors.at(pos, length),  # type: ignore[arg-type]
         )
-        x_BSD = self.embed_tokens(tokens)
-        if self.spec.embedding_scale != 1:
-            x_BSD = x_BSD * self.spec.embedding_scale
+        x_BSD = self.embed(tokens)
         for layer in self.layers:
             x_BSD = layer(x_BSD, step)
-        x_BRD = x_BSD.narrow(1, length - rows, rows)
+        return self.finish(x_BSD.narrow(1, length - rows, rows))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        x_BSD: Tensor = self.embed_tokens(tokens)
+        return x_BSD if self.spec.embedding_scale == 1 else x_BSD * self.spec.embedding_scale
+
+    def finish(self, x_BRD: Tensor) -> Tensor:
+        """Logits of what the layers give."""
         return finished_logits(self.lm_head(self.norm(x_BRD)), self.spec)
 
     def reset_cache(self) -> None:

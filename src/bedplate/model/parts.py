@@ -77,6 +77,16 @@ class Rope(nn.Module):
             for number in range(self.count)
         ]
 
+    def chosen(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """As `at`, for any positions int64 [S]."""
+        return [
+            (
+                self.get_buffer(f"cos_{number}").index_select(1, positions),
+                self.get_buffer(f"sin_{number}").index_select(1, positions),
+            )
+            for number in range(self.count)
+        ]
+
     def forward(self, x_BSHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return x_BSHN * cos + F.linear(x_BSHN, self.rotation) * sin
 
