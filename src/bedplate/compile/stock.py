@@ -14,6 +14,11 @@ def no_stock_program(spec: ModelSpec, max_context: int) -> str | None:
 
 def not_lowered(spec: ModelSpec, max_context: int) -> str | None:
     """What of a model that could have a program bedplate cannot lower yet, in words. None: it can lower all of it."""
+    return next(iter(unlowered(spec, max_context)), None)
+
+
+def unlowered(spec: ModelSpec, max_context: int) -> list[str]:
+    """All of a model that bedplate cannot lower yet, in words."""
     parts = {
         "layer norms": spec.norm != "rms",
         "norms in these places": spec.norms != ("attention_norm", "mlp_norm"),
@@ -30,4 +35,4 @@ def not_lowered(spec: ModelSpec, max_context: int) -> str | None:
         and max_context > spec.query_growth.original_positions,
         "layers of several kinds": {layer.rope for layer in spec.layers} != {0},
     }
-    return next((what for what, is_there in parts.items() if is_there), None)
+    return [what for what, is_there in parts.items() if is_there]

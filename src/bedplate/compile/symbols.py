@@ -37,7 +37,9 @@ def symbolize(raw: RawProgram, constants: Mapping[str, Constant], fixed: Mapping
         type(blob)(data=_rename_payload(blob.data, symbol_of, used))
         for blob in raw.program.backend_delegate_data
     ]
-    program.execution_plan = [_rename_tensors(copy.deepcopy(raw.program.execution_plan[0]), known, used)]
+    program.execution_plan = [
+        _rename_tensors(copy.deepcopy(plan), known, used) for plan in raw.program.execution_plan
+    ]
     return Lowered(
         program=program,
         symbols=tuple(used),

@@ -50,6 +50,18 @@ class Structure:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class StaticShapes:
+    """The methods of a program of fixed shapes: how many tokens each call takes.
+
+    split_heads: see `model.static_attention`.
+    """
+
+    prefill: int
+    decode: int
+    split_heads: bool
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lowered:
     """A lowered program in which every constant is a symbol.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bedplate.constants import Constant
 from bedplate.model.parts import RMSNorm, Rope
+from bedplate.model.static_attention import attention_factors
 from bedplate.quantize.correction import Corrected
 from bedplate.quantize.packing import pack_embedding, pack_float, pack_linear
 from bedplate.quantize.recipe import Scheme
@@ -38,12 +39,13 @@ def pack_tensor(names: Sequence[str], value: Tensor, schemes: Mapping[str, Schem
 def fixed_constants(spec: ModelSpec, max_context: int) -> dict[str, Constant]:
     """The constants of programs that do not depend on weights, in the order of their names.
 
-    Every foundation holds them, so that it is the same with programs and without.
+    Every foundation holds them, so that it is the same with programs of any kind and without.
     """
     rope, norm = Rope(spec.ropes, spec.head_dim, max_context), RMSNorm(spec.dim, spec.norm_eps)
     tables = [(f"rope.{name}", value, True) for name, value in rope.named_buffers() if name != "rotation"]
     rows = [("rms_norm.mean_row", norm.mean_row, False), ("rms_norm.eps", norm.eps, False)]
     rows.append(("rope.rotation", rope.rotation, False))
+    tables += [(name, value, True) for name, value in attention_factors(spec).items()]
     packed = [pack_float(name, value.numpy(), is_tensor=tensor)[0] for name, value, tensor in tables + rows]
     return {constant.name: constant for constant in sorted(packed, key=lambda constant: constant.name)}
 
