@@ -76,7 +76,7 @@ def build_bundle(
     check_ids(tokenizer, checkpoint.spec.vocab_size, where=model)
     check_native(checkpoint.spec, model)
     max_context = _context(max_context, checkpoint.spec.max_positions, model)
-    programs = programs and _has_program(checkpoint.spec, max_context, model, reporter)
+    programs = programs and _has_program(checkpoint.spec, reporter)
     # Known, and refused where need be, before anything is measured or compiled.
     named = expected_model(checkpoint.spec)
     if any(scheme.method == "hqq" for scheme in plan(named, recipe).values()):
@@ -122,20 +122,13 @@ def build_bundle(
     return create_bundle(out, write, replace=force)
 
 
-def _has_program(spec: ModelSpec, max_context: int, model: Path, reporter: Reporter) -> bool:
-    """Whether there can be a program of this model. UnsupportedError: bedplate cannot compile it yet."""
-    from bedplate.compile.stock import no_stock_program, not_lowered
+def _has_program(spec: ModelSpec, reporter: Reporter) -> bool:
+    """Whether there can be a program of this model."""
+    from bedplate.compile.stock import no_stock_program
 
-    if reason := no_stock_program(spec, max_context):
+    if reason := no_stock_program(spec):
         reporter.notice(f"the bundle has no programs: ExecuTorch's attention cannot compute it ({reason})")
-        return False
-    if what := not_lowered(spec, max_context):
-        raise UnsupportedError(
-            f"bedplate does not compile programs of models with {what} yet",
-            where=model,
-            hint="build it with --no-programs",
-        )
-    return True
+    return reason is None
 
 
 def _context(wanted: int | None, max_positions: int, model: Path) -> int:
@@ -187,7 +180,7 @@ def _foundation(
         yield from pack_corrected(place, corrected)
         done += len(paths)
     reporter.progress("quantize and pack", done, len(names))
-    yield from fixed_constants(structure.spec, structure.max_context).values()
+    yield from fixed_constants(structure.spec, structure.max_context, structure.max_chunk).values()
 
 
 def _with_bias(model: nn.Module) -> set[str]:

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from bedplate.compile.delegate_graph import lean_delegates
 from bedplate.compile.report import check_delegates
-from bedplate.compile.stand_in import stand_in_decoder
+from bedplate.compile.stand_in import fixed_buffers, stand_in_decoder
 from bedplate.compile.symbols import executorch_keys, symbolize
 from bedplate.compile.units import Lowered, StaticShapes, Structure
 from bedplate.compile.xnnpack import RawProgram, quiet_exporter
@@ -60,8 +60,8 @@ def _export(decoder: Decoder, length: int, shapes: StaticShapes, *, one_row: boo
 
 def compile_static(structure: Structure, shapes: StaticShapes) -> Lowered:
     """Lower all layers of the structure to XNNPACK: seconds for each layer. Raises LoweringError."""
-    decoder, constants = stand_in_decoder(structure, depth=structure.spec.n_layers)
-    fixed = fixed_constants(structure.spec, structure.max_context)
+    decoder, constants = stand_in_decoder(structure, structure.spec.layers)
+    fixed = fixed_constants(structure.spec, structure.max_context, structure.max_chunk)
     with lean_delegates(executorch_keys({**constants, **fixed})) as joined:
         edge = lower_static(decoder, shapes, [partitioner()])
         # One delegate computes all layers. The head of a prefill is another: it reads one row.
@@ -70,6 +70,6 @@ def compile_static(structure: Structure, shapes: StaticShapes) -> Lowered:
         with quiet_exporter():
             lowered = edge.to_executorch(ExecutorchBackendConfig(external_constants=True))
     program, data = emitted(lowered)
-    return symbolize(
-        RawProgram(program=program, delegate_data=data, joined=frozenset(joined)), constants, fixed
-    )
+    raw = RawProgram(program=program, delegate_data=data, joined=frozenset(joined))
+    buffers = fixed_buffers(StaticDecoder(decoder, length=1, one_row=False, split_heads=False))
+    return symbolize(raw, constants, fixed, buffers)

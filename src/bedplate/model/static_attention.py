@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bedplate.model.decoder import Attention, Decoder, Layer, Places
-from bedplate.spec import ModelSpec
+from bedplate.model.parts import Cap, Scale
+from bedplate.spec import ModelSpec, narrow_window
 
 _MOST_JOINED = 4  # XNNPACK's concatenation takes five values at most
 
@@ -26,12 +27,12 @@ class StaticStep(Places):
     """What all layers need of a step.
 
     masks: [1, S, T] by the window of a layer, added to scores. A query sees a key where it is 0.
-    scale: of queries, [1]. cap: what scores are multiplied with before and after tanh, [1] each.
+    scale: of queries. cap: of scores.
     """
 
     masks: dict[int | None, Tensor]
-    scale: Tensor
-    cap: tuple[Tensor, Tensor] | None
+    scale: nn.Module
+    cap: nn.Module
 
 
 class StaticAttention:
@@ -41,11 +42,8 @@ class StaticAttention:
     computed, so that a weight has one form, whichever program reads it, and so that LoRA branches stay.
     """
 
-    def __init__(
-        self, ordinary: Attention, *, length: int, slots: int, window: int | None, split_heads: bool
-    ) -> None:
-        self.ordinary, self.length, self.slots = ordinary, length, slots
-        self.window, self.split_heads = window, split_heads
+    def __init__(self, ordinary: Attention, *, length: int, slots: int, split_heads: bool) -> None:
+        self.ordinary, self.length, self.slots, self.split_heads = ordinary, length, slots, split_heads
 
     def __call__(
         self, x: Tensor, caches: Sequence[Tensor], step: StaticStep
@@ -57,7 +55,7 @@ class StaticAttention:
         """
         of = self.ordinary
         q_BSHN, k_BSKN, v_BSKN = of.heads(x, step)
-        q_HSN = (q_BSHN * step.scale).permute(0, 2, 1, 3).reshape(of.n_heads, self.length, of.head_dim)
+        q_HSN = step.scale(q_BSHN).permute(0, 2, 1, 3).reshape(of.n_heads, self.length, of.head_dim)
         k_BKNS, v_BKSN = k_BSKN.permute(0, 2, 3, 1), v_BSKN.permute(0, 2, 1, 3)
         given: tuple[Tensor, ...] = (k_BKNS, v_BKSN)
         if self.split_heads:
@@ -92,11 +90,8 @@ class StaticAttention:
         heads, length, width = q_HSN.shape
         q = q_HSN.reshape(len(k_KNS), heads // len(k_KNS) * length, width)
         scores = torch.cat((torch.bmm(q, k_KNC), torch.bmm(q, k_KNS)), dim=-1)
-        if step.cap is not None:
-            before, after = step.cap
-            scores = torch.tanh(scores * before) * after
-        by_head = scores.reshape(heads, length, self.slots + length)
-        p = torch.softmax(by_head + step.masks[self.window], dim=-1).reshape(scores.shape)
+        by_head = step.cap(scores).reshape(heads, length, self.slots + length)
+        p = torch.softmax(by_head + step.masks[self.ordinary.window], dim=-1).reshape(scores.shape)
         y = torch.bmm(p[..., : self.slots], v_KCN) + torch.bmm(p[..., self.slots :], v_KSN)
         return y.reshape(q_HSN.shape)
 
@@ -112,30 +107,21 @@ class StaticDecoder(nn.Module):
     one_row: a step gives the logits of one of its tokens. Otherwise of all.
     """
 
-    attention_scale: Tensor
-    cap_before: Tensor
-    cap_after: Tensor
-
     def __init__(self, ordinary: Decoder, *, length: int, one_row: bool, split_heads: bool) -> None:
         super().__init__()
         spec, slots = ordinary.spec, ordinary.max_context
         self.length, self.slots, self.one_row, self.split_heads = length, slots, one_row, split_heads
         for name, module in ordinary.named_children():
-            self.add_module(name, module)
+            if module is not ordinary.masks:  # of steps of any length
+                self.add_module(name, module)
         self.layers = nn.ModuleList(_without_caches(layer) for layer in ordinary.layers)
-        for name, value in attention_factors(spec).items():
-            self.register_buffer(name, value, persistent=False)
+        self.attention_scale = Scale(spec.attention_scale)
+        self.score_cap = nn.Identity() if spec.score_cap is None else Cap(spec.score_cap)
         # In tuples, which torch does not look into: modules keep the one name that they have.
         self._ordinary = (ordinary,)
         self._attention = tuple(
-            StaticAttention(
-                layer.self_attn,
-                length=length,
-                slots=slots,
-                window=narrower(of.window, slots),
-                split_heads=split_heads,
-            )
-            for layer, of in zip(ordinary.layers, spec.layers, strict=True)
+            StaticAttention(layer.self_attn, length=length, slots=slots, split_heads=split_heads)  # type: ignore[arg-type]
+            for layer in ordinary.layers
         )
         self.windows = windows(spec, slots)
         self.caches_of_layer = 2 * (spec.n_kv_heads if split_heads else 1)
@@ -155,7 +141,8 @@ class StaticDecoder(nn.Module):
         """
         (of,) = self._ordinary
         step = self._step(of, positions, masks)
-        x_BSD, given = of.embed(tokens), []
+        x_BSD = of.embed(tokens)
+        given: list[Tensor] = []
         for index, (layer, attention) in enumerate(zip(self.layers, self._attention, strict=True)):
             assert isinstance(layer, Layer)
             at = index * self.caches_of_layer
@@ -169,16 +156,17 @@ class StaticDecoder(nn.Module):
             x_BSD = layer.around(x_BSD, attend)
         if row is not None:
             x_BSD = x_BSD.index_select(1, row)
-        return of.finish(x_BSD), *given
+        return of.logits(x_BSD), *given
 
     def _step(self, of: Decoder, positions: Tensor, masks: Sequence[Tensor]) -> StaticStep:
+        factors = of.query_factors
         return StaticStep(
             rope=of.rope,
             tables=of.rope.chosen(positions),
-            query_factors=of.query_factors and of.query_factors.factors.index_select(1, positions),
+            query_factors=None if factors is None else factors.factors.index_select(1, positions),
             masks=dict(zip(self.windows, masks, strict=True)),
             scale=self.attention_scale,
-            cap=(self.cap_before, self.cap_after) if of.spec.score_cap else None,
+            cap=self.score_cap,
         )
 
     def example(self) -> tuple[Tensor | tuple[Tensor, ...] | None, ...]:
@@ -204,17 +192,5 @@ def _without_caches(layer: nn.Module) -> nn.Module:
 
 
 def windows(spec: ModelSpec, max_context: int) -> tuple[int | None, ...]:
-    """The windows of layers that a step has masks for. None: of layers that see everything. Wider ones do, too."""
-    return tuple(dict.fromkeys(narrower(layer.window, max_context) for layer in spec.layers))
-
-
-def narrower(window: int | None, max_context: int) -> int | None:
-    """The window, if it is narrower than the context."""
-    return None if window is None or window >= max_context else window
-
-
-def attention_factors(spec: ModelSpec) -> dict[str, Tensor]:
-    """What scores are multiplied with: constants of static programs, by name."""
-    cap = spec.score_cap
-    caps = {} if cap is None else {"cap_before": 1 / cap, "cap_after": cap}
-    return {name: torch.tensor([value]) for name, value in {"attention_scale": spec.attention_scale, **caps}.items()}
+    """The windows that a step has masks for, in their order. None: of layers that see all before."""
+    return tuple(dict.fromkeys(narrow_window(layer, max_context) for layer in spec.layers))
