@@ -157,6 +157,19 @@ class Program {
         return logits;
     }
 
+    std::vector<std::vector<std::int64_t>> input_shapes(const std::string& method) {
+        const std::string doing = "cannot read method " + method + " of " + path_;
+        const auto meta = module_.method_meta(method);
+        check(meta.error(), doing);
+        std::vector<std::vector<std::int64_t>> shapes;
+        for (std::size_t i = 0; i < meta->num_inputs(); ++i) {
+            const auto input = meta->input_tensor_meta(i);
+            check(input.error(), doing);
+            shapes.emplace_back(input->sizes().begin(), input->sizes().end());
+        }
+        return shapes;
+    }
+
     struct Array {
         std::unique_ptr<float[]> data;
         std::vector<std::size_t> shape;
@@ -275,6 +288,7 @@ NB_MODULE(_oracle, m) {
         .def("method_names", in_turn(&Program::method_names))
         .def("constant", in_turn(&Program::constant), "method"_a)
         .def("constants", in_turn(&Program::constants), "method"_a)
+        .def("input_shapes", in_turn(&Program::input_shapes), "method"_a)
         .def("load", in_turn(&Program::load), "method"_a)
         .def("columns", in_turn(&Program::columns), "method"_a)
         .def("run", &run, "method"_a, "tokens"_a, "position"_a)

@@ -27,5 +27,9 @@ class Program:
         """Width of the logits that a method returns."""
     def run(self, method: str, tokens: Sequence[int], position: int) -> NDArray[np.float32]:
         """Logits [rows, vocab] of tokens at `position` and those that follow."""
-    def call(self, method: str, inputs: Sequence[NDArray[np.float32] | NDArray[np.int64]]) -> list[NDArray[np.float32]]:
-        """What a method of fixed shapes returns. Its inputs have the types and shapes that it wants, or OracleError."""
+    def input_shapes(self, method: str) -> list[list[int]]:
+        """Shapes of the tensors that a method takes, at their upper bounds."""
+    def call(
+        self, method: str, inputs: Sequence[NDArray[np.float32] | NDArray[np.int64]]
+    ) -> list[NDArray[np.float32]]:
+        """What a method of fixed shapes returns. Inputs have the types and shapes that it wants, or OracleError."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.backend.partitioner import Partitioner
+from executorch.exir.passes import MemoryPlanningPass
 from torch.export import ExportedProgram
 
 from bedplate.compile.delegate_graph import lean_delegates
@@ -68,7 +69,13 @@ def compile_static(structure: Structure, shapes: StaticShapes) -> Lowered:
         for method, delegates in ((PREFILL, 2), (DECODE, 1)):
             check_delegates(edge.exported_program(method).graph_module, _OUTSIDE, delegates)
         with quiet_exporter():
-            lowered = edge.to_executorch(ExecutorchBackendConfig(external_constants=True))
+            lowered = edge.to_executorch(
+                ExecutorchBackendConfig(
+                    external_constants=True,
+                    # Caches are read where the host keeps them.
+                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+                )
+            )
     program, data = emitted(lowered)
     raw = RawProgram(program=program, delegate_data=data, joined=frozenset(joined))
     buffers = fixed_buffers(StaticDecoder(decoder, length=1, one_row=False, split_heads=False))
