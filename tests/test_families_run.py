@@ -107,7 +107,9 @@ def test_no_program_of_long_texts(tmp_path: Path) -> None:
     bundle = bedplate.build(model, tmp_path / "toy.bundle", quantize="none", reporter=notices)
     assert bundle.base_program is None
     assert "a text of more than 16 tokens turns by other frequencies" in " ".join(notices.texts)
-    with pytest.raises(UnsupportedError, match="fixed shapes cannot compute this model: a text of more than 16"):
+    with pytest.raises(
+        UnsupportedError, match="fixed shapes cannot compute this model: a text of more than 16"
+    ):
         bedplate.build(model, tmp_path / "b.bundle", static_shapes=(8, 1))
     with_programs = bedplate.build(model, tmp_path / "c.bundle", max_context=16, programs=False)
     assert with_programs.manifest.model["max_context"] == 16
