@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from bedplate.errors import CheckpointError
 
@@ -92,3 +92,14 @@ def add_special(tokenizer: Tokenizer, pieces: Sequence[Piece], *, strips: Collec
             tokenizer.add_special_tokens(tokens)
         else:
             tokenizer.add_tokens(tokens)
+
+
+def add_ends(tokenizer: Tokenizer, before: str | None, behind: str | None) -> None:
+    """Put tokens before each text and behind it."""
+    ends = [one for one in (before, behind) if one is not None]
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[one for one in (before, "$A", behind) if one is not None],
+            pair=[one for one in (before, "$A", behind, before, "$B", behind) if one is not None],
+            special_tokens=[(one, tokenizer.token_to_id(one)) for one in ends],
+        )
