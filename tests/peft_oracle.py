@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import LlamaForCausalLM
 
 from bedplate.model.adapter import Adapter, read_adapter
@@ -52,27 +54,31 @@ class Oracle:
     def read(self, folder: Path) -> Adapter:
         return read_adapter(folder, self.spec)
 
-    def merged(self, adapter: Adapter) -> Tensor:
-        """Logits float32 [T, vocab] of the base with B·A added to its weights."""
-        changed = []
-        with torch.no_grad():
-            for path, a, b in adapter.matrices():
-                weight = self.model.model.get_submodule(path).weight
-                changed.append((weight, weight.clone()))
-                weight += torch.from_numpy(b) @ torch.from_numpy(a)
-            logits = self._logits(self.model)
-            for weight, before in changed:
-                weight.copy_(before)
-        return logits
+    def applied(self, adapter: Adapter) -> Tensor:
+        """Logits float32 [T, vocab] of the base with B (A x) added to its linears' outputs, as PEFT adds it."""
+        hooks = []
+        for path, *halves in adapter.matrices():
+            a, b = map(torch.from_numpy, halves)
+            add = partial(_add_branch, a, b)
+            hooks.append(self.model.model.get_submodule(path).register_forward_hook(add))
+        try:
+            return self._logits(self.model)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def assert_equal(self, folder: Path, *, has_effect: bool = True) -> Adapter:
         """bedplate reads from `folder` what PEFT computes."""
         adapter = self.read(folder)
         expected = self.peft(folder)
-        torch.testing.assert_close(self.merged(adapter), expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(self.applied(adapter), expected, rtol=0, atol=TOLERANCE)
         assert (float((expected - self.base).abs().max()) > 10 * TOLERANCE) == has_effect
         return adapter
 
     @torch.no_grad()
     def _logits(self, model: Any) -> Tensor:
         return model(TOKENS).logits[0]  # type: ignore[no-any-return]
+
+
+def _add_branch(a: Tensor, b: Tensor, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return output + linear(linear(inputs[0], a), b)
