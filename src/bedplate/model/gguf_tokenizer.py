@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders
 
 from bedplate.errors import CheckpointError, UnsupportedError
 from bedplate.model.fields import Fields
 from bedplate.model.gguf_split import SPLITTINGS, Splitting
-from bedplate.model.pieces import SPACE, Kind, Piece, add_ends, add_special, tokenizer_of
+from bedplate.model.pieces import SPACE, Kind, Piece, add_ends, add_special, merging, tokenizer_of
 from bedplate.model.tokenizer_source import TokenizerSource, token_ids
 
 # Special tokens as a chat template names them, and as the fields of a GGUF do.
@@ -100,12 +100,7 @@ def _byte_level(found: Fields, pieces: Sequence[Piece], splitting: Splitting) ->
     merges = [tuple(merge.split(" ")) for merge in _list(found, "ggml.merges", str)]
     if any(len(merge) != 2 for merge in merges):
         raise CheckpointError("a merge does not have two tokens", where=found.where, hint=_DAMAGED)
-    vocabulary = {piece.text: number for number, piece in enumerate(pieces)}
-    try:
-        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=splitting.whole)
-    except Exception as error:  # the library raises Exception itself, for whatever is wrong
-        raise CheckpointError(f"not a tokenizer: {error}", where=Path(found.where), hint=_DAMAGED) from None
-    tokenizer = Tokenizer(model)
+    tokenizer = merging(pieces, merges, where=Path(found.where), hint=_DAMAGED, ignore_merges=splitting.whole)
     if normalizer := splitting.normalizer():
         tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = splitting.pre_tokenizer()
