@@ -32,6 +32,14 @@ def replaced(name: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
     return edit
 
 
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write the file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def edited(
     source: Path, path: Path, edit: Callable[[gguf.GGUFWriter], None], *, without: str | None = None
 ) -> Path:
@@ -46,8 +54,5 @@ def edited(
         if without is None or not re.search(without, tensor.name):
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     edit(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path

@@ -12,7 +12,6 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from adapted import logits_with
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -60,11 +59,12 @@ class Oracle:
     def read(self, folder: Path) -> Adapter:
         return read_adapter(folder, self.spec)
 
-    def merged(self, adapter: Adapter) -> Tensor:
-        """Logits float32 [T, vocab] of what a float bundle holds of an adapter, merged into the base's weights."""
+    def applied(self, adapter: Adapter) -> Tensor:
+        """Logits float32 [T, vocab] of a float bundle's session with an adapter, which adds its branches as PEFT does."""
         self._bundle.add(adapter.path, name="a", programs=False, allow_noop=True)
         try:
-            return logits_with(self._bundle, "a", self._folder, TOKENS[0].tolist())
+            with bedplate.Engine(self._bundle, kv="float32") as engine:
+                return torch.from_numpy(engine.session("a").logits(TOKENS[0].tolist()))
         finally:
             self._bundle.remove("a")
 
@@ -76,7 +76,7 @@ class Oracle:
         """bedplate reads from `folder` what PEFT computes."""
         adapter = self.read(folder)
         expected = self.peft(folder)
-        torch.testing.assert_close(self.merged(adapter), expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(self.applied(adapter), expected, rtol=0, atol=TOLERANCE)
         assert (float((expected - self.base).abs().max()) > 10 * TOLERANCE) == has_effect
         return adapter
 

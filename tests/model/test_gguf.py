@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_edit import edited, replaced
+from gguf_edit import edited, finish, replaced
 from numpy.typing import NDArray
 from torch import Tensor
 from toy import save_toy_model, toy_config
@@ -93,10 +93,7 @@ def write_gguf(
             stored = kind if value.ndim == 2 else gguf.GGMLQuantizationType.F32
             writer.add_tensor(gguf_name(name), gguf.quantize(value, stored), raw_dtype=stored)
     edit(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, processors
+from tokenizers import Tokenizer, decoders
 
 from bedplate.errors import CheckpointError, UnsupportedError
 from bedplate.model.fields import Fields
 from bedplate.model.gguf_split import SPLITTINGS, Splitting
-from bedplate.model.pieces import SPACE, Kind, Piece, add_special, tokenizer_of
+from bedplate.model.pieces import SPACE, Kind, Piece, add_ends, add_special, merging, tokenizer_of
 from bedplate.model.tokenizer_source import TokenizerSource, token_ids
 
 # Special tokens as a chat template names them, and as the fields of a GGUF do.
@@ -100,12 +100,7 @@ def _byte_level(found: Fields, pieces: Sequence[Piece], splitting: Splitting) ->
     merges = [tuple(merge.split(" ")) for merge in _list(found, "ggml.merges", str)]
     if any(len(merge) != 2 for merge in merges):
         raise CheckpointError("a merge does not have two tokens", where=found.where, hint=_DAMAGED)
-    vocabulary = {piece.text: number for number, piece in enumerate(pieces)}
-    try:
-        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=splitting.whole)
-    except Exception as error:  # the library raises Exception itself, for whatever is wrong
-        raise CheckpointError(f"not a tokenizer: {error}", where=Path(found.where), hint=_DAMAGED) from None
-    tokenizer = Tokenizer(model)
+    tokenizer = merging(pieces, merges, where=Path(found.where), hint=_DAMAGED, ignore_merges=splitting.whole)
     if normalizer := splitting.normalizer():
         tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = splitting.pre_tokenizer()
@@ -152,10 +147,5 @@ def _add_ends(
                 where=found.where,
                 hint=f"add the field tokenizer.ggml.{key}_token_id",
             )
-    if any(adds.values()):
-        before, behind = (f"{special[name]}" if adds[name] else "" for name in ("bos_token", "eos_token"))
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[one for one in (before, "$A", behind) if one],
-            pair=[one for one in (before, "$A", behind, before, "$B", behind) if one],
-            special_tokens=[(special[name], ids[name][0]) for name in adds if adds[name]],
-        )
+    before, behind = (special[name] if adds[name] else None for name in ("bos_token", "eos_token"))
+    add_ends(tokenizer, before, behind)

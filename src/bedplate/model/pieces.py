@@ -6,8 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from bedplate.errors import CheckpointError
 
@@ -37,18 +38,15 @@ def tokenizer_of(pieces: Sequence[Piece], *, prefix: bool, where: Path, hint: st
 
     CheckpointError: no tokenizer can be of these pieces.
     """
-    unknown = next((piece.text for piece in pieces if piece.kind == Kind.UNKNOWN), None)
-    try:
-        model = models.BPE(
-            vocab={piece.text: number for number, piece in enumerate(pieces)},
-            merges=merges_of(pieces, user_defined=not prefix),
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    except Exception as error:  # the library raises Exception itself, for whatever is wrong
-        raise CheckpointError(f"not a tokenizer: {error}", where=where, hint=hint) from None
-    tokenizer = Tokenizer(model)
+    tokenizer = merging(
+        pieces,
+        merges_of(pieces, user_defined=not prefix),
+        where=where,
+        hint=hint,
+        unk_token=next((piece.text for piece in pieces if piece.kind == Kind.UNKNOWN), None),
+        fuse_unk=True,
+        byte_fallback=True,
+    )
     spaces = normalizers.Replace(" ", SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
     strip = [decoders.Strip(content=" ", left=1)] if prefix else []
@@ -56,6 +54,22 @@ def tokenizer_of(pieces: Sequence[Piece], *, prefix: bool, where: Path, hint: st
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return tokenizer
+
+
+def merging(
+    pieces: Sequence[Piece], merges: list[tuple[str, str]], *, where: Path, hint: str, **options: Any
+) -> Tokenizer:
+    """A tokenizer that only merges. options: of the library's BPE.
+
+    CheckpointError: no tokenizer can be of these pieces and merges.
+    """
+    try:
+        model = models.BPE(
+            vocab={piece.text: number for number, piece in enumerate(pieces)}, merges=merges, **options
+        )
+    except Exception as error:  # the library raises Exception itself, for whatever is wrong
+        raise CheckpointError(f"not a tokenizer: {error}", where=where, hint=hint) from None
+    return Tokenizer(model)
 
 
 def merges_of(pieces: Sequence[Piece], *, user_defined: bool) -> list[tuple[str, str]]:
@@ -92,3 +106,14 @@ def add_special(tokenizer: Tokenizer, pieces: Sequence[Piece], *, strips: Collec
             tokenizer.add_special_tokens(tokens)
         else:
             tokenizer.add_tokens(tokens)
+
+
+def add_ends(tokenizer: Tokenizer, before: str | None, behind: str | None) -> None:
+    """Put tokens before each text and behind it."""
+    ends = [one for one in (before, behind) if one is not None]
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[one for one in (before, "$A", behind) if one is not None],
+            pair=[one for one in (before, "$A", behind, before, "$B", behind) if one is not None],
+            special_tokens=[(one, tokenizer.token_to_id(one)) for one in ends],
+        )

@@ -21,7 +21,7 @@ import gguf  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from conversion import get_model_class  # noqa: E402
-from families import FULL, SLIDING, save_toy, theirs  # noqa: E402
+from families import FULL, LLAMA3, SLIDING, YARN, save_toy, theirs  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
 TINY: dict[str, Any] = {
@@ -35,15 +35,6 @@ TINY: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 0,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
 }
 LONG = {
     "rope_type": "longrope",
