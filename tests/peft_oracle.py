@@ -60,7 +60,7 @@ class Oracle:
         return read_adapter(folder, self.spec)
 
     def applied(self, adapter: Adapter) -> Tensor:
-        """Logits float32 [T, vocab] of a float bundle's session with an adapter, which adds its branches as PEFT does."""
+        """Logits float32 [T, vocab] of a float bundle with an adapter, in a session: branches are added, as in PEFT."""
         self._bundle.add(adapter.path, name="a", programs=False, allow_noop=True)
         try:
             with bedplate.Engine(self._bundle, kv="float32") as engine:

@@ -40,7 +40,10 @@ _MEANINGS = (
     (re.compile(r"base_layer\.lora_"), "several adapted parameters in one module"),
     (re.compile(r"experts?\."), "a LoRA on experts"),
     (re.compile(r"\.lora_[AB]\b"), "a LoRA on a module that bedplate does not know"),
-    (re.compile(r"^layers\.\d+\..*\.weight$"), "weights of the base model, trained in full (modules_to_save)"),
+    (
+        re.compile(r"^layers\.\d+\..*\.weight$"),
+        "weights of the base model, trained in full (modules_to_save)",
+    ),
 )
 
 
