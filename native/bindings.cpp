@@ -2,7 +2,6 @@
 //
 // Whatever a step uses is held by shared pointers while it runs, so Python may forget it meanwhile.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -15,6 +14,7 @@
 
 #include <algorithm>
 
+#include "bindings.h"
 #include "decoder.h"
 #include "instruction_sets.h"
 #include "logits.h"
@@ -25,7 +25,6 @@ using namespace bedplate;
 
 namespace {
 
-using Floats = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 // file, offset, size: see bedplate::Source
 using Range = std::tuple<int, std::int64_t, std::int64_t>;
 // rows, columns, bits, group, codes, scales: see bedplate::Constants
@@ -315,16 +314,6 @@ void bind_decoder(nb::module_& m) {
         .def_prop_ro("nbytes", [](const Decoder& self) { return self.model().bytes(); });
 }
 
-// numpy is imported when an array is asked for, not before.
-void bind_logits(nb::module_& m) {
-    nb::class_<Logits>(m, "Logits")
-        .def("likeliest", &Logits::likeliest)
-        .def_prop_ro("array", [](nb::handle_t<Logits> self) {
-            const auto& logits = nb::cast<const Logits&>(self);
-            return Floats(logits.data.get(), {logits.rows, logits.columns}, self);
-        });
-}
-
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -341,7 +330,7 @@ NB_MODULE(_native, m) {
     bind_weights(m);
     bind_adapter(m);
     bind_decoder(m);
-    bind_logits(m);
+    bind_sampling(m);
     m.def("return_memory", [] {
 #ifdef __GLIBC__
         malloc_trim(0);

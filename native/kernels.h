@@ -13,6 +13,7 @@ namespace bedplate {
 constexpr int kBlock = 16;  // rows of weights that lie side by side
 constexpr int kGroup = 32;  // columns that share a scale of the inputs
 constexpr int kSide = 16;   // rows of inputs that lie side by side, in a step of several
+constexpr int kMassBlock = 128;  // logits whose weights are summed as one
 
 constexpr int64_t kFourBytes = 256, kEightBytes = 512;  // codes of a block's group
 
@@ -89,6 +90,14 @@ struct Heads {
 // gelu by its tanh formula, and relu(x)².
 enum class Activation : uint8_t { kSilu, kGelu, kRelu2 };
 
+// Logits to draw from. A weight is 2^((value - top) · scale): 1 for the highest.
+struct Candidates {
+    const float* values;
+    int64_t count;
+    const float* maxima;  // of each block of kMassBlock values
+    float top, scale;
+};
+
 struct Kernels {
     const char* name;
     // One row of `columns` floats in groups that are `side` apart, the last one filled up with zeros.
@@ -125,6 +134,12 @@ struct Kernels {
                    float* state, const void* then);
     // out [group, head_dim] = what the states of `count` blocks come to; `weights` has room for `count`.
     void (*join)(const Heads&, const float* states, int64_t count, float* weights, float* out);
+    // The highest value of each block of kMassBlock. Returns whether all are numbers.
+    bool (*maxima)(const float* values, int64_t count, float* found);
+    // What the weights of each block come to, of values that are no lower than `least`.
+    void (*masses)(const Candidates&, Range blocks, float least, float* sums);
+    // The kMassBlock weights of a block; 0 beyond the last value.
+    void (*weights)(const Candidates&, int64_t block, float* found);
 };
 
 }  // namespace bedplate

@@ -3,7 +3,6 @@
 #include <cstddef>
 #include <memory>
 #include <mutex>
-#include <optional>
 
 namespace bedplate {
 
@@ -32,10 +31,6 @@ struct Logits {
     std::size_t rows, columns;
     std::unique_ptr<float[]> data;
     std::shared_ptr<Spare> spare;
-
-    // The column of the highest value of the last row, the first of equal ones; nothing if one is NaN, or no
-    // row is there.
-    std::optional<std::size_t> likeliest() const;
 };
 
 }  // namespace bedplate

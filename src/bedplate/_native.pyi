@@ -172,11 +172,42 @@ class Logits:
     the model's; beyond those that a row has, they are -inf.
     """
 
-    def likeliest(self) -> int | None:
-        """The column of the highest value of the last row, the first if several are equal. None: NaN or no row."""
+    def log_probabilities(
+        self, row: int, chosen: int, top: int
+    ) -> tuple[float, list[tuple[int, float]]]:
+        """Of the softmax of a row: of the token that was chosen, and of the `top` likeliest with their tokens."""
     @property
     def array(self) -> NDArray[np.float32]:
         """float32 [rows, width], not copied. Imports numpy."""
+
+class Sampler:
+    """Chooses the tokens of one generation. See `bedplate.runtime.sampling.Sampling`. ends: tokens that are banned as
+    long as fewer than min_tokens were chosen. prompt: tokens that the repetition penalty counts too.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repetition: float,
+        presence: float,
+        frequency: float,
+        bias: Sequence[tuple[int, float]],
+        banned: Sequence[int],
+        ends: Sequence[int],
+        min_tokens: int,
+        seed: int,
+        prompt: Sequence[int],
+    ) -> None: ...
+    def choose(self, logits: Logits, row: int = 0, mask: object = None) -> int | None:
+        """The next token. None: no token is allowed. mask: an array of int32, with a bit for each token that is
+        allowed, from the lowest on. NativeError: logits are not numbers.
+        """
+    def chances(self, logits: Logits, row: int = 0, mask: object = None) -> list[float]:
+        """The chance of each token to be chosen. It takes a pass over the row for each: for tests."""
 
 class Decoder:
     """A model. ropes: of each rotary embedding, frequencies [head_dim / 2], those of long texts (empty: the same), and

@@ -91,15 +91,15 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(text(f"{name}[{i}]", one) for i, one in enumerate(value))
 
 
-def token_ids(value: Any) -> list[int]:
+def token_ids(value: Any, name: str = "token_ids") -> list[int]:
     """Ids of tokens: whole numbers from 0, also as an array of numpy or torch."""
     hint = "give a list of whole numbers: engine.tokenizer.encode(text) gives one"
     if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
-        _refuse("token_ids", value, hint)
+        _refuse(name, value, hint)
     try:
         ids = [-1 if isinstance(one, bool) else operator.index(one) for one in value]
     except TypeError:  # an item, or an array without a dimension
-        _refuse("token_ids", value, hint)
+        _refuse(name, value, hint)
     if wrong := [one for one in ids if not 0 <= one < 2**32]:
         raise RunError(f"token {wrong[0]} is not in the vocabulary", hint=hint)
     return ids

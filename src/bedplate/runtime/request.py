@@ -1,13 +1,14 @@
-"""A generation: what the caller wants, checked, and how far it is."""
+"""A generation: what the caller wants, checked, how far it is, and what it tells."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
+from bedplate.errors import RunError
 from bedplate.runtime import arguments
-from bedplate.runtime.sampling import Sampling
+from bedplate.runtime.sampling import MaskFunction, Sampler, Sampling
 from bedplate.runtime.weights import Weights
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -19,6 +20,9 @@ class Statistics:
     """Statistics of one generation. They change while it goes on.
 
     reused_tokens: tokens of the prompt whose keys and values the session already had.
+    prefill_seconds: until the first token is chosen, without loading.  decode_seconds: from there on, with everything
+        but what the caller does between events.
+    seed: the random numbers follow from it.
     finish_reason: None until the generation has ended. "stop": at an end token or a stop string. "length": at
         max_tokens or the end of the context. "cancelled": something else ended it.
     """
@@ -28,7 +32,60 @@ class Statistics:
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    seed: int
     finish_reason: FinishReason | None = None
+
+
+class TokenLogprobs(NamedTuple):
+    """Logarithms of probabilities at the place of a token, as the model gives them: before penalties, bias, mask and
+    temperature.
+
+    token, logprob: what was chosen.  top: the likeliest tokens, the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A piece of a generation.
+
+    text: never empty, but in the last event.  tokens: what was generated since the event before. An end token that
+    ends the text is not among them.  logprobs: of each of the tokens. None: they were not asked for.
+    finish_reason: None, but in the last event.
+
+    Text comes when it is certain: when its characters are whole, and when it cannot be the beginning of a stop string.
+    So the last characters of a token can come with the event after its own. Tokens of a stop string are in the last
+    event.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish_reason: FinishReason | None
+
+
+class Options(TypedDict, total=False):
+    """What can be given to a generation, see `Sampling` and `Session.events`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    banned_tokens: Sequence[int]
+    min_tokens: int
+    ignore_eos: bool
+    seed: int | None
+    mask: MaskFunction | None
+    stop: Sequence[str]
+    on_prefill: Progress | None
+    allow_special: bool
 
 
 class Wish(NamedTuple):
@@ -36,7 +93,8 @@ class Wish(NamedTuple):
 
     max_tokens: int
     sampling: Sampling
-    seed: int
+    mask: MaskFunction | None
+    logprobs: int | None
     stop: tuple[str, ...]
     on_prefill: Progress | None
 
@@ -45,22 +103,27 @@ class Wish(NamedTuple):
         cls,
         *,
         max_tokens: Any,
-        temperature: Any,
-        top_p: Any,
-        top_k: Any,
-        seed: Any,
-        stop: Any,
-        on_prefill: Any,
+        logprobs: Any = None,
+        mask: Any = None,
+        stop: Any = (),
+        on_prefill: Any = None,
+        **sampling: Any,
     ) -> Wish:
         """From arguments of any type."""
         arguments.function("on_prefill", on_prefill, "give a function of two numbers, or None")
-        return cls(
+        arguments.function("mask", mask, "give a function of the tokens so far, or None")
+        wish = cls(
             max_tokens=arguments.integer("max_tokens", max_tokens, least=1),
-            sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
-            seed=arguments.integer("seed", seed, least=0),
+            sampling=Sampling(**sampling),
+            mask=mask,
+            logprobs=None if logprobs is None else arguments.integer("logprobs", logprobs, least=0),
             stop=arguments.texts("stop", stop),
             on_prefill=on_prefill,
         )
+        if wish.sampling.min_tokens > wish.max_tokens:
+            hint = f"give at most max_tokens, which is {wish.max_tokens}"
+            raise RunError(f"min_tokens is {wish.sampling.min_tokens}", hint=hint)
+        return wish
 
 
 class Request(NamedTuple):
@@ -69,4 +132,5 @@ class Request(NamedTuple):
     prompt: list[int]
     weights: Weights
     wish: Wish
+    sampler: Sampler
     stats: Statistics

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, overload
+from numbers import Integral
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, Unpack, cast, overload
 
 from bedplate import _native
 from bedplate.errors import RunError
 from bedplate.runtime import arguments
+from bedplate.runtime.generation import Source, events, texts
 from bedplate.runtime.messages import Message
-from bedplate.runtime.request import Request, Statistics, Wish
-from bedplate.runtime.sampling import chooser
-from bedplate.runtime.text import StopFilter, TextStream
+from bedplate.runtime.request import Event, Options, Request, Statistics, Wish
+from bedplate.runtime.sampling import Sampler
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.runtime.weights import Content, Limits, Weights
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _T = TypeVar("_T")
+Prompt = str | Sequence[Message] | Sequence[int]
 _LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions take much memory
 
 
@@ -161,141 +163,96 @@ class Session:
     @overload
     def generate(
         self,
-        prompt: str | Sequence[Message],
+        prompt: Prompt,
         *,
         max_tokens: int,
-        temperature: float = ...,
-        top_p: float = ...,
-        top_k: int = ...,
-        seed: int = ...,
-        stop: Sequence[str] = ...,
-        on_prefill: Callable[[int, int], None] | None = ...,
-        allow_special: bool = ...,
         stream: Literal[False] = ...,
+        **options: Unpack[Options],
     ) -> str: ...
 
     @overload
     def generate(
-        self,
-        prompt: str | Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = ...,
-        top_p: float = ...,
-        top_k: int = ...,
-        seed: int = ...,
-        stop: Sequence[str] = ...,
-        on_prefill: Callable[[int, int], None] | None = ...,
-        allow_special: bool = ...,
-        stream: Literal[True],
+        self, prompt: Prompt, *, max_tokens: int, stream: Literal[True], **options: Unpack[Options]
     ) -> Iterator[str]: ...
 
     def generate(
-        self,
-        prompt: str | Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        on_prefill: Callable[[int, int], None] | None = None,
-        allow_special: bool = False,
-        stream: bool = False,
+        self, prompt: Prompt, *, max_tokens: int, stream: bool = False, **options: Unpack[Options]
     ) -> str | Iterator[str]:
-        """Continue a text (used as it is) or a conversation (with the adapter's chat template).
+        """Continue a prompt, see `events`. Returns the text, or with `stream` an iterator over pieces of it."""
+        arguments.flag("stream", stream)
+        pieces = texts(self._start(prompt, max_tokens=max_tokens, **options))
+        return pieces if stream else "".join(pieces)
 
-        At temperature 0, the most likely token is chosen. Otherwise tokens are drawn with `seed`, see Sampling. The
-        text ends at an end token or before a string of `stop`, after max_tokens, at the end of the context, or after
-        `cancel`. If there are several strings in `stop`, the one that is complete first counts.
+    def events(
+        self, prompt: Prompt, *, max_tokens: int, logprobs: int | None = None, **options: Unpack[Options]
+    ) -> Iterator[Event]:
+        """Continue a text (used as it is), token ids, or a conversation (with the adapter's chat template).
+
+        `Sampling` says how tokens are chosen: without options, the most likely token each time. The text ends at an
+        end token or before a string of `stop`, after max_tokens, at the end of the context, or after `cancel`. If
+        there are several strings in `stop`, the one that is complete first counts.
 
         If the session already holds the beginning of the prompt, this part is not computed again. A generation that is
-        still streaming ends when the session gets another request.
+        still going on ends when the session gets another request.
 
         A long prompt is read in chunks. After each chunk, `on_prefill` gets two numbers: the tokens that are done, and
         all tokens of the prompt. `cancel` also works between two chunks.
 
+        mask: a function that gets the tokens so far, and gives packed bits of those that are allowed next.
         allow_special: the text of a special token in a message becomes that token, see `Tokenizer.encode_chat`.
+        logprobs: events have the logarithms of probabilities, also of so many likeliest tokens.
 
-        Returns the text, or with `stream` an iterator over pieces of it. Statistics are in `last`.
+        Returns an iterator over events, see `Event`. Statistics are in `last`.
         RunError: the prompt is empty or longer than the context, or an argument has a wrong type or value.
         """
-        wish = Wish.of(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-            on_prefill=on_prefill,
-        )
-        arguments.flag("stream", stream)
+        return self._start(prompt, max_tokens=max_tokens, logprobs=logprobs, **options)
+
+    def _start(
+        self, prompt: Prompt, *, max_tokens: int, logprobs: int | None = None, **options: Unpack[Options]
+    ) -> Generator[Event]:
+        allow_special = arguments.flag("allow_special", options.pop("allow_special", False))
+        wish = Wish.of(max_tokens=max_tokens, logprobs=logprobs, **options)
         with self._lock:
             weights = self._host.load_for_text(self._adapter)
-            ids = _ids(self._encode(prompt, arguments.flag("allow_special", allow_special)))
+            start = time.perf_counter()
+            ids = _ids(self._encode(prompt, allow_special))
             self._check_room(len(ids))
             _check_known(ids, weights)
-            stats = Statistics(prompt_tokens=len(ids))
-            request = Request(prompt=ids, weights=weights, wish=wish, stats=stats)
+            _check_known(wish.sampling.tokens, weights)
+            sampler = Sampler(wish.sampling, prompt=ids, ends=self._host.end_ids, mask=wish.mask)
+            stats = Statistics(prompt_tokens=len(ids), seed=sampler.seed)
+            request = Request(prompt=ids, weights=weights, wish=wish, sampler=sampler, stats=stats)
             self._begin(weights, len(ids))
             self._running, self.last = request, request.stats
-        pieces = self._generate(request)
-        return pieces if stream else "".join(pieces)
+            stats.prefill_seconds = time.perf_counter() - start
+        source = Source(
+            prefill=self._prefill,
+            go_on=self._go_on,
+            ended=self._ended,
+            decode=self._host.tokenizer_of(None).decode,
+            end_ids=self._host.end_ids,
+            # The keys and values of the last token are not needed: it may stand just beyond the context.
+            room=self._host.limits.max_context - len(ids) + 1,
+        )
+        return events(request, source)
 
-    def _encode(self, prompt: str | Sequence[Message], allow_special: bool) -> list[int]:
-        hint = 'give text, or a list of messages: [{"role": "user", "content": "…"}]'
+    def _encode(self, prompt: Prompt, allow_special: bool) -> list[int]:
+        hint = 'give text, token ids, or a list of messages: [{"role": "user", "content": "…"}]'
         arguments.instance("prompt", prompt, (str, Sequence), hint)
+        if not isinstance(prompt, str | bytes) and prompt and isinstance(prompt[0], Integral):
+            return arguments.token_ids(prompt, "prompt")
         tokenizer = self._host.tokenizer_of(self._adapter)
         if isinstance(prompt, str):
             return tokenizer.encode(prompt)
-        return tokenizer.encode_chat(prompt, allow_special=allow_special)
+        return tokenizer.encode_chat(cast("Sequence[Message]", prompt), allow_special=allow_special)
 
-    def _generate(self, request: Request) -> Iterator[str]:
-        text, stops = TextStream(self._host.tokenizer_of(None).decode), StopFilter(request.wish.stop)
-        stats = request.stats
-        try:
-            for token in self._choose_tokens(request):
-                if piece := stops.push(text.push(token)):
-                    yield piece
-                if stops.stopped:
-                    break
-            if piece := stops.push(text.finish()) + stops.finish():
-                yield piece
-            if stops.stopped:
-                stats.finish_reason = "stop"
-        finally:
-            if stats.finish_reason is None:
-                stats.finish_reason = "cancelled"
-            with self._lock:
-                if self._running is request:
-                    self._running = None  # which holds the weights
-
-    def _choose_tokens(self, request: Request) -> Iterator[int]:
-        stats, wish = request.stats, request.wish
-        choose = chooser(wish.sampling, wish.seed)
-        end_tokens = self._host.end_ids
-        # The keys and values of the last token are not needed: it may stand just beyond the context.
-        room = self._host.limits.max_context - len(request.prompt) + 1
-        logits = self._prefill(request)
-        while logits is not None:
-            token = choose(logits)
-            if token in end_tokens:
-                stats.finish_reason = "stop"
-                return
-            stats.generated_tokens += 1
-            yield token
-            if stats.generated_tokens == min(wish.max_tokens, room):
-                stats.finish_reason = "length"
-                return
-            start = time.perf_counter()
-            length = len(request.prompt) + stats.generated_tokens
-            logits = self._continue(request, [token], length=length)
-            stats.decode_seconds += time.perf_counter() - start
+    def _ended(self, request: Request) -> None:
+        with self._lock:
+            if self._running is request:
+                self._running = None  # which holds the weights
 
     def _prefill(self, request: Request) -> _native.Logits | None:
         """Logits of the prompt's last position; None: cancelled."""
-        start = time.perf_counter()
         with self._lock:
             if self._running is not request:
                 return None
@@ -311,8 +268,13 @@ class Session:
             done += len(chunk)
             if request.wish.on_prefill is not None:
                 request.wish.on_prefill(done, len(request.prompt))
-        request.stats.prefill_seconds = time.perf_counter() - start
         return logits
+
+    def _go_on(self, request: Request, token: int) -> _native.Logits | None:
+        """Logits after a token that was generated; None: cancelled."""
+        return self._continue(
+            request, [token], length=len(request.prompt) + request.stats.generated_tokens
+        )
 
     def _continue(self, request: Request, ids: Sequence[int], *, length: int) -> _native.Logits | None:
         """Logits of the last of some more tokens of a text of `length` tokens; None: cancelled."""
