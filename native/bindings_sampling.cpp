@@ -51,31 +51,31 @@ void bind_sampling(nb::module_& m) {
             return Floats(logits.data.get(), {logits.rows, logits.columns}, self);
         });
     nb::class_<Sampler>(m, "Sampler")
-        .def(nb::new_([](double temperature, std::int64_t top_k, double top_p, double min_p,
-                         double repetition, double presence, double frequency,
-                         std::vector<std::pair<Token, double>> bias, std::vector<Token> banned,
-                         std::vector<Token> ends, std::int64_t min_tokens, std::uint64_t seed,
-                         const std::vector<Token>& prompt) {
-                 return Sampler({temperature, top_k, top_p, min_p, repetition, presence, frequency,
-                                 std::move(bias), std::move(banned), std::move(ends), min_tokens, seed},
-                                prompt);
-             }),
-             nb::kw_only(), "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition"_a, "presence"_a,
-             "frequency"_a, "bias"_a, "banned"_a, "ends"_a, "min_tokens"_a, "seed"_a, "prompt"_a)
+        .def(
+            nb::new_([](double temperature, std::int64_t top_k, double top_p, double min_p, double repetition,
+                        double presence, double frequency, std::vector<std::pair<Token, double>> bias,
+                        std::vector<Token> banned, std::vector<Token> ends, std::int64_t min_tokens,
+                        std::uint64_t seed, const std::vector<Token>& prompt) {
+                return Sampler({temperature, top_k, top_p, min_p, repetition, presence, frequency,
+                                std::move(bias), std::move(banned), std::move(ends), min_tokens, seed},
+                               prompt);
+            }),
+            nb::kw_only(), "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition"_a, "presence"_a,
+            "frequency"_a, "bias"_a, "banned"_a, "ends"_a, "min_tokens"_a, "seed"_a, "prompt"_a)
         .def(
             "choose",
             [](Sampler& self, const Logits& logits, std::size_t row, const std::optional<Words>& mask) {
                 return self.choose(row_of(logits, row), static_cast<std::int64_t>(logits.columns),
                                    mask_of(mask));
             },
-            "logits"_a, "row"_a = 0, "mask"_a = nb::none())
+            "logits"_a, "row"_a = 0, "mask"_a.noconvert() = nb::none())
         .def(
             "chances",
             [](const Sampler& self, const Logits& logits, std::size_t row, const std::optional<Words>& mask) {
                 return self.chances(row_of(logits, row), static_cast<std::int64_t>(logits.columns),
                                     mask_of(mask));
             },
-            "logits"_a, "row"_a = 0, "mask"_a = nb::none());
+            "logits"_a, "row"_a = 0, "mask"_a.noconvert() = nb::none());
 }
 
 }  // namespace bedplate

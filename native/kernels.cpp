@@ -572,7 +572,22 @@ void join(const Heads& h, const float* states, int64_t count, float* weights, fl
 #define NAME_OF(isa) #isa
 #define NAME(isa) NAME_OF(isa)
 extern const Kernels kernels;
-const Kernels kernels{NAME(BEDPLATE_ISA), quantize, product, back,   rms_norm, layer_norm, rotate,
-                      activate,           add,      scale,   affine, keep,     attend,     join, maxima, masses, weights_of_block};
+const Kernels kernels{NAME(BEDPLATE_ISA),
+                      quantize,
+                      product,
+                      back,
+                      rms_norm,
+                      layer_norm,
+                      rotate,
+                      activate,
+                      add,
+                      scale,
+                      affine,
+                      keep,
+                      attend,
+                      join,
+                      maxima,
+                      masses,
+                      weights_of_block};
 
 }  // namespace bedplate::BEDPLATE_ISA

@@ -10,9 +10,9 @@
 
 namespace bedplate {
 
-constexpr int kBlock = 16;  // rows of weights that lie side by side
-constexpr int kGroup = 32;  // columns that share a scale of the inputs
-constexpr int kSide = 16;   // rows of inputs that lie side by side, in a step of several
+constexpr int kBlock = 16;       // rows of weights that lie side by side
+constexpr int kGroup = 32;       // columns that share a scale of the inputs
+constexpr int kSide = 16;        // rows of inputs that lie side by side, in a step of several
 constexpr int kMassBlock = 128;  // logits whose weights are summed as one
 
 constexpr int64_t kFourBytes = 256, kEightBytes = 512;  // codes of a block's group

@@ -16,7 +16,8 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kLog2e = 1.4426950408889634;
 
-// Philox 4x64-10 (Salmon et al. 2011): number `attempt` of draw `draw`, from 0 to 1, whatever was drawn before.
+// Philox 4x64-10 (Salmon et al. 2011): number `attempt` of draw `draw`, from 0 to 1, whatever was drawn
+// before.
 double uniform(std::uint64_t seed, std::uint64_t draw, std::uint64_t attempt) {
     std::uint64_t x[4] = {draw, attempt, 0, 0}, key[2] = {seed, 0};
     for (int round = 0; round < 10; ++round) {
@@ -43,8 +44,7 @@ struct Ranks {
 // Logits, of which one is chosen.
 class Pool {
   public:
-    Pool(const Kernels& kernels, const float* values, std::int64_t count)
-        : kernels_(kernels) {
+    Pool(const Kernels& kernels, const float* values, std::int64_t count) : kernels_(kernels) {
         take(values, count);
     }
     Pool(const Pool&) = delete;
@@ -52,7 +52,9 @@ class Pool {
     float top() const { return all_.top; }
     std::int64_t count() const { return all_.count; }
     float value(std::int64_t at) const { return all_.values[at]; }
-    Token token(std::int64_t at) const { return tokens_.empty() ? at : tokens_[static_cast<std::size_t>(at)]; }
+    Token token(std::int64_t at) const {
+        return tokens_.empty() ? at : tokens_[static_cast<std::size_t>(at)];
+    }
     Ranks all() const { return {-kInfinity, all_.count}; }
     Ranks before(std::int64_t at) const { return {value(at), at}; }
 
@@ -180,17 +182,22 @@ class Pool {
 
 // Which tokens a draw may give, of a pool that has the highest top_k.
 struct Kept {
-    double total;   // what all weigh
-    double before;  // what is ranked before a token has to weigh less
-    Ranks least;    // by min-p
+    Ranks least;               // by min-p
+    double total = 0;          // what these weigh; the pool draws among them
+    double before = HUGE_VAL;  // by top-p: what is ranked before a token weighs less
 
-    Kept(Pool& pool, const SamplingRules& rules)
-        : total(pool.weigh(pool.all())),
-          before(rules.top_p < 1 ? rules.top_p * total : HUGE_VAL),
-          least(pool.all()) {
-        if (rules.min_p > 0)
-            least.least = static_cast<float>(static_cast<double>(pool.top()) +
-                                             std::log(rules.min_p) * rules.temperature);
+    Kept(Pool& pool, const SamplingRules& rules) : least(pool.all()) {
+        if (rules.min_p > 0) {
+            const double lowest = static_cast<double>(pool.top()) + std::log(rules.min_p) * rules.temperature;
+            least.least = static_cast<float>(lowest);
+            if (static_cast<double>(least.least) < lowest)
+                least.least = std::nextafter(least.least, kInfinity);
+        }
+        if (rules.top_p < 1) {
+            total = pool.weigh(pool.all());
+            before = rules.top_p * total;
+        }
+        if (rules.top_p == 1 || rules.min_p > 0) total = pool.weigh(least);
     }
 };
 
@@ -202,19 +209,13 @@ void prepare(Pool& pool, const SamplingRules& rules) {
 Token draw(Pool& pool, const SamplingRules& rules, std::uint64_t number) {
     prepare(pool, rules);
     const Kept kept(pool, rules);
-    double total = rules.min_p > 0 ? pool.weigh(kept.least) : kept.total;
+    double total = kept.total;
     for (std::uint64_t attempt = 0;; ++attempt) {
         const std::int64_t at = pool.draw(total * uniform(rules.seed, number, attempt));
         if (rules.top_p == 1) return pool.token(at);
         total = pool.weigh(pool.before(at));  // 0 for the highest: this ends
         if (total < kept.before) return pool.token(at);
     }
-}
-
-// A logit after a change: not infinite if it was not.
-float as_logit(double value) {
-    const double most = std::numeric_limits<float>::max();
-    return static_cast<float>(std::isinf(value) ? value : std::clamp(value, -most, most));
 }
 
 void keep_allowed(Mask mask, std::vector<float>& values) {
@@ -256,7 +257,12 @@ const float* Sampler::changed(const float* row, std::int64_t count, Mask mask,
     const auto change = [&](Token token, auto changed) {
         if (token < 0 || token >= count) return;
         float& value = room[static_cast<std::size_t>(token)];
-        value = as_logit(changed(static_cast<double>(value)));
+        if (!std::isfinite(value)) return;
+        const double most = std::numeric_limits<float>::max();
+        value = static_cast<float>(std::clamp(changed(static_cast<double>(value)), -most, most));
+    };
+    const auto never = [&](Token token) {
+        if (0 <= token && token < count) room[static_cast<std::size_t>(token)] = -kInfinity;
     };
     for (const auto& one : rules_.bias) change(one.first, [&](double value) { return value + one.second; });
     for (const Seen& seen : seen_)
@@ -265,20 +271,19 @@ const float* Sampler::changed(const float* row, std::int64_t count, Mask mask,
             if (seen.generated == 0) return penalized;
             return penalized - rules_.frequency * static_cast<double>(seen.generated) - rules_.presence;
         });
-    const auto never = [](double) { return -HUGE_VAL; };
-    for (const Token token : rules_.banned) change(token, never);
-    if (ends_wait)
-        for (const Token token : rules_.ends) change(token, never);
+    std::for_each(rules_.banned.begin(), rules_.banned.end(), never);
+    if (ends_wait) std::for_each(rules_.ends.begin(), rules_.ends.end(), never);
     if (mask.words != nullptr) keep_allowed(mask, room);
     return room.data();
 }
 
 std::optional<Token> Sampler::choose(const float* row, std::int64_t count, Mask mask) {
-    static thread_local std::vector<float> room;  // pages that the system hands out anew take as long as a draw
+    static thread_local std::vector<float>
+        room;  // pages that the system hands out anew take as long as a draw
     Pool pool(*kernels_, changed(row, count, mask, room), count);
     if (pool.top() == -kInfinity) return std::nullopt;
-    const Token token = rules_.temperature == 0 ? pool.highest()
-                                                : draw(pool, rules_, static_cast<std::uint64_t>(generated_));
+    const Token token =
+        rules_.temperature == 0 ? pool.highest() : draw(pool, rules_, static_cast<std::uint64_t>(generated_));
     note(token);
     return token;
 }

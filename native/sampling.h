@@ -18,10 +18,10 @@ namespace bedplate {
 using Token = std::int64_t;
 
 struct SamplingRules {
-    double temperature;    // 0: the highest logit
-    std::int64_t top_k;    // 0: all
-    double top_p, min_p;   // 1 and 0: all
-    double repetition;     // 1: none
+    double temperature;   // 0: the highest logit
+    std::int64_t top_k;   // 0: all
+    double top_p, min_p;  // 1 and 0: all
+    double repetition;    // 1: none
     double presence, frequency;
     std::vector<std::pair<Token, double>> bias;
     std::vector<Token> banned;
@@ -42,8 +42,8 @@ class Sampler {
     // prompt: its tokens, for the repetition penalty.
     Sampler(SamplingRules rules, const std::vector<Token>& prompt);
 
-    // The next token, which counts as generated then. Nothing: no token is allowed. InvalidError: logits are not
-    // numbers; then nothing was generated.
+    // The next token, which counts as generated then. Nothing: no token is allowed. InvalidError: logits are
+    // not numbers; then nothing was generated.
     std::optional<Token> choose(const float* row, std::int64_t count, Mask mask);
 
     // The chance of each token in place of a choice. It takes a pass for each token: for tests.

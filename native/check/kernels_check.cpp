@@ -75,7 +75,7 @@ int failures = 0;
 
 void expect(const char* what, const Kernels& kernels, double found, double wanted, double tolerance) {
     if (std::abs(found - wanted) <= tolerance) return;
-    if (++failures <= 20) std::printf("%s, %s: %g, not %g\n", kernels.name, what, found, wanted);
+    if (++failures <= 20) std::printf("%s, %s: %.10g, not %.10g\n", kernels.name, what, found, wanted);
 }
 
 double bfloat16(const std::vector<std::uint8_t>& data, std::int64_t i) {
@@ -193,7 +193,42 @@ void check_attention(const Kernels& kernels, std::int64_t group, std::int64_t di
     }
 }
 
+// Tokens drawn from the same logits are the same everywhere, so these are the bits that any set gives.
+constexpr std::uint32_t kBitsOfMasses = 459817530;
+
+void check_masses(const Kernels& kernels) {
+    std::mt19937 drawn(2);
+    std::vector<float> values(1000), weights(8 * kMassBlock), maxima(8), sums(8);
+    for (auto& x : values) x = static_cast<float>(drawn() % 65536) / 4096.0f;
+    values[3] = -INFINITY;
+    expect("all are numbers", kernels, kernels.maxima(values.data(), 1000, maxima.data()), 1.0, 0.0);
+    const Candidates all{values.data(), 1000, maxima.data(), *std::max_element(maxima.begin(), maxima.end()),
+                         2.0f};
+    kernels.masses(all, {0, 8}, 4.0f, sums.data());
+    std::uint32_t bits = 0;
+    for (std::int64_t b = 0; b < 8; ++b) {
+        const auto block = static_cast<std::size_t>(b);
+        double sum = 0;
+        kernels.weights(all, b, weights.data());
+        for (std::int64_t i = b * kMassBlock; i < std::min<std::int64_t>(1000, (b + 1) * kMassBlock); ++i) {
+            const auto value = static_cast<double>(values[static_cast<std::size_t>(i)]);
+            const double weight = std::exp2((value - static_cast<double>(all.top)) * 2.0);
+            expect("weight", kernels, weights[static_cast<std::size_t>(i - b * kMassBlock)], weight,
+                   4e-7 * weight);
+            if (value >= 4.0) sum += weight;
+        }
+        expect("mass", kernels, sums[block], sum, 1e-6 * sum);
+        std::uint32_t one;
+        std::memcpy(&one, &sums[block], 4);
+        bits = bits * 31 + one;
+    }
+    expect("the bits of masses", kernels, bits, kBitsOfMasses, 0.0);
+    values[999] = NAN;
+    expect("one is no number", kernels, kernels.maxima(values.data(), 1000, maxima.data()), 0.0, 0.0);
+}
+
 void check(const Kernels& kernels) {
+    check_masses(kernels);
     for (const std::int64_t rows : {1, 16, 40})
         for (const std::int64_t columns : {32, 96, 288}) {
             for (const std::int64_t group : {0, 32, 96})

@@ -172,9 +172,7 @@ class Logits:
     the model's; beyond those that a row has, they are -inf.
     """
 
-    def log_probabilities(
-        self, row: int, chosen: int, top: int
-    ) -> tuple[float, list[tuple[int, float]]]:
+    def log_probabilities(self, row: int, chosen: int, top: int) -> tuple[float, list[tuple[int, float]]]:
         """Of the softmax of a row: of the token that was chosen, and of the `top` likeliest with their tokens."""
     @property
     def array(self) -> NDArray[np.float32]:

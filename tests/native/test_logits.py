@@ -1,4 +1,4 @@
-"""The likeliest token, found without numpy. Here logits are the numbers of a head's only column that counts."""
+"""What a step gives. Here logits are the numbers of a head's only column that counts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from formula_linears import Linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from sampling_formula import native_sampler
 from test_products import product_model
 
 from bedplate import _native
@@ -30,23 +31,22 @@ def logits_of(values: np.ndarray, tokens: list[int], wanted: bool = True) -> _na
 
 @settings(max_examples=40)
 @given(values=LOGITS, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=3))
-def test_the_highest_of_the_last_row_the_first_of_equal_ones(values: np.ndarray, tokens: list[int]) -> None:
+def test_the_highest_of_a_row_the_first_of_equal_ones(values: np.ndarray, tokens: list[int]) -> None:
     logits = logits_of(values, tokens)
     np.testing.assert_allclose(logits.array, [-values if token else values for token in tokens], rtol=1e-6)
-    assert logits.likeliest() == logits.array[-1].argmax()
+    for row, expected in enumerate(logits.array):
+        highest = expected.max()
+        if highest == np.inf:
+            continue  # no number
+        token = native_sampler(temperature=0.0).choose(logits, row)
+        assert token == (None if highest == -np.inf else expected.argmax())
 
 
-@settings(max_examples=40)
-@given(values=LOGITS, data=st.data())
-def test_none_if_one_is_not_a_number(values: np.ndarray, data: st.DataObject) -> None:
-    values[data.draw(st.integers(0, len(values) - 1))] = np.nan
-    assert logits_of(values, [0]).likeliest() is None
-
-
-def test_none_if_no_row_was_wanted() -> None:
+def test_no_row_was_wanted() -> None:
     logits = logits_of(np.ones(5, np.float32), [0, 1], wanted=False)
     assert logits.array.shape == (0, 5)
-    assert logits.likeliest() is None
+    with pytest.raises(_native.NativeError, match="no such row"):
+        native_sampler(temperature=0.0).choose(logits)
 
 
 def test_the_array_outlives_what_gave_it() -> None:

@@ -1,115 +1,159 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from bedplate.bundle.store import Bundle
 from bedplate.errors import RunError
-from bedplate.runtime.sampling import Sampling, chooser, draw, probabilities
+from bedplate.runtime.engine import Engine
+from bedplate.runtime.sampling import Sampling
 
-LOGITS = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40).map(
-    lambda values: np.array(values, np.float32)
-)
-SAMPLINGS = st.builds(
-    Sampling,
-    temperature=st.floats(0.05, 5),
-    top_p=st.floats(0.01, 1),
-    top_k=st.integers(0, 50),
-)
-
-
-@dataclass
-class Given:
-    """Logits, as a step of the native layer gives them."""
-
-    array: NDArray[np.float32]
-
-    def likeliest(self) -> int | None:
-        row = self.array[-1]
-        return None if np.isnan(row).any() else int(row.argmax())
-
-
-@given(logits=LOGITS, sampling=SAMPLINGS)
-@example(  # less the largest, two of them are equal
-    logits=np.array([-5e-40, 0, 0.5], np.float32), sampling=Sampling(temperature=1, top_p=0.5, top_k=0)
-)
-def test_probabilities_are_the_softmax_of_what_is_kept(
-    logits: NDArray[np.float32], sampling: Sampling
-) -> None:
-    chances = probabilities(logits, sampling)
-    assert chances.sum() == pytest.approx(1)
-    kept = chances > 0
-    assert not sampling.top_k or kept.sum() <= sampling.top_k
-    plain = np.exp((logits.astype(np.float64) - logits.max()) / sampling.temperature)
-    np.testing.assert_allclose(chances[kept], plain[kept] / plain[kept].sum(), rtol=1e-9)
-    assert kept[int(logits.argmax())]
-    if (~kept).any():
-        assert logits[kept].min() >= logits[~kept & (plain > 0)].max(initial=-np.inf)
-
-
-@given(logits=LOGITS, top_p=st.floats(0.01, 0.99))
-def test_top_p_keeps_the_fewest_that_reach_p(logits: NDArray[np.float32], top_p: float) -> None:
-    everything = probabilities(logits, Sampling(temperature=1, top_p=1, top_k=0))
-    kept = probabilities(logits, Sampling(temperature=1, top_p=top_p, top_k=0)) > 0
-    assert everything[kept].sum() >= top_p - 1e-9
-    assert everything[kept].sum() - everything[kept].min() < top_p + 1e-9
-
-
-@given(logits=LOGITS, sampling=SAMPLINGS, seed=st.integers(0, 100))
-def test_a_seed_decides_and_only_kept_tokens_are_drawn(
-    logits: NDArray[np.float32], sampling: Sampling, seed: int
-) -> None:
-    draws = [draw(logits, sampling, np.random.default_rng(seed)) for _ in range(2)]
-    assert draws[0] == draws[1]
-    assert probabilities(logits, sampling)[draws[0]] > 0
-
-
-@given(logits=LOGITS)
-def test_greedy_takes_the_likeliest(logits: NDArray[np.float32]) -> None:
-    greedy = Sampling(temperature=0, top_p=1, top_k=0)
-    assert chooser(greedy, 0)(Given(logits[None])) == logits.argmax()
-
-
-@given(logits=LOGITS, sampling=SAMPLINGS, seed=st.integers(0, 100))
-def test_a_chooser_draws_from_the_last_row(
-    logits: NDArray[np.float32], sampling: Sampling, seed: int
-) -> None:
-    rows = Given(np.stack((logits[::-1], logits)))
-    assert chooser(sampling, seed)(rows) == draw(logits, sampling, np.random.default_rng(seed))
-
-
-def test_draws_follow_the_probabilities() -> None:
-    logits, random = np.log(np.array([0.6, 0.3, 0.1], np.float32)), np.random.default_rng(0)
-    sampling = Sampling(temperature=1, top_p=1, top_k=0)
-    counts = np.bincount([draw(logits, sampling, random) for _ in range(4000)])
-    np.testing.assert_allclose(counts / 4000, [0.6, 0.3, 0.1], atol=0.03)
-
-
-def test_next_to_temperature_0_the_likeliest_is_drawn() -> None:
-    logits, sampling = np.array([0, 50, 49.9], np.float32), Sampling(temperature=5e-324, top_p=1, top_k=0)
-    assert probabilities(logits, sampling).tolist() == [0, 1, 0]
-
-
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_logits_that_are_no_numbers_are_refused(temperature: float) -> None:
-    choose = chooser(Sampling(temperature=temperature, top_p=1, top_k=0), 0)
-    with pytest.raises(RunError, match="not numbers"):
-        choose(Given(np.array([[1, np.nan]], np.float32)))
+NONE = float("nan"), "1", True, None, 1j
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("temperature", value) for value in (-1, float("nan"), float("inf"), 10**400, "1", True, None, 1j)),
-        *(("top_p", value) for value in (0, 1.1, float("nan"), "1", True, None)),
+        *(("temperature", value) for value in (-1, float("inf"), 10**400, *NONE)),
+        *(("top_p", value) for value in (0, 1.1, *NONE)),
+        *(("min_p", value) for value in (-0.1, 1.1, *NONE)),
         *(("top_k", value) for value in (-1, 2.5, 2.0, "1", True, None)),
+        *(("repetition_penalty", value) for value in (0, -1, *NONE)),
+        *(("presence_penalty", value) for value in (-2.1, 2.1, *NONE)),
+        *(("frequency_penalty", value) for value in (-2.1, 2.1, *NONE)),
+        *(("min_tokens", value) for value in (-1, 0.5, "1", None)),
+        *(("ignore_eos", value) for value in (0, 1, "no", None)),
+        *(("seed", value) for value in (-1, 2**64, 0.5, "1", True)),
+        *(("logit_bias", value) for value in (None, [1], [(1, 1.0)], "1")),
+        *(("banned_tokens", value) for value in (None, "12", 5, [1.5], {1: 2})),
     ],
 )
 def test_values_out_of_range_are_refused(field: str, value: Any) -> None:
     with pytest.raises(RunError, match=rf"{field} is .*\nhint: "):
-        Sampling(**{"temperature": 1.0, "top_p": 1.0, "top_k": 0, field: value})
+        Sampling(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("bias", "complaint"),
+    [
+        ({1: 100.5}, r"logit_bias\[1\] is 100.5"),
+        ({1: "2"}, r"logit_bias\[1\] is '2'"),
+        ({1: float("-inf")}, r"logit_bias\[1\] is -inf"),
+        ({"1": 2.0}, r"logit_bias is \['1'\]"),
+        ({-1: 2.0}, "token -1 is not in the vocabulary"),
+    ],
+)
+def test_biases_that_are_none(bias: Any, complaint: str) -> None:
+    with pytest.raises(RunError, match=rf"{complaint}\nhint: "):
+        Sampling(logit_bias=bias)
+
+
+@pytest.fixture(scope="module")
+def engine(toy_bundle: Bundle) -> Any:
+    with Engine(toy_bundle) as engine:
+        yield engine
+
+
+def tokens(engine: Engine, **options: Any) -> list[int]:
+    options = {"max_tokens": 12, "ignore_eos": True, **options}
+    return [token for event in engine.session().events("the fox", **options) for token in event.tokens]
+
+
+def allow(*allowed: int) -> NDArray[np.int32]:
+    bits = np.zeros(320, bool)
+    bits[list(allowed)] = True
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+class TestOfAGeneration:
+    """Settings reach the native sampler, which tests/native/test_sampler.py tests."""
+
+    def test_banned_tokens(self, engine: Engine) -> None:
+        plain = tokens(engine)
+        assert plain[0] not in tokens(engine, banned_tokens=[plain[0]])
+
+    def test_logit_bias(self, engine: Engine) -> None:
+        assert tokens(engine, logit_bias={7: 100}) == [7] * 12
+
+    def test_penalties(self, engine: Engine) -> None:
+        """What was there makes room for what was not."""
+        both = {7: 100, 8: 100}
+        spread = tokens(engine, logit_bias=both, repetition_penalty=10.0)
+        assert set(spread[:2]) == {7, 8}
+        strong = {"logit_bias": dict.fromkeys(range(320), 50)}
+        assert len(set(tokens(engine, **strong, repetition_penalty=1.5))) == 12
+        for penalty in ("presence_penalty", "frequency_penalty"):
+            assert len(set(tokens(engine, **{penalty: 2.0}))) > len(set(tokens(engine)))
+
+    def test_top_k_and_min_p_of_1_leave_the_likeliest(self, engine: Engine) -> None:
+        plain = tokens(engine)
+        assert tokens(engine, temperature=2.0, top_k=1) == plain
+        assert tokens(engine, temperature=2.0, min_p=1.0) == plain
+        assert tokens(engine, temperature=2.0, top_p=1e-9) == plain
+        assert tokens(engine, temperature=2.0, seed=0) != plain
+
+    def test_min_tokens_and_ignore_eos(self, engine: Engine) -> None:
+        ends = engine.bundle.manifest.tokenizer.eos_ids
+        wanted = {"logit_bias": dict.fromkeys(ends, 100)}
+        assert tokens(engine, **wanted, ignore_eos=False) == []
+        few = tokens(engine, **wanted, ignore_eos=False, min_tokens=5)
+        assert len(few) == 5 and not set(few) & set(ends)
+        assert set(tokens(engine, **wanted)) <= set(ends)
+
+    def test_seeds(self, engine: Engine) -> None:
+        session = engine.session()
+        options = {"max_tokens": 12, "temperature": 5.0, "ignore_eos": True}
+        texts, seeds = [], []
+        for _ in range(2):
+            texts.append(session.generate("the fox", **options))
+            assert session.last is not None
+            seeds.append(session.last.seed)
+        assert seeds[0] != seeds[1] and texts[0] != texts[1]
+        assert session.generate("the fox", **options, seed=seeds[0]) == texts[0]
+
+
+class TestMasks:
+    @pytest.mark.parametrize("temperature", [0, 1.0])
+    def test_is_asked_before_each_token(self, engine: Engine, temperature: float) -> None:
+        asked = []
+
+        def mask(chosen: tuple[int, ...]) -> NDArray[np.int32] | None:
+            asked.append(chosen)
+            return None if len(chosen) == 2 else allow(40 + len(chosen))
+
+        found = tokens(engine, mask=mask, max_tokens=4, temperature=temperature)
+        assert (found[:2], found[3]) == ([40, 41], 43)
+        assert asked == [tuple(found[:count]) for count in range(4)]
+
+    def test_of_any_kind(self, engine: Engine) -> None:
+        torch = pytest.importorskip("torch")
+        bits = allow(9)
+        for mask in (bits, bits.tobytes(), bytearray(bits), memoryview(bits), torch.from_numpy(bits)):
+            assert tokens(engine, mask=lambda _, mask=mask: mask, max_tokens=2) == [9, 9]
+
+    @pytest.mark.parametrize(
+        "mask", ["text", 5, [1, 2], np.zeros(10), np.zeros((1, 10), np.int32), b"123", np.zeros(10, bool)]
+    )
+    def test_what_is_none(self, engine: Engine, mask: Any) -> None:
+        with pytest.raises(RunError, match=r"(?s)the mask is .*\nhint: "):
+            tokens(engine, mask=lambda _: mask)
+
+    def test_that_allows_nothing(self, engine: Engine) -> None:
+        with pytest.raises(RunError, match=r"no token is allowed\nhint: "):
+            tokens(engine, mask=lambda _: np.zeros(10, np.int32))
+        with pytest.raises(RunError, match=r"no token is allowed\nhint: "):
+            tokens(engine, mask=lambda _: b"")
+
+    def test_whose_function_fails(self, engine: Engine) -> None:
+        session = engine.session()
+
+        def mask(chosen: tuple[int, ...]) -> None:
+            raise LookupError("of the caller")
+
+        with pytest.raises(LookupError, match="of the caller"):
+            session.generate("the fox", max_tokens=2, mask=mask)
+        assert session.last is not None and session.last.finish_reason == "cancelled"
+        assert session.generate("the fox", max_tokens=2)

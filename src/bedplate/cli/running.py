@@ -38,7 +38,29 @@ TopP = Annotated[
     float, typer.Option(help="Choose only among the most likely tokens that have this probability together.")
 ]
 TopK = Annotated[int, typer.Option(help="Choose only among this many of the most likely tokens. 0: all.")]
-Seed = Annotated[int, typer.Option(help="Seed of the random choice. It has no effect at temperature 0.")]
+MinP = Annotated[
+    float,
+    typer.Option(
+        help="Choose only among tokens that have at least this part of the probability of the likeliest. 0: all."
+    ),
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(help="Above 1: make tokens of the prompt and of the answer less likely. 1.1 is usual."),
+]
+PresencePenalty = Annotated[
+    float, typer.Option(help="Above 0: make tokens that the answer has already less likely. From -2 to 2.")
+]
+FrequencyPenalty = Annotated[
+    float,
+    typer.Option(help="Above 0: make tokens less likely each time that the answer has them. From -2 to 2."),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Seed of the random choice. The same seed gives the same text. Without this option: a random one."
+    ),
+]
 System = Annotated[str | None, typer.Option(help="The system message.")]
 AllowSpecial = Annotated[
     bool,
@@ -57,7 +79,11 @@ def run(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
-    seed: Seed = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    seed: Seed = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="End the answer before this text. You can give this option more than once."),
@@ -86,6 +112,10 @@ def run(
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
             seed=seed,
             stop=tuple(stop or ()),
             allow_special=allow_special,
@@ -106,7 +136,11 @@ def chat(
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
     top_k: TopK = 0,
-    seed: Seed = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    seed: Seed = None,
     system: System = None,
     allow_special: AllowSpecial = False,
     threads: Threads = None,
@@ -125,6 +159,10 @@ def chat(
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
         "seed": seed,
     }
     with Engine(Bundle.open(bundle), threads=threads, kv=kv, max_context=max_context) as engine:

@@ -237,14 +237,14 @@ class Session:
         return events(request, source)
 
     def _encode(self, prompt: Prompt, allow_special: bool) -> list[int]:
-        hint = 'give text, token ids, or a list of messages: [{"role": "user", "content": "…"}]'
-        arguments.instance("prompt", prompt, (str, Sequence), hint)
-        if not isinstance(prompt, str | bytes) and prompt and isinstance(prompt[0], Integral):
-            return arguments.token_ids(prompt, "prompt")
         tokenizer = self._host.tokenizer_of(self._adapter)
         if isinstance(prompt, str):
             return tokenizer.encode(prompt)
-        return tokenizer.encode_chat(cast("Sequence[Message]", prompt), allow_special=allow_special)
+        if _are_ids(prompt):
+            return arguments.token_ids(prompt, "prompt")
+        hint = 'give text, token ids, or a list of messages: [{"role": "user", "content": "…"}]'
+        messages = cast("Sequence[Message]", arguments.instance("prompt", prompt, Sequence, hint))
+        return tokenizer.encode_chat(messages, allow_special=allow_special)
 
     def _ended(self, request: Request) -> None:
         with self._lock:
@@ -272,9 +272,7 @@ class Session:
 
     def _go_on(self, request: Request, token: int) -> _native.Logits | None:
         """Logits after a token that was generated; None: cancelled."""
-        return self._continue(
-            request, [token], length=len(request.prompt) + request.stats.generated_tokens
-        )
+        return self._continue(request, [token], length=len(request.prompt) + request.stats.generated_tokens)
 
     def _continue(self, request: Request, ids: Sequence[int], *, length: int) -> _native.Logits | None:
         """Logits of the last of some more tokens of a text of `length` tokens; None: cancelled."""
@@ -322,6 +320,13 @@ class Session:
         if count > limit:
             hint = "shorten the text, reset the session, or give the engine a larger max_context"
             raise RunError(f"{count} tokens do not fit the context of {limit}", hint=hint)
+
+
+def _are_ids(prompt: object) -> bool:
+    """Whether it begins with a number, or is an array."""
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
+        return bool(prompt) and isinstance(prompt[0], Integral)
+    return hasattr(prompt, "__array__")
 
 
 def _ids(token_ids: object) -> list[int]:
