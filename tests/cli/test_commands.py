@@ -333,6 +333,8 @@ def test_bad_input_to_add(
 def test_bad_input_to_run(command: Command, toy_bundle: bedplate.Bundle) -> None:
     failed(command("run", toy_bundle.path, "-p", "dog " * 400), "do not fit the context of 256")
     failed(command("run", toy_bundle.path, "-p", "x", "--temperature", -1), "temperature")
+    for option in ("min-p", "repetition-penalty", "presence-penalty", "frequency-penalty"):
+        failed(command("run", toy_bundle.path, "-p", "x", f"--{option}", -3), option.replace("-", "_"))
     failed(command("run", toy_bundle.path, "-p", "x", "--max-tokens", 0), "max_tokens")
     failed(command("run", toy_bundle.path, "-p", "x", "--threads", 0), "threads")
     failed(command("run", toy_bundle.path, "-p", "", "--raw"), "empty")
