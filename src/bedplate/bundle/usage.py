@@ -36,8 +36,8 @@ class ConstantUse:
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramUse:
-    """name: "base" or the adapter's, or its `static_name`.  from_foundation, own: bytes that it uses of the foundation,
-    of its own file.
+    """name: "base" or the adapter's, or its `static_name`.  from_foundation, own: bytes that it uses of the
+    foundation, of its own file.
     """
 
     name: str

@@ -169,7 +169,7 @@ class StaticDecoder(nn.Module):
             cap=self.score_cap,
         )
 
-    def example(self) -> tuple[Tensor | tuple[Tensor, ...] | None, ...]:
+    def example(self) -> tuple[Tensor | tuple[Tensor, ...], ...]:
         """Inputs of the form that `forward` takes."""
         spec, length, slots = self._ordinary[0].spec, self.length, self.slots
         head = (1,) if self.split_heads else (1, spec.n_kv_heads)
@@ -181,7 +181,7 @@ class StaticDecoder(nn.Module):
             torch.arange(length),
             (mask,) * len(self.windows),
             caches,
-            torch.zeros(1, dtype=torch.int64) if self.one_row else None,
+            *([torch.zeros(1, dtype=torch.int64)] if self.one_row else []),
         )
 
 
