@@ -55,9 +55,7 @@ def adapter(shared: Shared, model: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle_of(
-    shared: Shared, build_toy: BuildToy, model: Path, adapter: Path
-) -> Callable[[str], Bundle]:
+def bundle_of(shared: Shared, build_toy: BuildToy, model: Path, adapter: Path) -> Callable[[str], Bundle]:
     """By recipe, with the adapter `a`."""
 
     def get(recipe: str) -> Bundle:
@@ -95,7 +93,9 @@ class TestBesideTheOtherProgram:
     def test_prefill_in_pieces_and_then_decode(
         self, program: StaticProgram, expected: NDArray[np.float32]
     ) -> None:
-        assert 14 % program.limits.max_seq_len > program.limits.max_logits_len - 1, "the last piece is filled up"
+        assert 14 % program.limits.max_seq_len > program.limits.max_logits_len - 1, (
+            "the last piece is filled up"
+        )
         check(program.step(TEXT[:14], 0), expected[13])
         for position in range(14, len(TEXT)):
             check(program.step(TEXT[position : position + 1], position), expected[position])
@@ -117,7 +117,7 @@ class TestBesideTheOtherProgram:
         native.call("decode", inputs)
         short = [*inputs[:-1], inputs[-1][..., :-1].copy()]
         for wrong in (inputs[:-1], short, [inputs[0], *inputs[:-1]]):
-            with pytest.raises(RuntimeError, match="takes .* tensors|has another type or shape"):
+            with pytest.raises(RuntimeError, match=r"takes .* tensors|has another type or shape"):
                 native.call("decode", wrong)
 
     def test_the_same_constants(
@@ -145,7 +145,9 @@ class TestBesideTheOtherProgram:
         for name in ("base", "a"):
             ours, static = found[name].from_ours, found[f"{name}/static"].from_ours
             assert abs(ours.mean_kl - static.mean_kl) < 1e-3 * max(1, ours.mean_kl)
-            assert (found[name].effect is None) == (found[f"{name}/static"].effect is None) == (name == "base")
+            assert (
+                (found[name].effect is None) == (found[f"{name}/static"].effect is None) == (name == "base")
+            )
 
     def test_one_file_that_wants_no_other(
         self, bundle: Bundle, name: str, program: StaticProgram, tmp_path: Path
@@ -154,9 +156,7 @@ class TestBesideTheOtherProgram:
         bundle.export(
             tmp_path / "one.pte", adapter=adapter, static=True, self_contained=True, with_foundation=True
         )
-        np.testing.assert_array_equal(
-            StaticProgram(tmp_path / "one.pte").logits(TEXT), program.logits(TEXT)
-        )
+        np.testing.assert_array_equal(StaticProgram(tmp_path / "one.pte").logits(TEXT), program.logits(TEXT))
         # In ExecuTorch's Python runtime, too.
         theirs = StockProgram(tmp_path / "one.pte")
 
@@ -178,9 +178,7 @@ class TestBesideTheOtherProgram:
 
 def bundle_options(bundle: Bundle) -> dict[str, Any]:
     shapes = bundle.manifest.model["static_shapes"]
-    return next(
-        options for options in RECIPES.values() if options["static_shapes"][0] == shapes["prefill"]
-    )
+    return next(options for options in RECIPES.values() if options["static_shapes"][0] == shapes["prefill"])
 
 
 def check(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
@@ -268,7 +266,9 @@ class TestWhatIsRefused:
         [((0, 1), "a call of 0 tokens"), ((64, 25), "a call of 64 tokens"), ((8, -1), "a call of -1 tokens")],
     )
     def test_lengths(self, shapes: tuple[int, int], what: str, toy_model: Path, tmp_path: Path) -> None:
-        with pytest.raises(UnsupportedError, match=f"{what} is not possible: .* 24 positions\nhint: .*1 and 24"):
+        with pytest.raises(
+            UnsupportedError, match=f"{what} is not possible: .* 24 positions\nhint: .*1 and 24"
+        ):
             bedplate.build(toy_model, tmp_path / "b", max_context=CONTEXT, static_shapes=shapes)
         assert not list(tmp_path.iterdir())
 
@@ -282,7 +282,9 @@ class TestWhatIsRefused:
 
     def test_a_bundle_without_them(self, toy_bundle: Bundle, tmp_path: Path) -> None:
         for name in (None, "all"):
-            with pytest.raises(NotFoundError, match=r"has no program of fixed shapes\nhint: .*--static-shapes"):
+            with pytest.raises(
+                NotFoundError, match=r"has no program of fixed shapes\nhint: .*--static-shapes"
+            ):
                 toy_bundle.export(tmp_path / "x.pte", adapter=name, static=True)
         with pytest.raises(RunError, match="the program has no method get_decode_len"):
             StaticProgram(toy_bundle.base_program, [toy_bundle.foundation])
