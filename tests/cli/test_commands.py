@@ -312,6 +312,11 @@ def test_bad_input_to_build(
     failed(command("build", toy_model, "-o", out, "--target-kl", 0.1, "--bytes-per-weight", 0.7), "give one")
     failed(command("build", toy_model, "-o", out, "--target-kl", 0), "positive")
     failed(command("build", toy_model, "-o", out, "--max-context", 100_000), "--max-context")
+    for wrong in ("64", "64,", "a,b", "-1,1", "64,1,1", "9" * 5000 + ",1"):
+        failed(command("build", toy_model, "-o", out, "--static-shapes", wrong), "PREFILL,DECODE")
+    failed(command("build", toy_model, "-o", out, "--static-shapes", "0,1"), "a call of 0 tokens")
+    failed(command("build", toy_model, "-o", out, "--static-shapes", "8,1", "--no-programs"), "leave out")
+    failed(command("build", toy_model, "-o", out, "--split-heads"), "--static-shapes")
     failed(
         command("build", toy_model, "-o", toy_bundle.path, "--max-context", 128), "exists already", "--force"
     )
