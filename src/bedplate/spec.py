@@ -130,6 +130,11 @@ class ModelSpec:
     def n_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def used_ropes(self) -> tuple[RopeTable, ...]:
+        """None, if no layer turns."""
+        return self.ropes if any(layer.rope is not None for layer in self.layers) else ()
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

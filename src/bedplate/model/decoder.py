@@ -265,7 +265,7 @@ class Decoder(nn.Module):
             raise ValueError(f"no such linears: {unknown}")
         self.spec, self.max_context, self.corrections = spec, max_context, dict(corrections)
         self.embed_tokens: nn.Module = _embedding(spec.vocab_size, spec.dim, device)
-        self.rope = Rope(spec.ropes, spec.head_dim, max_context)
+        self.rope = Rope(spec.used_ropes, spec.head_dim, max_context)
         growth = growing(spec, max_context)
         self.query_factors = QueryFactors(growth, max_context) if growth else None
         windows = narrow_windows(spec, max_context) if max_chunk else []

@@ -48,7 +48,7 @@ class LayerNorm(RMSNorm):
 
 
 class Rope(nn.Module):
-    """Rotary position embedding: tables of cos and sin, and rotate-half as a linear.
+    """Rotary position embedding: tables of cos and sin, and rotate-half as a linear. Without tables it holds nothing.
 
     rotate_half(x) = [-x₂, x₁] is x Rᵀ with R of 0 and ±1: exact, and, unlike slices, inside the delegate.
     """
@@ -62,6 +62,8 @@ class Rope(nn.Module):
             self.register_buffer(f"cos_{number}", cos, persistent=False)
             self.register_buffer(f"sin_{number}", sin, persistent=False)
         self.count = len(tables)
+        if not tables:
+            return
         half = head_dim // 2
         rotation, one = torch.zeros(head_dim, head_dim, device="cpu"), torch.eye(half, device="cpu")
         rotation[:half, half:], rotation[half:, :half] = -one, one

@@ -43,11 +43,9 @@ def fixed_constants(spec: ModelSpec, max_context: int, max_chunk: int) -> dict[s
     """
     delegates = dict(_norm_constants(spec))
     tensors = dict(_scalars(spec))
-    rope = Rope(spec.ropes, spec.head_dim, max_context)
+    rope = Rope(spec.used_ropes, spec.head_dim, max_context)
     for name, value in rope.named_buffers():
         (delegates if name == "rotation" else tensors)[f"rope.{name}"] = value
-    if all(layer.rope is None for layer in spec.layers):
-        del delegates["rope.rotation"]
     if (growth := growing(spec, max_context)) is not None:
         tensors["query_factors"] = query_factors(growth, max_context)
     for window in narrow_windows(spec, max_context):
