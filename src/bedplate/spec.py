@@ -157,7 +157,7 @@ def narrow_windows(spec: ModelSpec, max_context: int) -> list[int]:
 
 
 def mask_windows(spec: ModelSpec, max_context: int) -> tuple[int | None, ...]:
-    """The windows that programs of fixed shapes have masks for, in their order. None: of layers that see all before."""
+    """The windows that programs of fixed shapes have masks for, in order. None: of layers that see all before."""
     return tuple(dict.fromkeys(narrow_window(layer, max_context) for layer in spec.layers))
 
 

@@ -94,7 +94,7 @@ def candidates(recipe: Recipe, spec: ModelSpec) -> list[str]:
 
 
 def linear_bytes(recipe: Recipe, spec: ModelSpec) -> float:
-    """How many bytes all linears and the head take, with their scales and corrections and the lengths of their rows."""
+    """How many bytes all linears and the head take, with scales, corrections and the lengths of their rows."""
     shapes, ranks = linear_shapes(spec), recipe.corrections(spec)
     total = _linear_bytes(recipe.scheme_of(HEAD), spec.vocab_size, spec.dim)
     for layer in range(spec.n_layers):
