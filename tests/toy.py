@@ -105,7 +105,14 @@ def reference(model_folder: Path, adapter: Path | None = None) -> Any:
     return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
 
 
+def is_in_programs(name: str) -> bool:
+    """Whether a constant of a foundation is in programs that take any number of tokens. Of the others, one is in
+    programs of fixed shapes, and adapters with DoRA are made from the rest.
+    """
+    return name != "attention_scale" and not name.endswith(ROW_NORMS)
+
+
 def keys_in_programs(bundle: bedplate.Bundle) -> frozenset[str]:
-    """Of the foundation's constants but those that only adapters with DoRA are made from."""
+    """The keys of those constants of the foundation."""
     constants = bundle.foundation_info.constants
-    return frozenset(constant.key for constant in constants if not constant.name.endswith(ROW_NORMS))
+    return frozenset(constant.key for constant in constants if is_in_programs(constant.name))

@@ -15,11 +15,10 @@ from command_line import Command, failed
 from forged import flip, settle
 from safetensors.numpy import load_file, save_file
 from shared import Shared
-from toy import toy_config
+from toy import is_in_programs, toy_config
 
 import bedplate
 from bedplate.bundle import usage
-from bedplate.names import ROW_NORMS
 
 
 @pytest.fixture
@@ -105,7 +104,7 @@ def test_inspect_lists_every_constant_in_full(command: Command, toy_bundle: bedp
     for constant in constants:
         assert constant.keys() == {"name", "dtype", "shape", "nbytes", "key", "owner", "users"}
         assert len(constant["key"]) == 64
-        assert bool(constant["users"]) != constant["name"].endswith(ROW_NORMS)
+        assert bool(constant["users"]) == is_in_programs(constant["name"])
     codes = next(c for c in constants if c["name"] == "layers.0.mlp.down_proj.weight#codes")
     assert (codes["dtype"], codes["shape"], codes["nbytes"]) == ("int4", [64, 96], 64 * 96 // 2)
     assert (codes["owner"], codes["users"]) == ("foundation", ["base", "all", "all2", "all8"])
