@@ -170,17 +170,16 @@ class StaticDecoder(nn.Module):
         )
 
     def example(self) -> tuple[Tensor | tuple[Tensor, ...], ...]:
-        """Inputs of the form that `forward` takes."""
+        """Inputs of the form that `forward` takes. All are different tensors: torch.export takes one for one input."""
         spec, length, slots = self._ordinary[0].spec, self.length, self.slots
         head = (1,) if self.split_heads else (1, spec.n_kv_heads)
-        mask = torch.zeros(1, length, slots + length)
-        k, v = torch.zeros(*head, spec.head_dim, slots), torch.zeros(*head, slots, spec.head_dim)
-        caches = (k, v) * (self.caches_of_layer // 2 * spec.n_layers)
+        of_cache = ((*head, spec.head_dim, slots), (*head, slots, spec.head_dim))
+        shapes = of_cache * (self.caches_of_layer // 2 * spec.n_layers)
         return (
             torch.zeros(1, length, dtype=torch.int64),
             torch.arange(length),
-            (mask,) * len(self.windows),
-            caches,
+            tuple(torch.zeros(1, length, slots + length) for _ in self.windows),
+            tuple(torch.zeros(shape) for shape in shapes),
             *([torch.zeros(1, dtype=torch.int64)] if self.one_row else []),
         )
 
