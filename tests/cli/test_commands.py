@@ -77,7 +77,8 @@ def test_export(command: Command, toy_bundle: bedplate.Bundle, tmp_path: Path) -
 def test_cache(command: Command, tmp_path: Path, shared: Shared) -> None:
     copied = shared.copy_units(tmp_path / "units")
     entries = command("cache", "list", "--unit-cache", copied, "--json").json()
-    assert {entry["kind"] for entry in entries} == {"units", "program"}
+    # Whether there are programs of fixed shapes depends on which tests ran before.
+    assert {entry["kind"] for entry in entries} - {"static"} == {"units", "program"}
     assert sum(entry["bytes"] for entry in entries) == sum(file.stat().st_size for file in copied.iterdir())
     table = command("cache", "list", "--unit-cache", copied).out
     assert all(entry["fingerprint"] in table for entry in entries)
