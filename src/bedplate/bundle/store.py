@@ -93,18 +93,24 @@ class Bundle:
         found = self.base_program if adapter is None else self.adapters[adapter].program
         if found is None:
             again = f"bedplate build MODEL -o {self.path} --force, and bedplate add for each adapter"
+            what = "the bundle has no program: it was made without programs"
+            if adapter is not None:
+                what = f"the adapter {adapter!r} has no program: made without, or more than a LoRA of linears"
             if self.base_program is not None:
                 again = f"bedplate remove {self.path} {adapter}, and bedplate add"
-            who = "the bundle" if adapter is None else f"the adapter {adapter!r}"
             hint = f"make it again without --no-programs: {again}"
-            raise NotFoundError(
-                f"{who} has no program: it was made without programs", where=self.path, hint=hint
-            )
+            raise NotFoundError(what, where=self.path, hint=hint)
         return found
 
     @property
     def tokenizer_file(self) -> Path:
         return self.path / manifest.TOKENIZER
+
+    def tokenizer_of(self, adapter: str | None) -> Path:
+        """The `tokenizer.json` of an adapter that has further tokens; of others (and of None) the base's."""
+        if adapter is not None and manifest.TOKENIZER in self.manifest.adapters[adapter].files:
+            return self.adapters[adapter].folder / manifest.TOKENIZER
+        return self.tokenizer_file
 
     @property
     def chat_template_file(self) -> Path | None:
@@ -140,7 +146,7 @@ class Bundle:
         check: Callable[[Bundle], None] = lambda drafts: None,
     ) -> None:
         """Add adapters, all or none. Each writer puts `weights.ptd` into the folder that it gets, and, if the adapter
-        has them, `program.pte` and its own `chat_template.jinja`.
+        has them, `program.pte` and its own `chat_template.jinja` and `tokenizer.json`.
 
         check: gets this bundle with only the new adapters, before anybody else can see them. If it raises an error,
         they are not added. The lock is held only to publish, so several processes can write adapters at the same

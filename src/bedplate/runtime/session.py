@@ -252,7 +252,7 @@ class Session:
         return tokenizer.encode_chat(prompt, allow_special=allow_special)
 
     def _generate(self, request: Request) -> Iterator[str]:
-        text, stops = TextStream(self._host.tokenizer_of(None).decode), StopFilter(request.wish.stop)
+        text, stops = TextStream(self._host.tokenizer_of(self._adapter).decode), StopFilter(request.wish.stop)
         stats = request.stats
         try:
             for token in self._choose_tokens(request):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Tokenizer:
-    """The tokenizer of the base or of an adapter, which can have a chat template of its own.
+    """The tokenizer of the base or of an adapter, which can have further tokens and a chat template of its own.
 
     backend: or the `tokenizer.json`, which is then opened when it is first used. RunError: it is not a tokenizer.
     chat_template: Jinja source. None: there is no template.  special_tokens: `bos_token`, `eos_token` … as text, for
@@ -46,11 +46,14 @@ class Tokenizer:
         return cls._of(bundle, bundle.tokenizer_file, None)
 
     def of_adapter(self, bundle: Bundle, adapter: str | None) -> Tokenizer:
-        """The tokenizer of an adapter of the same bundle. It has the same tokens, and maybe another chat template.
+        """The tokenizer of an adapter of the same bundle. It may have further tokens and another chat template.
 
         RunError: its chat template cannot be read.
         """
-        return self if adapter is None else self._of(bundle, self._backend, adapter)
+        if adapter is None:
+            return self
+        file = bundle.tokenizer_of(adapter)
+        return self._of(bundle, self._backend if file == bundle.tokenizer_file else file, adapter)
 
     @classmethod
     def _of(cls, bundle: Bundle, backend: Backend | Path, adapter: str | None) -> Tokenizer:

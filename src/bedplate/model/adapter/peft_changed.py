@@ -59,6 +59,7 @@ class Changed:
 
     def parameters(self) -> dict[str, NDArray[np.float32]]:
         """New values of parameters, by their names in the model's files."""
+        self._refuse_linears()
         self._refuse_unknown()
         values = {name: value for name, (_, value) in self._found.values.items()}
         for name, (inside, _) in self._found.values.items():
@@ -183,6 +184,19 @@ class Changed:
         if module in self._tokens:
             return "token_adapter.base_layer"
         return "base_layer" if (layer, linear) in self._found.halves else ""
+
+    def _refuse_linears(self) -> None:
+        """What the config trains in full may be no linear of a layer."""
+        linears = stored_linears(self._spec)
+        for layer in range(self._spec.n_layers):
+            if found := next(
+                (name for name in linears if self._is_saved(f"model.layers.{layer}.{name}")), None
+            ):
+                raise UnsupportedError(
+                    f"modules_to_save names layers.{layer}.{found}: a linear that is trained in full is not supported",
+                    where=self._config_file,
+                    hint=MERGE,
+                )
 
     def _refuse_unknown(self) -> None:
         shapes = stored_shapes(self._spec)
