@@ -50,8 +50,7 @@ void Decoder::prepare_head(const Layer& layer, const std::vector<float>& weight,
     const std::int64_t dim = model_.head_dim;
     if (of_heads(layer)) kernels_.rms_norm(x, weight.data(), model_.rules.norm_eps, dim, x);
     if (layer.rope == kNoRope) return;
-    const auto rope = static_cast<std::size_t>(layer.rope);
-    const Turns& turns = turns_[rope][row(i).kv->shape().of_long && !model_.ropes[rope].of_long.empty()];
+    const Turns& turns = turns_[static_cast<std::size_t>(layer.rope)][row(i).kv->shape().of_long];
     const std::int64_t at = row(i).position * (dim / 2);
     kernels_.rotate(x, turns.cos.data() + at, turns.sin.data() + at, dim);
 }

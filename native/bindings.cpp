@@ -200,7 +200,7 @@ Logits step(Decoder& self, const std::vector<RowPart>& parts) {
     }
     const auto columns = static_cast<std::size_t>(width);
     const nb::gil_scoped_release released;
-    Logits logits{std::unique_ptr<float[]>(new float[wanted * columns]), wanted, columns};
+    Logits logits(self.spare(), wanted, columns);
     self.step(rows, width, logits.data.get());
     return logits;
 }

@@ -125,8 +125,8 @@ void Decoder::prepare(const std::vector<Row>& rows) {
 
     for (std::size_t i = 0; i < turns_.size(); ++i) {
         const Rope& rope = model_.ropes[i];
-        turns_[i][0].reach(rope.frequencies, rope.scale, rope.of_long.empty() ? last + 1 : turned[0]);
-        if (!rope.of_long.empty()) turns_[i][1].reach(rope.of_long, rope.scale, turned[1]);
+        turns_[i][0].reach(rope.frequencies, rope.scale, turned[0]);
+        turns_[i][1].reach(rope.of_long, rope.scale, turned[1]);
     }
 }
 

@@ -15,6 +15,7 @@
 #include "adapter.h"
 #include "kernels.h"
 #include "kv.h"
+#include "logits.h"
 #include "memory.h"
 #include "model.h"
 #include "team.h"
@@ -59,6 +60,8 @@ class Decoder {
 
     const Model& model() const { return model_; }
     int threads() const { return team_.size(); }
+    // Of the logits of its steps.
+    const std::shared_ptr<Spare>& spare() const { return spare_; }
     // Of sessions with an adapter; null: with the base.
     KvShape kv_shape(const Adapter* adapter, bool half, bool of_long) const {
         const std::size_t layers = adapter == nullptr ? model_.layers.size() : adapter->layers.size();
@@ -188,6 +191,7 @@ class Decoder {
     Model model_;
     const Kernels& kernels_;
     Team team_;
+    std::shared_ptr<Spare> spare_ = std::make_shared<Spare>();
     std::mutex mutex_;
 
     // Of the running step.

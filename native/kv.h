@@ -19,6 +19,10 @@ struct KvShape {
     std::size_t item_bytes() const { return half ? 2 : 4; }
     std::size_t head_bytes() const { return static_cast<std::size_t>(head_dim * kPositions) * item_bytes(); }
     std::size_t block_bytes() const { return static_cast<std::size_t>(layers * heads) * 2 * head_bytes(); }
+    bool operator==(const KvShape& other) const {
+        return layers == other.layers && heads == other.heads && head_dim == other.head_dim &&
+               half == other.half && of_long == other.of_long;
+    }
 };
 
 class Kv {

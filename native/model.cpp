@@ -90,7 +90,7 @@ void check_ropes(const Model& m) {
         require(rope.frequencies.size() == static_cast<std::size_t>(m.head_dim / 2),
                 "the frequencies do not fit head_dim");
         require(is_factor(rope.scale), "a rotary embedding has a scale that is no positive number");
-        require(rope.of_long.empty() || rope.of_long.size() == rope.frequencies.size(),
+        require(rope.of_long.size() == rope.frequencies.size(),
                 "the frequencies of long texts do not fit head_dim");
         for (const auto* frequencies : {&rope.frequencies, &rope.of_long})
             for (const float frequency : *frequencies)
@@ -135,6 +135,8 @@ void complete(Model& m) {
     require(m.heads % m.kv_heads == 0, "the heads are no multiple of the kv heads");
     require(m.head_dim % 2 == 0 && m.head_dim <= 4096, "head_dim is odd or too large");
     check_rules(m.rules);
+    for (Rope& rope : m.ropes)
+        if (rope.of_long.empty()) rope.of_long = rope.frequencies;
     check_ropes(m);
     check_norm(m.norm, m);
     lay_out(m.head, {m.vocab}, m.dim);

@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_edit import finish
 from peft_oracle import TOLERANCE, Oracle
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -176,10 +177,7 @@ def as_gguf(
         writer.add_tensor(own, gguf.quants.quantize(value, stored), raw_dtype=stored)
     for name, values in (extra or {}).items():
         writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return file
 
 
@@ -187,7 +185,7 @@ def equal(oracle: Oracle, made: Path, peft: Path, *, tolerance: float = TOLERANC
     """What bedplate reads from `made` is what PEFT computes from `peft`."""
     adapter = oracle.read(made)
     expected = oracle.peft(peft)
-    torch.testing.assert_close(oracle.merged(adapter), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(oracle.applied(adapter), expected, rtol=0, atol=tolerance)
     assert float((expected - oracle.base).abs().max()) > 20 * tolerance
     return adapter
 

@@ -18,6 +18,7 @@ from bedplate.model.checkpoint import open_checkpoint
 from bedplate.model.decoder import Decoder
 from bedplate.model.load import float_decoder
 from bedplate.model.lora import LoRALinear
+from bedplate.model.parts import RMSNorm
 from bedplate.model.tokenizer_files import read_tokenizer
 from bedplate.quantize.calibration import calibration_tokens, input_statistics
 from bedplate.quantize.eager import quantize_decoder
@@ -60,9 +61,10 @@ def _adapted(base: Decoder, adapter: Path, quantize: AdapterScheme) -> Decoder:
     )
     decoder.embed_tokens, decoder.norm, decoder.lm_head = base.embed_tokens, base.norm, base.lm_head
     for layer, of_base in zip(decoder.layers, base.layers, strict=True):
-        layer.attention_norm, layer.mlp_norm = of_base.attention_norm, of_base.mlp_norm
         for path, module in list(layer.named_modules()):
-            if isinstance(module, LoRALinear):
+            if isinstance(module, RMSNorm):
+                layer.set_submodule(path, of_base.get_submodule(path))
+            elif isinstance(module, LoRALinear):
                 module.linear = of_base.get_submodule(path)
             elif isinstance(module, nn.Linear) and not path.endswith((".linear", ".lora_a", ".lora_b")):
                 layer.set_submodule(path, of_base.get_submodule(path))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from toy import save_with_random_b
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
@@ -24,10 +25,10 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-_LLAMA3 = {
+LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
     "factor": 8.0,
@@ -56,10 +57,10 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "biases, untied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
             "wide heads": {"head_dim": 32, "num_key_value_heads": 1},
             "gelu": {"hidden_act": "gelu_pytorch_tanh"},
-            "llama3": {"rope_parameters": _LLAMA3},
+            "llama3": {"rope_parameters": LLAMA3},
             "linear": {"rope_parameters": _LINEAR},
             "dynamic": {"rope_parameters": _DYNAMIC},
-            "yarn": {"rope_parameters": _YARN},
+            "yarn": {"rope_parameters": YARN},
             "longrope, short": {"rope_parameters": _longrope(8, 32)},
             "longrope, long": {"rope_parameters": _longrope(8, 16)},
             "proportional": {"rope_parameters": _PROPORTIONAL},
@@ -86,7 +87,7 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {
             "tied, yarn": {
                 "tie_word_embeddings": True,
-                "rope_parameters": _YARN,
+                "rope_parameters": YARN,
                 "use_sliding_window": False,
             },
             "a window that is off": {
@@ -125,13 +126,13 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "ministral3": (
         {
             "head_dim": 16,
-            "rope_parameters": {**_YARN, "original_max_position_embeddings": 6, "llama_4_scaling_beta": 0.7},
+            "rope_parameters": {**YARN, "original_max_position_embeddings": 6, "llama_4_scaling_beta": 0.7},
         },
         {
             "window, mscale": {
                 "sliding_window": WINDOW,
                 "rope_parameters": {
-                    **_YARN,
+                    **YARN,
                     "mscale": 0.7,
                     "mscale_all_dim": 1.0,
                     "llama_4_scaling_beta": 0.3,
@@ -180,7 +181,7 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
                 "attention_bias": True,
                 "tie_word_embeddings": False,
             },
-            "yarn": {"rope_parameters": {SLIDING: {"rope_type": "default", "rope_theta": 50.0}, FULL: _YARN}},
+            "yarn": {"rope_parameters": {SLIDING: {"rope_type": "default", "rope_theta": 50.0}, FULL: YARN}},
         },
     ),
     "phi3": (
@@ -236,7 +237,7 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {
             "yarn": {
                 "layer_types": [SLIDING, FULL, FULL, SLIDING],
-                "rope_parameters": {SLIDING: {"rope_type": "default", "rope_theta": 100.0}, FULL: _YARN},
+                "rope_parameters": {SLIDING: {"rope_type": "default", "rope_theta": 100.0}, FULL: YARN},
             },
             "biases": {"attention_bias": True, "tie_word_embeddings": True},
         },
@@ -256,7 +257,7 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {},
         {
             "biases, heads": {"attention_bias": True, "mlp_bias": True, "head_dim": 32},
-            "yarn": {"rope_parameters": _YARN},
+            "yarn": {"rope_parameters": YARN},
         },
     ),
     "seed_oss": (
@@ -285,7 +286,7 @@ TOYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {
             "no biases, tied": {"attention_bias": False, "tie_word_embeddings": True},
             "all turn": {"rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 1.0}},
-            "yarn": {"rope_parameters": {**_YARN, "partial_rotary_factor": 0.5}},
+            "yarn": {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
         },
     ),
     "helium": (
@@ -354,12 +355,7 @@ def save_adapter(folder: Path, model: Path, config: LoraConfig) -> Path:
     """A random adapter, as PEFT saves it."""
     adapted = get_peft_model(theirs_of(model), config)
     torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0.0, 0.3)
-    adapted.save_pretrained(folder)
-    return folder
+    return save_with_random_b(folder, adapted, spread=0.3)
 
 
 def save_trained(folder: Path, model: Path, config: LoraConfig, *, tokens: int | None = None) -> Path:

@@ -13,7 +13,6 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from adapted import logits_with
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -80,7 +79,7 @@ class Oracle:
                 added.append(name)
             self._bundle.merge(weights, name="sum", programs=False, allow_noop=True)
             added.append("sum")
-            return logits_with(self._bundle, "sum", self._folder, TOKENS[0].tolist())
+            return self._with("sum")
         finally:
             for name in added:
                 self._bundle.remove(name)
@@ -88,13 +87,17 @@ class Oracle:
     def read(self, folder: Path) -> Adapter:
         return read_adapter(folder, self.spec)
 
-    def merged(self, adapter: Adapter) -> Tensor:
-        """Logits float32 [T, vocab] of what a float bundle holds of an adapter, merged into the base's weights."""
+    def applied(self, adapter: Adapter) -> Tensor:
+        """Logits float32 [T, vocab] of an adapter in a float bundle, whose sessions add branches as PEFT does."""
         self._bundle.add(adapter.path, name="a", programs=False, allow_noop=True)
         try:
-            return logits_with(self._bundle, "a", self._folder, TOKENS[0].tolist())
+            return self._with("a")
         finally:
             self._bundle.remove("a")
+
+    def _with(self, adapter: str) -> Tensor:
+        with bedplate.Engine(self._bundle, kv="float32") as engine:
+            return torch.from_numpy(engine.session(adapter).logits(TOKENS[0].tolist()))
 
     @cached_property
     def _bundle(self) -> bedplate.Bundle:
@@ -104,7 +107,7 @@ class Oracle:
         """bedplate reads from `folder` what PEFT computes."""
         adapter = self.read(folder)
         expected = self.peft(folder)
-        torch.testing.assert_close(self.merged(adapter), expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(self.applied(adapter), expected, rtol=0, atol=TOLERANCE)
         assert (float((expected - self.base).abs().max()) > 10 * TOLERANCE) == has_effect
         return adapter
 

@@ -85,12 +85,16 @@ def save_adapter(
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=targets or ALL_LINEARS, task_type="CAUSAL_LM", **fields
     )
-    model = get_peft_model(base, config)
+    return save_with_random_b(folder, get_peft_model(base, config), spread=0.1)
+
+
+def save_with_random_b(folder: Path, adapted: Any, *, spread: float) -> Path:
+    """An adapter that does something, as PEFT saves it."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(0.0, 0.1)
-    model.save_pretrained(folder)
+                parameter.normal_(0.0, spread)
+    adapted.save_pretrained(folder)
     return folder
 
 

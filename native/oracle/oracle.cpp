@@ -54,6 +54,13 @@ auto alone(const Work& work) {
     return work();
 }
 
+// A tensor that a method takes.
+struct Input {
+    void* data;
+    std::vector<executorch::aten::SizesType> sizes;
+    ScalarType type;
+};
+
 class Program {
   public:
     // Reads the program and the indices of its data files. They are mapped, so that several programs have one
@@ -88,11 +95,22 @@ class Program {
 
     // What a method without inputs returns.
     std::int64_t constant(const std::string& method) {
+        const auto values = constants(method);
+        if (values.size() != 1) throw OracleError("method " + method + " of " + path_ + " returns no number");
+        return values.front();
+    }
+
+    // What a method without inputs returns: whole numbers, and 0 or 1 for a truth.
+    std::vector<std::int64_t> constants(const std::string& method) {
         const auto values = module_.execute(method);
         check(values.error(), "cannot run method " + method + " of " + path_);
-        if (values->size() != 1 || !values->front().isInt())
-            throw OracleError("method " + method + " of " + path_ + " returns no number");
-        return values->front().toInt();
+        std::vector<std::int64_t> found;
+        for (const auto& value : *values) {
+            if (!value.isInt() && !value.isBool())
+                throw OracleError("method " + method + " of " + path_ + " returns no numbers");
+            found.push_back(value.isInt() ? value.toInt() : value.toBool());
+        }
+        return found;
     }
 
     // Finds each constant in the data files and packs weights.
@@ -139,7 +157,69 @@ class Program {
         return logits;
     }
 
+    std::vector<std::vector<std::int64_t>> input_shapes(const std::string& method) {
+        const std::string doing = "cannot read method " + method + " of " + path_;
+        const auto meta = module_.method_meta(method);
+        check(meta.error(), doing);
+        std::vector<std::vector<std::int64_t>> shapes;
+        for (std::size_t i = 0; i < meta->num_inputs(); ++i) {
+            const auto input = meta->input_tensor_meta(i);
+            check(input.error(), doing);
+            shapes.emplace_back(input->sizes().begin(), input->sizes().end());
+        }
+        return shapes;
+    }
+
+    struct Array {
+        std::unique_ptr<float[]> data;
+        std::vector<std::size_t> shape;
+    };
+
+    // Runs a method on tensors of fixed shapes.
+    std::vector<Array> call(const std::string& method, const std::vector<Input>& inputs) {
+        const std::string doing = "cannot run method " + method + " of " + path_;
+        check_shapes(method, inputs);
+        std::vector<executorch::extension::TensorPtr> tensors;
+        std::vector<EValue> values;
+        for (const auto& input : inputs) {
+            tensors.push_back(from_blob(input.data, input.sizes, input.type));
+            values.emplace_back(*tensors.back());
+        }
+        const auto outputs = module_.execute(method, values);
+        check(outputs.error(), doing);
+        std::vector<Array> found;
+        for (const auto& output : *outputs) {
+            if (!output.isTensor() || output.toTensor().scalar_type() != ScalarType::Float)
+                throw OracleError(doing + ": it returns something else than floats");
+            const auto& tensor = output.toTensor();
+            const auto size = static_cast<std::size_t>(tensor.numel());
+            found.push_back(
+                {std::unique_ptr<float[]>(new float[size]), {tensor.sizes().begin(), tensor.sizes().end()}});
+            std::copy_n(tensor.const_data_ptr<float>(), size, found.back().data.get());
+        }
+        return found;
+    }
+
   private:
+    // ExecuTorch itself lets shorter tensors pass where a delegate reads longer ones.
+    void check_shapes(const std::string& method, const std::vector<Input>& inputs) {
+        const auto meta = module_.method_meta(method);
+        check(meta.error(), "cannot read method " + method + " of " + path_);
+        if (meta->num_inputs() != inputs.size())
+            throw OracleError("method " + method + " of " + path_ + " takes " +
+                              std::to_string(meta->num_inputs()) + " tensors, not " +
+                              std::to_string(inputs.size()));
+        for (std::size_t i = 0; i < inputs.size(); ++i) {
+            const auto wanted = meta->input_tensor_meta(i);
+            check(wanted.error(), "cannot read method " + method + " of " + path_);
+            const auto sizes = wanted->sizes();
+            if (wanted->scalar_type() != inputs[i].type ||
+                !std::equal(sizes.begin(), sizes.end(), inputs[i].sizes.begin(), inputs[i].sizes.end()))
+                throw OracleError("method " + method + " of " + path_ + ": its input " + std::to_string(i) +
+                                  " has another type or shape");
+        }
+    }
+
     std::string path_;
     Module module_;
 };
@@ -163,6 +243,32 @@ Logits run(Loaded& self, const std::string& method, const std::vector<std::int64
     return Logits(data, {logits.rows, logits.columns}, owner);
 }
 
+using Tensor = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+Input input_of(const Tensor& array) {
+    const bool whole = array.dtype() == nb::dtype<std::int64_t>();
+    if (!whole && array.dtype() != nb::dtype<float>())
+        throw OracleError("a program takes arrays of int64 or float32");
+    Input input{const_cast<void*>(array.data()), {}, whole ? ScalarType::Long : ScalarType::Float};
+    for (std::size_t i = 0; i < array.ndim(); ++i)
+        input.sizes.push_back(static_cast<executorch::aten::SizesType>(array.shape(i)));
+    return input;
+}
+
+nb::list call(Loaded& self, const std::string& method, const std::vector<Tensor>& arrays) {
+    std::vector<Input> inputs;
+    for (const auto& array : arrays) inputs.push_back(input_of(array));
+    auto outputs = alone([&] { return self.program->call(method, inputs); });
+    nb::list found;
+    for (auto& output : outputs) {
+        float* data = output.data.release();
+        const nb::capsule owner(data, [](void* memory) noexcept { delete[] static_cast<float*>(memory); });
+        found.append(
+            nb::cast(nb::ndarray<nb::numpy, float>(data, output.shape.size(), output.shape.data(), owner)));
+    }
+    return found;
+}
+
 // A method of Program, called as the only one that computes.
 template <class Result, class... Args>
 auto in_turn(Result (Program::*method)(Args...)) {
@@ -181,7 +287,10 @@ NB_MODULE(_oracle, m) {
         .def("keys", in_turn(&Program::keys))
         .def("method_names", in_turn(&Program::method_names))
         .def("constant", in_turn(&Program::constant), "method"_a)
+        .def("constants", in_turn(&Program::constants), "method"_a)
+        .def("input_shapes", in_turn(&Program::input_shapes), "method"_a)
         .def("load", in_turn(&Program::load), "method"_a)
         .def("columns", in_turn(&Program::columns), "method"_a)
-        .def("run", &run, "method"_a, "tokens"_a, "position"_a);
+        .def("run", &run, "method"_a, "tokens"_a, "position"_a)
+        .def("call", &call, "method"_a, "inputs"_a);
 }

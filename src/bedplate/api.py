@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Literal
 
 from bedplate.assemble.report import SILENT, Reporter
 from bedplate.bundle import store
+from bedplate.errors import RecipeError
 from bedplate.quantize.options import METHOD, RECOVERY_RANK, AdapterScheme, Method
 
 if TYPE_CHECKING:
     from bedplate.assemble.evaluate import Evaluation
     from bedplate.compile.cache import UnitCache
+    from bedplate.compile.units import StaticShapes
     from bedplate.runtime.weights import Precision
 
 
@@ -125,11 +127,13 @@ class Bundle(store.Bundle):
         out: str | Path,
         *,
         adapter: str | None = None,
+        static: bool = False,
         self_contained: bool = False,
         with_foundation: bool = False,
     ) -> None:
         """Write the program of `adapter` (None: of the base) as one stock ExecuTorch file.
 
+        static: the program of fixed shapes.
         self_contained: put the adapter's constants into the file. It then needs only `foundation.ptd`.
         with_foundation: put the foundation's constants into the file. It then does not need `foundation.ptd`.
         NotFoundError: there is no such adapter, it has no program, or the folder of `out` does not exist.
@@ -137,7 +141,12 @@ class Bundle(store.Bundle):
         from bedplate.assemble.export import export_program
 
         export_program(
-            self, Path(out), adapter=adapter, self_contained=self_contained, with_foundation=with_foundation
+            self,
+            Path(out),
+            adapter=adapter,
+            static=static,
+            self_contained=self_contained,
+            with_foundation=with_foundation,
         )
 
     def remove(self, name: str) -> None:
@@ -161,6 +170,8 @@ def build(
     calibration: str | Path | None = None,
     max_context: int | None = None,
     programs: bool = True,
+    static_shapes: tuple[int, int] | None = None,
+    split_heads: bool = False,
     unit_cache: str | Path | None = None,
     reporter: Reporter = SILENT,
     force: bool = False,
@@ -178,6 +189,9 @@ def build(
         bedplate's own runtime has no such limit.
     programs: if False, the bundle has no programs for ExecuTorch. ExecuTorch is then not needed, and nothing is
         compiled. `foundation.ptd` is the same. The bundle runs here, but `export` does not work.
+    static_shapes: also make a program of fixed shapes for the base, and for each adapter that is added later. Its
+        method `prefill` takes the first number of tokens, `decode` the second. split_heads: its products are of one
+        head each, as some accelerators want them.
     unit_cache: folder of compiled units. None: the user's cache folder.
     force: replace a bundle at `out`. Its adapters are lost.
     Raises a BedplateError if something is wrong. `out` is then as it was before.
@@ -205,11 +219,26 @@ def build(
         calibration=None if calibration is None else Path(calibration),
         max_context=max_context,
         programs=programs,
+        static=_shapes(static_shapes, split_heads),
         cache=open_cache(unit_cache, reporter),
         reporter=reporter,
         force=force,
     )
     return Bundle.open(out, check=False)
+
+
+def _shapes(lengths: tuple[int, int] | None, split_heads: bool) -> StaticShapes | None:
+    from bedplate.compile.units import StaticShapes
+
+    if lengths is None:
+        if split_heads:
+            raise RecipeError(
+                "heads are split in programs of fixed shapes only",
+                hint="give --static-shapes, too (Python: static_shapes=(64, 1))",
+            )
+        return None
+    prefill, decode = lengths
+    return StaticShapes(prefill=prefill, decode=decode, split_heads=split_heads)
 
 
 def evaluate(

@@ -30,6 +30,9 @@ _HINT = "bedplate verify BUNDLE checks every file, and that programs and data fi
 # Loading it registers `llama::update_cache` and `llama::custom_sdpa`, which every program of ours names.
 _OPERATORS = "executorch.extension.llm.custom_ops.custom_ops"
 
+# Finite, for kernels that cannot take infinity; its exponential is 0.
+_UNSEEN = -1e9
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -43,7 +46,7 @@ class Limits:
     vocab: int
 
 
-class StockProgram:
+class _Program:
     """A `.pte` with its data files, loaded by ExecuTorch. It holds the keys and values of one text.
 
     weight_cache: weights that several programs of the process use are packed once. They are found by their keys alone,
@@ -53,6 +56,10 @@ class StockProgram:
     damaged, or two data files hold the same key.  RunError: the program is damaged, or it names a constant that no
     file holds.
     """
+
+    # What tells of the program, and what computes.
+    _constants: tuple[str, ...]
+    _methods: tuple[str, str]
 
     def __init__(self, program: Path, data: Sequence[Path] = (), *, weight_cache: bool = True) -> None:
         self.path = program
@@ -64,8 +71,10 @@ class StockProgram:
                 str(program), [str(file) for file in data], weight_cache
             )
             self._check_keys(named - held - set(self._program.keys()), data)
+            if missing := {*self._constants, *self._methods} - set(self._program.method_names()):
+                raise RunError(f"the program has no method {min(missing)}", where=self.path, hint=_HINT)
             self.limits = self._read_limits()
-            for method in ("forward", "logits"):
+            for method in self._methods:
                 self._program.load(method)
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -74,7 +83,7 @@ class StockProgram:
 
         self._check(token_ids, 0)
         chunks = _chunks(token_ids, 0, self.limits.max_logits_len)
-        return np.concatenate([self._run("logits", chunk, at) for chunk, at in chunks])
+        return np.concatenate([self._run(self._methods[1], chunk, at) for chunk, at in chunks])
 
     def step(self, token_ids: Sequence[int], position: int) -> NDArray[np.float32]:
         """Run tokens after `position` other tokens of the text. Returns the logits of the last one, float32 [vocab].
@@ -83,16 +92,20 @@ class StockProgram:
         """
         self._check(token_ids, position)
         for chunk, at in _chunks(token_ids, position, self.limits.max_seq_len):
-            rows = self._run("forward", chunk, at)
+            rows = self._run(self._method_of(len(chunk)), chunk, at)
         last: NDArray[np.float32] = rows[-1]
         return last
 
+    def _method_of(self, count: int) -> str:
+        """The one that gives the logits of the last of so many tokens, if not of all."""
+        return self._methods[0]
+
+    def _read_limits(self) -> Limits:
+        raise NotImplementedError
+
     def _run(self, method: str, token_ids: Sequence[int], position: int) -> NDArray[np.float32]:
-        self._filled = position
-        with _errors(self.path):
-            logits = self._program.run(method, token_ids, position)
-        self._filled += len(token_ids)
-        return logits
+        """Logits of all these tokens, or of the last one."""
+        raise NotImplementedError
 
     def _check_keys(self, missing: frozenset[str], data: Sequence[Path]) -> None:
         """Checks that every constant is there before XNNPACK packs any. If XNNPACK fails half way, its weight cache
@@ -102,14 +115,6 @@ class StockProgram:
             what = f"no data file holds {len(missing)} of its constants, for example {min(missing)}"
             hint = f"{_HINT}; the data files were: {', '.join(map(str, data)) or 'none'}"
             raise RunError(what, where=self.path, hint=hint)
-
-    def _read_limits(self) -> Limits:
-        names = ("get_max_seq_len", "get_max_logits_len", "get_max_context_len")
-        if missing := {*names, "forward", "logits"} - set(self._program.method_names()):
-            raise RunError(f"the program has no method {min(missing)}", where=self.path, hint=_HINT)
-        chunk, logits, context = (self._program.constant(name) for name in names)
-        vocab = self._program.columns("logits")
-        return Limits(max_seq_len=chunk, max_logits_len=logits, max_context=context, vocab=vocab)
 
     def _check(self, token_ids: Sequence[int], position: int) -> None:
         limits = self.limits
@@ -127,14 +132,103 @@ class StockProgram:
             raise RunError(what, where=self.path, hint="tokenize with the tokenizer of the bundle")
 
 
+class StockProgram(_Program):
+    """A program whose calls take any number of tokens. See _Program."""
+
+    _constants = ("get_max_seq_len", "get_max_logits_len", "get_max_context_len")
+    _methods = ("forward", "logits")
+
+    def _read_limits(self) -> Limits:
+        chunk, logits, context = (self._program.constant(name) for name in self._constants)
+        vocab = self._program.columns("logits")
+        return Limits(max_seq_len=chunk, max_logits_len=logits, max_context=context, vocab=vocab)
+
+    def _run(self, method: str, token_ids: Sequence[int], position: int) -> NDArray[np.float32]:
+        self._filled = position
+        with _errors(self.path):
+            logits = self._program.run(method, token_ids, position)
+        self._filled += len(token_ids)
+        return logits
+
+
+class StaticProgram(_Program):
+    """A program of fixed shapes, with the host's part: it keeps keys and values, makes masks, and fills up what is
+    too short (docs/static.md). See _Program.
+    """
+
+    _constants = ("get_prefill_len", "get_decode_len", "get_max_context_len", "get_windows")
+    _methods = ("prefill", "decode")
+
+    def _method_of(self, count: int) -> str:
+        return "decode" if count <= self.limits.max_logits_len else "prefill"
+
+    def _read_limits(self) -> Limits:
+        import numpy as np
+
+        prefill, decode, context = (self._program.constant(name) for name in self._constants[:3])
+        self._lengths = {"prefill": prefill, "decode": decode}
+        self._windows = [window or None for window in self._program.constants("get_windows")]
+        shapes = self._program.input_shapes("decode")[2 + len(self._windows) :]
+        self._caches = [np.zeros(shape, np.float32) for shape in shapes]
+        vocab = self._program.columns("decode")
+        longest = max(prefill, decode)
+        return Limits(max_seq_len=longest, max_logits_len=decode, max_context=context, vocab=vocab)
+
+    def _run(self, method: str, token_ids: Sequence[int], position: int) -> NDArray[np.float32]:
+        import numpy as np
+
+        count, length, context = len(token_ids), self._lengths[method], self.limits.max_context
+        # What fills up a step is no text: nobody sees it, and its keys and values are not kept.
+        tokens = np.zeros((1, length), np.int64)
+        tokens[0, :count] = token_ids
+        positions = np.minimum(np.arange(position, position + length), context - 1)
+        masks = [static_mask(window, position, length, context) for window in self._windows]
+        row = [np.array([count - 1])] if method == "prefill" else []
+        self._filled = position
+        with _errors(self.path):
+            logits, *given = self._program.call(method, [tokens, positions, *masks, *self._caches, *row])
+        for index, (cache, part) in enumerate(zip(self._caches, given, strict=True)):
+            if index % 2:
+                cache[..., position : position + count, :] = part[..., :count, :]
+            else:  # keys stand in columns
+                cache[..., position : position + count] = part[..., :count]
+        self._filled += count
+        return logits[0, :count]
+
+
+def static_mask(window: int | None, position: int, length: int, max_context: int) -> NDArray[np.float32]:
+    """What is added to scores, float32 [1, length, max_context + length]: 0 where a query sees a key.
+
+    Keys: the slots of a cache, of which the first `position` are filled; then the tokens of the step.
+    """
+    import numpy as np
+
+    at = np.arange(position, position + length)
+    slots = np.arange(max_context)
+    keys = np.concatenate([np.where(slots < position, slots, position + length), at])  # empty: as if to come
+    seen = keys <= at[:, None]
+    if window is not None:
+        seen &= keys > at[:, None] - window
+    return np.where(seen, 0, _UNSEEN).astype(np.float32)[None]
+
+
+def static_program(bundle: Bundle, name: str = BASE, *, weight_cache: bool = True) -> StaticProgram:
+    """As `stock_program`, of fixed shapes."""
+    program = bundle.program(None if name == BASE else name, static=True)
+    return StaticProgram(program, _data(bundle, name), weight_cache=weight_cache)
+
+
 def stock_program(bundle: Bundle, name: str = BASE, *, weight_cache: bool = True) -> StockProgram:
     """Load the program of the base or of an adapter, with its data files. See StockProgram.
 
     NotFoundError: there is no such adapter, or it has no program.
     """
     program = bundle.program(None if name == BASE else name)
-    data = [bundle.foundation, *([] if name == BASE else [bundle.adapters[name].weights])]
-    return StockProgram(program, data, weight_cache=weight_cache)
+    return StockProgram(program, _data(bundle, name), weight_cache=weight_cache)
+
+
+def _data(bundle: Bundle, name: str) -> list[Path]:
+    return [bundle.foundation, *([] if name == BASE else [bundle.adapters[name].weights])]
 
 
 def stock_programs(bundle: Bundle) -> dict[str, StockProgram]:

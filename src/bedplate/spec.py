@@ -130,8 +130,30 @@ class ModelSpec:
     def n_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def used_ropes(self) -> tuple[RopeTable, ...]:
+        """None, if no layer turns."""
+        return self.ropes if any(layer.rope is not None for layer in self.layers) else ()
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def growing(spec: ModelSpec, max_context: int) -> QueryGrowth | None:
+    """The growth of queries, if texts of this context have any. Within the original positions the factor is 1."""
+    growth = spec.query_growth
+    return growth if growth is not None and max_context > growth.original_positions else None
+
+
+def narrow_window(layer: LayerSpec, max_context: int) -> int | None:
+    """The window of a layer, if a text of this context reaches beyond it."""
+    return layer.window if layer.window is not None and layer.window < max_context else None
+
+
+def narrow_windows(spec: ModelSpec, max_context: int) -> list[int]:
+    """All such windows of a model."""
+    windows = {narrow_window(layer, max_context) for layer in spec.layers}
+    return sorted(window for window in windows if window is not None)
 
 
 def linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
@@ -162,10 +184,8 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         layer[f"{name}.weight"] = (rows, columns)
         if with_bias.get(name, spec.mlp_bias):
             layer[f"{name}.bias"] = (rows,)
-    if spec.qk_norm:
-        for part, heads in (("q", spec.n_heads), ("k", spec.n_kv_heads)):
-            width = spec.head_dim * (heads if spec.qk_norm == "whole" else 1)
-            layer[f"self_attn.{part}_norm.weight"] = (width,)
+    for part, shape in qk_norm_shapes(spec).items():
+        layer[f"self_attn.{part}_norm.weight"] = shape
     for name in spec.norms:
         layer |= _norm(name, spec)
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (spec.vocab_size, spec.dim)}
@@ -173,6 +193,16 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
     shapes |= _norm("norm", spec)
     return shapes if spec.tied_head else {**shapes, "lm_head.weight": (spec.vocab_size, spec.dim)}
+
+
+def qk_norm_shapes(spec: ModelSpec) -> dict[str, tuple[int]]:
+    """Shapes of the norms of `q` and `k`, if the model has them."""
+    if spec.qk_norm is None:
+        return {}
+    heads = {"q": spec.n_heads, "k": spec.n_kv_heads}
+    return {
+        part: (spec.head_dim * (count if spec.qk_norm == "whole" else 1),) for part, count in heads.items()
+    }
 
 
 def _norm(name: str, spec: ModelSpec) -> dict[str, tuple[int, ...]]:

@@ -39,7 +39,8 @@ def test_an_operator_that_falls_out_of_its_delegate_is_named(monkeypatch: pytest
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
 
     monkeypatch.setattr(RMSNorm, "forward", usual_norm)
-    decoder, _ = stand_in_decoder(small_structure(), depth=2)
+    structure = small_structure()
+    decoder, _ = stand_in_decoder(structure, structure.unit_layers)
     with pytest.raises(LoweringError, match=r"fell out .*mean\.dim of .*norm") as raised:
         lower(decoder, max_chunk=16, symbol_of={})
     assert raised.value.hint

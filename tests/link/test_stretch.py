@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from eager import eager_decoder
+from families import make_toy, save_toy
 from stock import StockProgram, export_whole
-from toy import BuildToy, save_adapter, save_toy_model, toy_config
+from toy import BuildToy, save_adapter, save_toy_model, save_toy_tokenizer, toy_config
 
+import bedplate
 from bedplate import Bundle
 from bedplate.assemble.bundle_structure import adapter_structure
 from bedplate.compile.cache import UnitCache
@@ -17,8 +19,11 @@ from bedplate.compile.lowering import compile_structure, lowered_units
 from bedplate.link.stretch import stretch
 from bedplate.link.template import template_of
 from bedplate.model.adapter import read_adapter
+from bedplate.model.decoder import Decoder
+from bedplate.model.masks import WindowMasks
 from bedplate.quantize.options import AdapterScheme
 from bedplate.runtime.model_spec import read_spec
+from bedplate.spec import narrow_windows
 
 pytestmark = pytest.mark.slow
 
@@ -58,12 +63,34 @@ def test_linked_program_equals_whole_graph_export_to_the_bit(
         if name == "base"
         else eager_decoder(deep_model, bundle, adapter, "8w" if name == "8bit" else "none")
     )
-    export_whole(decoder, tmp_path / "whole.pte", max_chunk=128)
-    bundle.export(
-        tmp_path / "linked.pte", adapter=None if name == "base" else name, self_contained=name != "base"
+    check_linked(bundle, None if name == "base" else name, decoder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("gemma3_text", "first"), ("smollm3", "first"), ("cohere2", "first"), ("stablelm", "parallel, biases")],
+)
+def test_layers_of_several_kinds_and_parallel_layers(
+    family: str, variant: str, unit_cache: Path, tmp_path: Path
+) -> None:
+    """Two tables, none, windows; and layers that pass on what both halves read."""
+    save_toy(tmp_path / "model", make_toy(family, variant, vocab_size=320))
+    save_toy_tokenizer(tmp_path / "model", 320)
+    bundle = bedplate.build(
+        tmp_path / "model", tmp_path / "toy.bundle", quantize="none", unit_cache=unit_cache
     )
-    whole = StockProgram(tmp_path / "whole.pte")
-    linked = StockProgram(tmp_path / "linked.pte", bundle.foundation)
+    decoder = eager_decoder(tmp_path / "model", bundle)
+    windows = narrow_windows(decoder.spec, decoder.max_context)
+    decoder.masks = WindowMasks(windows, decoder.max_context, decoder.max_context)
+    check_linked(bundle, None, decoder, tmp_path)
+
+
+def check_linked(bundle: Bundle, name: str | None, decoder: Decoder, folder: Path) -> None:
+    """A program gives the logits of the whole-graph export of `decoder`, to the bit."""
+    export_whole(decoder, folder / "whole.pte", max_chunk=decoder.max_context)
+    bundle.export(folder / "linked.pte", adapter=name, self_contained=name is not None)
+    whole = StockProgram(folder / "whole.pte")
+    linked = StockProgram(folder / "linked.pte", bundle.foundation)
 
     expected = [whole.run("forward", torch.tensor([TOKENS[:7]]), torch.tensor([0]))[0, -1]]
     for position in range(7, len(TOKENS)):
@@ -84,8 +111,9 @@ def test_stretched_units_name_what_the_whole_graph_names(
     spec = read_spec(bundle)
     ranks = read_adapter(adapter, spec).ranks if quantize else {}
     structure = adapter_structure(bundle, spec, ranks, quantize or "none")
-    linked = template_of(stretch(lowered_units(structure, UnitCache(unit_cache)), spec.n_layers), {})
-    whole = template_of(compile_structure(structure, depth=spec.n_layers), {})
+    units = lowered_units(structure, UnitCache(unit_cache))
+    linked = template_of(stretch(units, structure.unit_of_layer), {})
+    whole = template_of(compile_structure(structure, spec.layers), {})
     assert linked.holes.keys() == whole.holes.keys()
     assert {name: len(at) for name, at in linked.holes.items()} == {
         name: len(at) for name, at in whole.holes.items()

@@ -87,7 +87,7 @@ def test_any_mixture_equals_peft(config: LoraConfig, oracle: Oracle, tmp_path_fa
         expected = oracle.peft(folder)
     except (ValueError, RuntimeError):  # nothing is adapted; or rank_pattern, which PEFT sorts on saving
         assume(False)
-    torch.testing.assert_close(oracle.merged(oracle.read(folder)), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(oracle.applied(oracle.read(folder)), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_ranks_are_the_largest_of_the_layers(oracle: Oracle, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_the_toy_tells_the_orders_of_rows_apart(
         },
         folder / "adapter_model.pt",
     )
-    got = oracle.merged(oracle.read(folder))
+    got = oracle.applied(oracle.read(folder))
     assert float((got - oracle.peft(peft_q)).abs().max()) > 20 * TOLERANCE
 
 

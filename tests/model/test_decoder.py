@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import LLAMA3
 from small_spec import LINEARS
 from torch import Tensor
 from toy import reference, save_adapter, save_toy_model, toy_config
@@ -18,14 +19,6 @@ from bedplate.model.checkpoint import open_checkpoint
 from bedplate.model.decoder import Decoder
 from bedplate.model.load import float_decoder, set_parameter
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 320, 48)]
 
 

@@ -56,7 +56,9 @@ def test_a_gguf_that_adds_its_first_token(tmp_path: Path) -> None:
         assert read_tokenizer(tmp_path / "a.gguf") == found, "equal tokenizers are equal bytes"
 
 
-@pytest.mark.parametrize(("model", "pre"), [("gpt2", "tekken"), ("llama", "default")])
+@pytest.mark.parametrize(
+    ("model", "pre"), [("gpt2", "qwen35"), ("gpt2", "default"), ("llama", "smollm"), ("t5", "default")]
+)
 def test_a_gguf_whose_way_to_split_text_is_unknown(tmp_path: Path, model: str, pre: str) -> None:
     write_gguf(tmp_path / "a.gguf", model=model, pre=pre)
     with pytest.raises(UnsupportedError, match=f"'{model}' with the pre-tokenizer '{pre}'") as caught:

@@ -55,6 +55,26 @@ def test_the_array_outlives_what_gave_it() -> None:
     assert (array > 6.99).all() and (array < 7.01).all()
 
 
+def test_memory_is_used_again_when_nobody_holds_it() -> None:
+    head = np.zeros((5, 2), np.float32)
+    head[:, 0] = range(1, 6)
+    decoder = product_model(Linear(bits=32, values=head), np.array([[1, 1], [-1, 1]], np.float32)).decoder()
+
+    def step(count: int) -> np.ndarray:
+        kv = decoder.kv(half=True)
+        return decoder.step([(0, at, kv, None, 1.0, True) for at in range(count)]).array
+
+    held = [step(1), step(1), step(2)]
+    assert len({array.ctypes.data for array in held}) == 3
+    for array in held:
+        np.testing.assert_allclose(array, [head[:, 0]] * len(array), rtol=1e-6)
+    place = held[0].ctypes.data
+    del held[0]
+    again = step(1)
+    assert again.ctypes.data == place
+    np.testing.assert_array_equal(again, held[0])
+
+
 def test_logits_come_of_steps_alone() -> None:
     with pytest.raises(TypeError):
         _native.Logits()

@@ -51,7 +51,7 @@ def outcome(options: dict[str, Any], oracle: Oracle, folder: Path) -> str:
         assert named, (options, str(error))
         return f"refused: {named[0]}"
     expected = oracle.peft(folder)
-    difference = float((oracle.merged(adapter) - expected).abs().max())
+    difference = float((oracle.applied(adapter) - expected).abs().max())
     assert difference < TOLERANCE, options
     assert float((expected - oracle.base).abs().max()) > 10 * TOLERANCE or not options.get("lora_alpha", 1), (
         options

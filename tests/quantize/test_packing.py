@@ -51,7 +51,7 @@ def test_nibbles_hold_every_code(codes: NDArray[np.int8], low_first: bool) -> No
 def test_the_rotation_keeps_its_bytes() -> None:
     """A zero of another sign computes the same, and would be another constant than in older bundles."""
     spec = replace(SPEC, head_dim=4)
-    rotation = np.frombuffer(fixed_constants(spec, 1)["rope.rotation"].data, np.float32).reshape(4, 4)
+    rotation = np.frombuffer(fixed_constants(spec, 1, 1)["rope.rotation"].data, np.float32).reshape(4, 4)
     expected = np.array([[0, 0, -1, -0.0], [0, 0, -0.0, -1], [1, 0, 0, 0], [0, 1, 0, 0]], np.float32)
     assert rotation.tobytes() == expected.tobytes()
 

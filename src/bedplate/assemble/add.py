@@ -37,7 +37,7 @@ def add_adapters(
     quantize: None: the default for the bundle's recipe.
     exact_rank: compile for the adapter's own rank, even if there are units of a higher rank.
     allow_noop: also add an adapter that changes nothing. Without it, base and adapters run on a short text.
-    programs: add programs too, if the base has one. If False, nothing is compiled, and ExecuTorch is not needed.
+    programs: add the programs too that the base has. If False, nothing is compiled, and ExecuTorch is not needed.
     Raises AdapterError, UnsupportedError, NameTakenError, NotFoundError, LoweringError. After an error, the
     bundle is as it was before.
     """

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bedplate.assemble.report import Reporter, load_torch, load_torchao
-from bedplate.assemble.templates import Templates
+from bedplate.assemble.templates import Templates, Wanted
 from bedplate.background import Background
 from bedplate.bundle import files, manifest
 from bedplate.bundle.ptd import write_ptd
 from bedplate.bundle.store import Bundle, BundleFacts, check_free, create_bundle
 from bedplate.compile.cache import UnitCache
-from bedplate.compile.units import Structure
+from bedplate.compile.units import StaticShapes, Structure
 from bedplate.constants import Constant
 from bedplate.errors import UnsupportedError
 from bedplate.link.linker import link
@@ -50,6 +50,7 @@ def build_bundle(
     calibration: Path | None,
     max_context: int | None,
     programs: bool,
+    static: StaticShapes | None,
     cache: UnitCache,
     reporter: Reporter,
     force: bool,
@@ -57,6 +58,7 @@ def build_bundle(
     """Quantize and pack a checkpoint, compile its program, and publish both as a bundle.
 
     programs: if False, no program is compiled, and ExecuTorch is not needed. All other files have the same bytes.
+    static: the program of fixed shapes that is wanted beside, if any.
     goal: how to choose 8 bits where the recipe has 4 by default. None: the recipe is used as it is.
     calibration: a text for the choice and for the recovery. None: the text that comes with bedplate.
     max_context: of the program. None: `DEFAULT_CONTEXT`, or what the model has, if that is less.
@@ -65,6 +67,12 @@ def build_bundle(
     """
     check_free(out, replace=force)
     check_exists(model)
+    if static is not None and not programs:
+        raise UnsupportedError(
+            "a program of fixed shapes is a program too",
+            where=model,
+            hint="leave out --no-programs, or --static-shapes",
+        )
     load_torch(reporter)
     from bedplate.model.checkpoint import expected_model, fingerprint, open_checkpoint
     from bedplate.model.gguf_file import GgufFile
@@ -76,7 +84,9 @@ def build_bundle(
     check_ids(tokenizer, checkpoint.spec.vocab_size, where=model)
     check_native(checkpoint.spec, model)
     max_context = _context(max_context, checkpoint.spec.max_positions, model)
-    programs = programs and _has_program(checkpoint.spec, max_context, model, reporter)
+    _check_shapes(static, max_context, model)
+    has_program = programs and _has_program(checkpoint.spec, max_context, static is not None, model, reporter)
+    wanted = Wanted(program=has_program, static=static)
     # Known, and refused where need be, before anything is measured or compiled.
     named = expected_model(checkpoint.spec)
     if any(scheme.method == "hqq" for scheme in plan(named, recipe).values()):
@@ -91,17 +101,19 @@ def build_bundle(
     )
     schemes = plan(expected_model(checkpoint.spec, structure.corrections), structure.recipe)
     together = joined_names(schemes, _with_bias(named))
-    templates = Templates(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter)
+    templates = Templates(
+        wanted, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter
+    )
 
     def write(folder: Path) -> BundleFacts:
         source = Background(partial(fingerprint, checkpoint))
-        template = templates.get(structure) if programs else None
+        made = templates.get(structure)
         packed = _foundation(checkpoint, structure, schemes, measured.statistics, reporter)
         constants = write_ptd(folder / manifest.FOUNDATION, joined(packed, together))
-        if template is not None:
+        keys = {constant.name: constant.key for constant in constants}
+        for kind, template in made.items():
             assert template.joined() == together, "what is joined follows from the recipe"
-            keys = {constant.name: constant.key for constant in constants}
-            files.write(folder / manifest.BASE_PROGRAM, link(template, keys))
+            files.write(folder / manifest.BASE_PROGRAMS[kind], link(template, keys))
         files.write(folder / manifest.TOKENIZER, tokenizer.tokenizer_json)
         if tokenizer.chat_template is not None:
             files.write(folder / manifest.CHAT_TEMPLATE, tokenizer.chat_template.encode())
@@ -111,6 +123,7 @@ def build_bundle(
                 "max_context": max_context,
                 "max_chunk": structure.max_chunk,
                 "fingerprint": source.result(),
+                **({} if static is None else {"static_shapes": asdict(static)}),
             },
             recipe=structure.recipe.to_dict(),
             bos_id=tokenizer.bos_id,
@@ -122,20 +135,36 @@ def build_bundle(
     return create_bundle(out, write, replace=force)
 
 
-def _has_program(spec: ModelSpec, max_context: int, model: Path, reporter: Reporter) -> bool:
-    """Whether there can be a program of this model. UnsupportedError: bedplate cannot compile it yet."""
-    from bedplate.compile.stock import no_stock_program, not_lowered
+def _check_shapes(shapes: StaticShapes | None, max_context: int, model: Path) -> None:
+    """UnsupportedError: no call can take so many tokens."""
+    for length in () if shapes is None else (shapes.prefill, shapes.decode):
+        if type(length) is not int or not 1 <= length <= max_context:
+            raise UnsupportedError(
+                f"a call of {length} tokens is not possible: programs hold {max_context} positions",
+                where=model,
+                hint=f"choose both numbers of --static-shapes between 1 and {max_context}",
+            )
 
-    if reason := no_stock_program(spec, max_context):
-        reporter.notice(f"the bundle has no programs: ExecuTorch cannot compute this model ({reason})")
-        return False
-    if what := not_lowered(spec, max_context):
+
+def _has_program(
+    spec: ModelSpec, max_context: int, has_static: bool, model: Path, reporter: Reporter
+) -> bool:
+    """Whether there can be a program of this model that takes any number of tokens.
+
+    UnsupportedError: one of fixed shapes is wanted, and it cannot compute the model.
+    """
+    from bedplate.compile.stock import no_stock_program, of_long_texts
+
+    if has_static and (reason := of_long_texts(spec, max_context)):
         raise UnsupportedError(
-            f"bedplate does not compile programs of models with {what} yet",
+            f"a program of fixed shapes cannot compute this model: {reason}",
             where=model,
-            hint="build it with --no-programs",
+            hint="choose a smaller --max-context",
         )
-    return True
+    if reason := no_stock_program(spec, max_context):
+        which = f"no {manifest.BASE_PROGRAM}" if has_static else "no programs"
+        reporter.notice(f"the bundle has {which}: ExecuTorch cannot compute this model ({reason})")
+    return reason is None
 
 
 def _context(wanted: int | None, max_positions: int, model: Path) -> int:
@@ -189,7 +218,7 @@ def _foundation(
         yield from (row_norms(path, weights[path]) for path in corrected.weights)
         done += len(paths)
     reporter.progress("quantize and pack", done, len(names))
-    yield from fixed_constants(structure.spec, structure.max_context).values()
+    yield from fixed_constants(structure.spec, structure.max_context, structure.max_chunk).values()
 
 
 def _with_bias(model: nn.Module) -> set[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bedplate.bundle import strict_json
 from bedplate.bundle.manifest import MANIFEST
 from bedplate.bundle.store import Bundle
-from bedplate.compile.units import Structure
+from bedplate.compile.units import StaticShapes, Structure
 from bedplate.errors import BundleError, RecipeError
 from bedplate.quantize.options import AdapterScheme
 from bedplate.quantize.recipe import Recipe
@@ -28,6 +28,17 @@ def read_recipe(bundle: Bundle) -> Recipe:
         return strict_json.decode(Recipe, bundle.manifest.recipe, where)
     except RecipeError as error:
         raise BundleError(error.what, where=where, hint=strict_json.DAMAGED) from error
+
+
+def static_shapes(bundle: Bundle) -> StaticShapes | None:
+    """The shapes of the base's program of fixed shapes. None: there is none.  BundleError: as `read_recipe`."""
+    if bundle.static_program is None:
+        return None
+    where, model = f"{bundle.path / MANIFEST}.model", bundle.manifest.model
+    shapes = strict_json.decode(StaticShapes, model.get("static_shapes"), f"{where}.static_shapes")
+    if not all(1 <= length <= model["max_context"] for length in (shapes.prefill, shapes.decode)):
+        raise BundleError(f"no program has {shapes}", where=where, hint=strict_json.DAMAGED)
+    return shapes
 
 
 def adapter_structure(

@@ -16,10 +16,16 @@ from bedplate.errors import NotFoundError
 
 
 def export_program(
-    bundle: Bundle, out: Path, *, adapter: str | None, self_contained: bool, with_foundation: bool
+    bundle: Bundle,
+    out: Path,
+    *,
+    adapter: str | None,
+    static: bool,
+    self_contained: bool,
+    with_foundation: bool,
 ) -> None:
     """Write a program of the bundle to `out`. Its own constants and those of the foundation go inside on request."""
-    file = bundle.program(adapter)
+    file = bundle.program(adapter, static=static)
     if not out.parent.is_dir():
         raise NotFoundError("no such folder", where=out.parent, hint="create it first")
     entry = None if adapter is None else bundle.adapters[adapter]

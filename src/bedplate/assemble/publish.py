@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from bedplate.assemble.adapter_constants import no_program, pack_adapter
-from bedplate.assemble.bundle_structure import adapter_structure
+from bedplate.assemble.bundle_structure import adapter_structure, static_shapes
 from bedplate.assemble.report import Reporter
-from bedplate.assemble.templates import Templates
+from bedplate.assemble.templates import Templates, Wanted
 from bedplate.background import Background
 from bedplate.bundle import files, manifest
 from bedplate.bundle.named import NamedConstants
@@ -58,11 +58,13 @@ class Publisher:
         self._bundle, self._spec, self._exact_rank, self._reporter = bundle, spec, exact_rank, reporter
         self._loading = None if allow_noop else Background(partial(_load, bundle, spec))
         tokenizer = bundle.manifest.tokenizer
-        self._templates = None
-        if programs and bundle.base_program:
-            self._templates = Templates(
-                bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter
-            )
+        wanted = Wanted(
+            program=programs and bundle.base_program is not None,
+            static=static_shapes(bundle) if programs else None,
+        )
+        self._templates = Templates(
+            wanted, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter
+        )
 
     def publish(self, adapters: Mapping[str, tuple[Adapter, AdapterText]], scheme: AdapterScheme) -> None:
         """Pack adapters, and add them by their names: all or none.
@@ -93,7 +95,7 @@ def _load(bundle: Bundle, spec: ModelSpec) -> Weights:
 
 
 class _Packer:
-    """Packs adapters for one bundle. templates: None: they get no programs."""
+    """Packs adapters for one bundle."""
 
     def __init__(
         self,
@@ -101,7 +103,7 @@ class _Packer:
         spec: ModelSpec,
         quantize: AdapterScheme,
         exact_rank: bool,
-        templates: Templates | None,
+        templates: Templates,
         reporter: Reporter,
     ) -> None:
         self._bundle, self._spec, self._quantize = bundle, spec, quantize
@@ -109,12 +111,12 @@ class _Packer:
         self._foundation = {constant.name: constant.key for constant in bundle.foundation_info.constants}
 
     def write(self, name: str, adapter: Adapter, text: AdapterText, folder: Path) -> AdapterFacts:
-        """Write `weights.ptd`, and what it has of a program, a chat template and a tokenizer, into `folder`."""
+        """Write `weights.ptd`, and what it has of programs, a chat template and a tokenizer, into `folder`."""
         structure = adapter_structure(self._bundle, self._spec, adapter.ranks, self._quantize)
-        templates = self._templates_for(name, adapter)
-        if templates is not None and not self._exact_rank:
-            structure = _at_unit_rank(structure, templates)
-        template = None if templates is None else templates.get(structure)
+        has_program = self._templates.wanted and self._can_have_program(name, adapter)
+        if has_program and not self._exact_rank:
+            structure = _at_unit_rank(structure, self._templates)
+        made = self._templates.get(structure) if has_program else {}
         together = joined_names(_branch_schemes(structure, adapter.spec.n_layers))
         infos: list[manifest.ConstantInfo] = []
         in_foundation = frozenset(self._foundation.values())
@@ -127,11 +129,11 @@ class _Packer:
                 leave_out=in_foundation,
             )
         keys = self._foundation | {info.name: info.key for info in infos}
-        if template is not None:
+        for kind, template in made.items():
             assert template.joined() - self._foundation.keys() == together, (
                 "what is joined follows from the ranks"
             )
-            files.write(folder / manifest.ADAPTER_PROGRAM, link(template, keys))
+            files.write(folder / manifest.ADAPTER_PROGRAMS[kind], link(template, keys))
         if text.chat_template is not None:
             (folder / manifest.CHAT_TEMPLATE).write_text(text.chat_template, "utf-8", newline="\n")
         if text.tokenizer_json is not None:
@@ -151,16 +153,13 @@ class _Packer:
         )
         return AdapterFacts(info=info, special_tokens=text.special_tokens)
 
-    def _templates_for(self, name: str, adapter: Adapter) -> Templates | None:
-        """None: the adapter gets no program."""
-        if self._templates is None:
-            return None
+    def _can_have_program(self, name: str, adapter: Adapter) -> bool:
         if what := no_program(adapter, self._spec):
             self._reporter.notice(
                 f"{name} has no program: ExecuTorch's program of a LoRA does not compute {what}"
             )
-            return None
-        return self._templates
+            return False
+        return True
 
 
 def _at_unit_rank(structure: Structure, templates: Templates) -> Structure:
@@ -168,7 +167,7 @@ def _at_unit_rank(structure: Structure, templates: Templates) -> Structure:
     rank = max(structure.ranks.values(), default=0)
     for unit_rank in range(rank, max(2 * rank, SMALL_RANK) + 1):
         rounded = replace(structure, ranks=dict.fromkeys(structure.ranks, unit_rank))
-        if templates.is_compiled(rounded):
+        if templates.are_compiled(rounded):
             return rounded
     return structure
 

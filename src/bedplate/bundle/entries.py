@@ -47,25 +47,29 @@ class ChatSettings(NamedTuple):
 class AdapterEntry:
     """An adapter of an open bundle.
 
-    folder: where its files are. foundation: SHA-256 of the bundle's foundation. program: None if it has no program.
+    folder: where its files are. foundation: SHA-256 of the bundle's foundation. program, static_program (of fixed
+    shapes): None if it has none.
     """
 
     name: str
     folder: Path
     foundation: str
     program: Path | None
+    static_program: Path | None
 
     @classmethod
     def of(cls, name: str, folder: Path, foundation: str, record: AdapterRecord) -> Self:
         """What `record` lists, in `folder`."""
-        has_program = manifest.ADAPTER_PROGRAM in record.files
-        program = folder / manifest.ADAPTER_PROGRAM if has_program else None
-        return cls(name=name, folder=folder, foundation=foundation, program=program)
+        program, static = (
+            folder / file if file in record.files else None for file in manifest.ADAPTER_PROGRAMS.values()
+        )
+        return cls(name=name, folder=folder, foundation=foundation, program=program, static_program=static)
 
     @property
     def nbytes(self) -> int:
-        """Of its program and weights."""
-        return sum(file.stat().st_size for file in (self.program, self.weights) if file is not None)
+        """Of its programs and weights."""
+        files = (self.program, self.static_program, self.weights)
+        return sum(file.stat().st_size for file in files if file is not None)
 
     @property
     def weights(self) -> Path:

@@ -1,10 +1,10 @@
-"""Checks that the program and the constants of an adapter fit each other and the foundation."""
+"""Checks that the programs and the constants of an adapter fit each other and the foundation."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from bedplate.bundle.manifest import ADAPTER_PROGRAM, ADAPTER_WEIGHTS, AdapterInfo
+from bedplate.bundle.manifest import ADAPTER_PROGRAMS, ADAPTER_WEIGHTS, AdapterInfo
 from bedplate.bundle.ptd import read_ptd
 from bedplate.errors import AdapterError, LoweringError
 from bedplate.names import KEY_IN_PROGRAM
@@ -18,8 +18,8 @@ def program_keys(program: Path) -> frozenset[str]:
 def check_adapter(info: AdapterInfo, folder: Path, foundation: Path) -> None:
     """Check, before an adapter is published, that its files, the foundation and `info` fit each other.
 
-    AdapterError: they share a key.  LoweringError: its program names a constant that no file holds, or its file holds
-    one that the program does not name.
+    AdapterError: they share a key.  LoweringError: a program of it names a constant that no file holds, or its file
+    holds one that the program does not name.
     """
     held, own = read_ptd(foundation).entries.keys(), read_ptd(folder / ADAPTER_WEIGHTS).entries.keys()
     assert own == {constant.key for constant in info.constants}, (
@@ -32,13 +32,14 @@ def check_adapter(info: AdapterInfo, folder: Path, foundation: Path) -> None:
             where=f"adapter {info.name}",
             hint="leave out what the foundation holds: ExecuTorch refuses two files that share a key",
         )
-    if not (folder / ADAPTER_PROGRAM).exists():
-        return
-    named = program_keys(folder / ADAPTER_PROGRAM)
-    if wrong := sorted((named - own - held) | (own - named)):
-        raise LoweringError(
-            f"its program and its constants do not fit each other: {len(wrong)} keys are only in one of them, "
-            f"{wrong[0]} among them",
-            where=f"adapter {info.name}",
-            hint="compiled units are damaged: bedplate cache clear, then add it again",
-        )
+    for file in ADAPTER_PROGRAMS.values():
+        if not (folder / file).exists():
+            continue
+        named = program_keys(folder / file)
+        if wrong := sorted((named - own - held) | (own - named)):
+            raise LoweringError(
+                f"its program {file} and its constants do not fit each other: {len(wrong)} keys are only in one of "
+                f"them, {wrong[0]} among them",
+                where=f"adapter {info.name}",
+                hint="compiled units are damaged: bedplate cache clear, then add it again",
+            )

@@ -25,6 +25,9 @@ TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 ADAPTERS = "adapters"
 ADAPTER_PROGRAM = "program.pte"
+STATIC_PROGRAM = "static.pte"  # of fixed shapes: of the base, and in the folder of each adapter
+BASE_PROGRAMS = {"program": BASE_PROGRAM, "static": STATIC_PROGRAM}
+ADAPTER_PROGRAMS = {"program": ADAPTER_PROGRAM, "static": STATIC_PROGRAM}
 ADAPTER_WEIGHTS = "weights.ptd"
 ADAPTER_INFO = "adapter.json"
 

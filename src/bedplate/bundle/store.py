@@ -85,22 +85,40 @@ class Bundle:
         """None: the bundle was built without programs."""
         return self.path / manifest.BASE_PROGRAM if manifest.BASE_PROGRAM in self.manifest.files else None
 
-    def program(self, adapter: str | None) -> Path:
-        """The program of an adapter (None: of the base). NotFoundError: there is no such adapter or no program."""
+    @property
+    def static_program(self) -> Path | None:
+        """None: the bundle was built without a program of fixed shapes."""
+        return self.path / manifest.STATIC_PROGRAM if manifest.STATIC_PROGRAM in self.manifest.files else None
+
+    def program(self, adapter: str | None, *, static: bool = False) -> Path:
+        """The program of an adapter (None: of the base). NotFoundError: there is no such adapter or no program.
+
+        static: the one of fixed shapes.
+        """
         if adapter is not None and adapter not in self.adapters:
             known = ", ".join(sorted(self.adapters)) or "none"
             raise NotFoundError(f"no adapter {adapter!r}", where=self.path, hint=f"the bundle has: {known}")
-        found = self.base_program if adapter is None else self.adapters[adapter].program
+        if adapter is None:
+            found = self.static_program if static else self.base_program
+        else:
+            entry = self.adapters[adapter]
+            found = entry.static_program if static else entry.program
         if found is None:
-            again = f"bedplate build MODEL -o {self.path} --force, and bedplate add for each adapter"
-            what = "the bundle has no program: it was made without programs"
-            if adapter is not None:
-                what = f"the adapter {adapter!r} has no program: made without, or more than a LoRA of linears"
-            if self.base_program is not None:
-                again = f"bedplate remove {self.path} {adapter}, and bedplate add"
-            hint = f"make it again without --no-programs: {again}"
-            raise NotFoundError(what, where=self.path, hint=hint)
+            raise self._no_program(adapter, static)
         return found
+
+    def _no_program(self, adapter: str | None, static: bool) -> NotFoundError:
+        of_base = self.static_program if static else self.base_program
+        again = f"bedplate build MODEL -o {self.path} --force, and bedplate add for each adapter"
+        if of_base is not None:
+            again = f"bedplate remove {self.path} {adapter}, and bedplate add"
+        who = "the bundle" if adapter is None else f"the adapter {adapter!r}"
+        if static and of_base is None:
+            what, how = "no program of fixed shapes", "make it again with --static-shapes"
+        else:
+            made = "it was made without" if adapter is None else "made without, or it is more than a LoRA"
+            what, how = f"no program: {made}", "make it again without --no-programs"
+        return NotFoundError(f"{who} has {what}", where=self.path, hint=f"{how}: {again}")
 
     @property
     def tokenizer_file(self) -> Path:
@@ -146,7 +164,7 @@ class Bundle:
         check: Callable[[Bundle], None] = lambda drafts: None,
     ) -> None:
         """Add adapters, all or none. Each writer puts `weights.ptd` into the folder that it gets, and, if the adapter
-        has them, `program.pte` and its own `chat_template.jinja` and `tokenizer.json`.
+        has them, its programs and its own `chat_template.jinja` and `tokenizer.json`.
 
         check: gets this bundle with only the new adapters, before anybody else can see them. If it raises an error,
         they are not added. The lock is held only to publish, so several processes can write adapters at the same

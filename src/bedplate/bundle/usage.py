@@ -11,6 +11,12 @@ from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError
 
 BASE = "base"
+_STATIC = "/static"  # no adapter's name has a slash
+
+
+def static_name(name: str) -> str:
+    """How the program of fixed shapes of the base or of an adapter is called beside its other one."""
+    return name + _STATIC
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +36,10 @@ class ConstantUse:
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramUse:
-    """name: "base" or the adapter's.  from_foundation, own: bytes that it uses of the foundation, of its own file."""
+    """name: "base" or the adapter's, or its `static_name`.
+
+    from_foundation, own: bytes that it uses of the foundation, of its own file.
+    """
 
     name: str
     keys: int
@@ -61,7 +70,9 @@ def constants(bundle: Bundle) -> tuple[ConstantUse, ...]:
             key=info.key,
             owner=owner,
             users=tuple(
-                user for user, keys in named.items() if info.key in keys and owner in ("foundation", user)
+                user
+                for user, keys in named.items()
+                if info.key in keys and owner in ("foundation", user.removesuffix(_STATIC))
             ),
         )
         for owner, infos in held
@@ -83,7 +94,7 @@ def sharing(bundle: Bundle) -> Sharing:
     problems = [
         f"{_label(bundle, key)} {problem}"
         for name, keys in named.items()
-        for key, problem in _problems(name, keys, foundation, own.get(name))
+        for key, problem in _problems(name, keys, foundation, own.get(name.removesuffix(_STATIC)))
     ]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -98,15 +109,18 @@ def sharing(bundle: Bundle) -> Sharing:
                 name=name,
                 keys=len(keys),
                 from_foundation=_nbytes(foundation, keys),
-                own=_nbytes(own[name], keys) if name in own else 0,
+                own=_nbytes(own[owner], keys) if owner in own else 0,
             )
             for name, keys in named.items()
+            for owner in (name.removesuffix(_STATIC),)
         ),
     )
 
 
 def _keys_by_program(bundle: Bundle) -> dict[str, frozenset[str]]:
-    programs = {BASE: bundle.base_program} | {name: entry.program for name, entry in bundle.adapters.items()}
+    programs = {BASE: bundle.base_program, static_name(BASE): bundle.static_program}
+    for name, entry in bundle.adapters.items():
+        programs |= {name: entry.program, static_name(name): entry.static_program}
     return {name: program_keys(program) for name, program in programs.items() if program is not None}
 
 

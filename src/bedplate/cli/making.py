@@ -123,6 +123,18 @@ def build(
             "not work.",
         ),
     ] = False,
+    static_shapes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PREFILL,DECODE",
+            help="Also make programs of fixed shapes, as accelerators want them. Their method `prefill` takes PREFILL "
+            "tokens, `decode` takes DECODE, e.g. 64,1.",
+        ),
+    ] = None,
+    split_heads: Annotated[
+        bool,
+        typer.Option("--split-heads", help="In programs of fixed shapes, compute each head by itself."),
+    ] = False,
     unit_cache: CacheFolder = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing bundle. Its adapters are lost.")
@@ -146,6 +158,8 @@ def build(
             calibration=calibration,
             max_context=max_context,
             programs=not no_programs,
+            static_shapes=None if static_shapes is None else _lengths(static_shapes),
+            split_heads=split_heads,
             unit_cache=unit_cache,
             reporter=bars,
             force=force,
@@ -293,6 +307,7 @@ def export(
     adapter: Annotated[
         str | None, typer.Option(metavar="NAME", help="Adapter to export. Without this option: the base.")
     ] = None,
+    static: Annotated[bool, typer.Option("--static", help="Export the program of fixed shapes.")] = False,
     self_contained: Annotated[
         bool,
         typer.Option(
@@ -311,6 +326,7 @@ def export(
     api.Bundle.open(bundle).export(
         out,
         adapter=adapter,
+        static=static,
         self_contained=self_contained or with_foundation,
         with_foundation=with_foundation,
     )
@@ -337,6 +353,16 @@ def cache_list(
 def cache_clear(unit_cache: CacheFolder = None) -> None:
     """Remove the compiled units on this machine."""
     stderr.print(f"freed {size(api.open_cache(unit_cache).clear())}")
+
+
+def _lengths(option: str) -> tuple[int, int]:
+    prefill, found, decode = option.partition(",")
+    if not found or not all(number.isascii() and number.isdecimal() for number in (prefill, decode)):
+        raise RecipeError(
+            f"--static-shapes {option} is not two numbers",
+            hint="write PREFILL,DECODE, e.g. --static-shapes 64,1",
+        )
+    return int(prefill), int(decode)
 
 
 def _overrides(options: list[str]) -> dict[str, str]:

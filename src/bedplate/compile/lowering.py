@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bedplate.compile.cache import Entry, UnitCache
-from bedplate.compile.stand_in import stand_in_decoder, structure_schemes
+from bedplate.compile.stand_in import fixed_buffers, stand_in_decoder, structure_schemes
 from bedplate.compile.symbols import executorch_keys, symbolize
 from bedplate.compile.units import LayersDifferError, Lowered, Structure, versions
 from bedplate.compile.xnnpack import lower
 from bedplate.executorch_1_5 import PTEFile, deserialize_pte_binary, serialize_pte_binary
 from bedplate.quantize.foundation import fixed_constants
 from bedplate.quantize.plan import layer_difference
-
-# A prologue, a body and an epilogue: all that the linker needs of a model whose layers are alike.
-SHORT_DEPTH = 2
+from bedplate.spec import LayerSpec
 
 
 def lowered_units(structure: Structure, cache: UnitCache) -> Lowered:
@@ -28,16 +28,16 @@ def lowered_units(structure: Structure, cache: UnitCache) -> Lowered:
     if entry is not None:
         program = deserialize_pte_binary(entry.program).program
         return Lowered(program=program, symbols=tuple(entry.facts), fixed=entry.fixed)
-    lowered = compile_structure(structure, depth=SHORT_DEPTH)
+    lowered = compile_structure(structure, structure.unit_layers)
     data = bytes(serialize_pte_binary(PTEFile(program=lowered.program)))
     cache.store("units", fingerprint, Entry(program=data, fixed=lowered.fixed, facts=lowered.symbols))
     return lowered
 
 
-def compile_structure(structure: Structure, *, depth: int) -> Lowered:
-    """Lower the structure at the given depth: about 10 s, and some seconds for each layer. Raises LoweringError."""
-    decoder, constants = stand_in_decoder(structure, depth=depth)
-    fixed = fixed_constants(structure.spec, structure.max_context)
+def compile_structure(structure: Structure, layers: Sequence[LayerSpec]) -> Lowered:
+    """Lower the structure with these layers: about 10 s, and some seconds for each layer. Raises LoweringError."""
+    decoder, constants = stand_in_decoder(structure, layers)
+    fixed = fixed_constants(structure.spec, structure.max_context, structure.max_chunk)
     symbol_of = executorch_keys({**constants, **fixed})
     raw = lower(decoder, max_chunk=structure.max_chunk, symbol_of=symbol_of)
-    return symbolize(raw, constants, fixed)
+    return symbolize(raw, constants, fixed, fixed_buffers(decoder))

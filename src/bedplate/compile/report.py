@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -25,19 +26,24 @@ _ALLOWED = (
 
 def check_lowering(edge: torch.fx.GraphModule, *, n_layers: int) -> None:
     """Exactly layers + 2 delegates, and nothing but the allowed operators outside. Raises LoweringError."""
+    check_delegates(edge, _ALLOWED, n_layers + 2)
+
+
+def check_delegates(edge: torch.fx.GraphModule, allowed: Collection[str], expected: int) -> None:
+    """Exactly this many delegates, and outside of them operators with these in their names. Raises LoweringError."""
     calls = [node for node in edge.graph.nodes if node.op == "call_function"]
     delegates = [node for node in calls if node.target is executorch_call_delegate]
     outside = [node for node in calls if node.target is not executorch_call_delegate and _is_tensor(node)]
-    fallen = [node for node in outside if not any(name in str(node.target) for name in _ALLOWED)]
+    fallen = [node for node in outside if not any(name in str(node.target) for name in allowed)]
     if fallen:
         named = ", ".join(sorted({_describe(node) for node in fallen})[:8])
         raise LoweringError(
             f"{len(fallen)} operators fell out of the XNNPACK delegates: {named}",
             hint="this model or recipe is not lowered whole; please report it with its config.json",
         )
-    if len(delegates) != n_layers + 2:
+    if len(delegates) != expected:
         raise LoweringError(
-            f"the program has {len(delegates)} XNNPACK delegates, not {n_layers + 2}",
+            f"the program has {len(delegates)} XNNPACK delegates, not {expected}",
             hint="this model or recipe is not lowered whole; please report it with its config.json",
         )
 

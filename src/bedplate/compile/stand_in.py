@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,9 +21,10 @@ from bedplate.quantize.packing import pack_float
 from bedplate.quantize.plan import plan
 from bedplate.quantize.recipe import Scheme
 from bedplate.quantize.weights import QuantizedWeight
-from bedplate.spec import ModelSpec
+from bedplate.spec import LayerSpec, ModelSpec
 
 _LAYER = re.compile(r"^layers\.\d+\.")
+_NORM = re.compile(r"norm\.(weight|bias)$")
 
 
 def structure_schemes(structure: Structure) -> dict[str, Scheme]:
@@ -31,17 +33,14 @@ def structure_schemes(structure: Structure) -> dict[str, Scheme]:
     return plan(decoder, structure.recipe)
 
 
-def stand_in_decoder(structure: Structure, *, depth: int) -> tuple[Decoder, dict[str, Constant]]:
-    """A decoder of `depth` layers of the structure with stand-in weights, and its constants by symbol.
-
-    Layers beyond the structure's own are as its first.
+def stand_in_decoder(
+    structure: Structure, layers: Sequence[LayerSpec]
+) -> tuple[Decoder, dict[str, Constant]]:
+    """A decoder of these layers, otherwise of the structure, with stand-in weights, and its constants by symbol.
 
     Structures differ in their symbols' values only by the symbol's name, so compiling is deterministic.
     """
-    layers = structure.spec.layers
-    spec = replace(
-        structure.spec, layers=tuple(layers[min(index, len(layers) - 1)] for index in range(depth))
-    )
+    spec = replace(structure.spec, layers=tuple(layers))
     decoder = _decoder(structure, spec, max_context=structure.max_context)
     schemes = structure_schemes(structure)
     constants: dict[str, Constant] = {}
@@ -76,16 +75,32 @@ def stand_in_decoder(structure: Structure, *, depth: int) -> tuple[Decoder, dict
         if bias is not None:
             note(pack_float(f"{symbol}.bias", bias.numpy(), is_tensor=False))
     for name, parameter in list(decoder.named_parameters()):
-        if name.endswith("norm.weight"):
+        if _NORM.search(name):
             value = _values(name, parameter.shape)
             set_parameter(decoder, name, value)
             note(pack_float(name, value.numpy(), is_tensor=True))
     return decoder.eval(), constants
 
 
+def fixed_buffers(decoder: nn.Module) -> dict[str, Constant]:
+    """What a decoder's modules hold that does not depend on weights, by module path."""
+    stored = decoder.state_dict().keys()
+    return {
+        path: pack_float(path, value.numpy(), is_tensor=True)[0]
+        for path, value in decoder.named_buffers()
+        if path not in stored and not path.endswith("_cache")
+    }
+
+
 def _decoder(structure: Structure, spec: ModelSpec, *, max_context: int) -> Decoder:
-    ranks, corrections = structure.ranks, structure.corrections
-    return Decoder(spec, max_context=max_context, ranks=ranks, corrections=corrections, device="meta")
+    return Decoder(
+        spec,
+        max_context=max_context,
+        max_chunk=min(structure.max_chunk, max_context),
+        ranks=structure.ranks,
+        corrections=structure.corrections,
+        device="meta",
+    )
 
 
 def logical_path(path: str) -> str:

@@ -19,8 +19,16 @@ from bedplate.errors import LoweringError
 from bedplate.names import KEY_IN_PROGRAM
 
 
-def symbolize(raw: RawProgram, constants: Mapping[str, Constant], fixed: Mapping[str, Constant]) -> Lowered:
-    """Replace every key by its symbol's placeholder. Raises LoweringError for a constant of other bytes than ours."""
+def symbolize(
+    raw: RawProgram,
+    constants: Mapping[str, Constant],
+    fixed: Mapping[str, Constant],
+    buffers: Mapping[str, Constant],
+) -> Lowered:
+    """Replace every key by its symbol's placeholder. Raises LoweringError for a constant of other bytes than ours.
+
+    buffers: what the program's tensors hold that belong to modules, by module path. Each is one of `fixed`.
+    """
     known = {**constants, **fixed}
     symbol_of = executorch_keys(known)
     for key, data in raw.delegate_data.items():
@@ -37,7 +45,11 @@ def symbolize(raw: RawProgram, constants: Mapping[str, Constant], fixed: Mapping
         type(blob)(data=_rename_payload(blob.data, symbol_of, used))
         for blob in raw.program.backend_delegate_data
     ]
-    program.execution_plan = [_rename_tensors(copy.deepcopy(raw.program.execution_plan[0]), known, used)]
+    by_key = {constant.key: symbol for symbol, constant in fixed.items()}
+    renamed = {path: by_key[constant.key] for path, constant in buffers.items() if constant.key in by_key}
+    program.execution_plan = [
+        _rename_tensors(copy.deepcopy(plan), known, renamed, used) for plan in raw.program.execution_plan
+    ]
     return Lowered(
         program=program,
         symbols=tuple(used),
@@ -46,8 +58,9 @@ def symbolize(raw: RawProgram, constants: Mapping[str, Constant], fixed: Mapping
 
 
 def executorch_keys(constants: Mapping[str, Constant]) -> dict[str, str]:
-    """Symbols by ExecuTorch's keys, given constants by symbol."""
-    return {hashlib.sha256(constant.data.data).hexdigest(): symbol for symbol, constant in constants.items()}
+    """Symbols by ExecuTorch's keys of what delegates hold, given constants by symbol."""
+    held = {symbol: constant for symbol, constant in constants.items() if not constant.is_tensor}
+    return {hashlib.sha256(constant.data.data).hexdigest(): symbol for symbol, constant in held.items()}
 
 
 def _rename_payload(payload: bytes, symbol_of: Mapping[str, str], used: dict[str, None]) -> bytes:
@@ -64,7 +77,9 @@ def _rename_payload(payload: bytes, symbol_of: Mapping[str, str], used: dict[str
     return KEY_IN_PROGRAM.sub(rename, payload)
 
 
-def _rename_tensors(plan: Any, known: Mapping[str, Constant], used: dict[str, None]) -> Any:
+def _rename_tensors(
+    plan: Any, known: Mapping[str, Constant], renamed: Mapping[str, str], used: dict[str, None]
+) -> Any:
     for delegate in plan.delegates:
         delegate.compile_specs = []  # they spoke to the lowering; the runtime would only read past them
     for value in plan.values:
@@ -72,7 +87,8 @@ def _rename_tensors(plan: Any, known: Mapping[str, Constant], used: dict[str, No
         if extra is None or value.val.allocation_info is not None:
             continue  # not a tensor with a name, or a mutable buffer: its name stays
         path, _, part = extra.fully_qualified_name.rpartition(".")
-        symbol = f"{path}.weight#{part}" if part in ("codes", "scales") else extra.fully_qualified_name
+        full_name = renamed.get(extra.fully_qualified_name, extra.fully_qualified_name)
+        symbol = f"{path}.weight#{part}" if part in ("codes", "scales") else full_name
         assert symbol in known, f"the program names the tensor {extra.fully_qualified_name}"
         used[symbol] = None
         extra.fully_qualified_name = placeholder(symbol)

@@ -38,7 +38,7 @@ def lower(decoder: Decoder, *, max_chunk: int, symbol_of: Mapping[str, str]) -> 
     symbol_of: symbols of the decoder's constants by ExecuTorch's keys.
     """
     register_operators()
-    with _quiet(), lean_delegates(symbol_of) as joined:
+    with quiet_exporter(), lean_delegates(symbol_of) as joined:
         exported = _export(decoder, max_chunk)
         edge = to_edge_transform_and_lower(
             exported,
@@ -68,7 +68,8 @@ def _export(decoder: Decoder, max_chunk: int) -> ExportedProgram:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
+    """In this context, the exporter says nothing."""
     # The exporter's own warnings speak of its internals; what a user must know is raised by `report`.
     root = logging.getLogger()
     level = root.level

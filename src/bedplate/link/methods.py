@@ -18,6 +18,7 @@ from bedplate.link.memory import plan_memory
 
 _CACHE_NAME = re.compile(r"^layers\.(\d+)\.([kv])_cache$")
 _DYNAMIC = 1
+_FLOAT = 6
 
 
 def forward_method(lowered: Any) -> Any:
@@ -49,11 +50,16 @@ def logits_method(lowered: Any, *, max_rows: int) -> Any:
     for step in plan.chains[0].instructions:
         step.instr_args.args = [length if index == rows else index for index in _args(step)]
     for value in plan.values:
-        # Every dynamic tensor of the decoder has the positions in dimension 1.
         if hasattr(value.val, "sizes") and int(value.val.shape_dynamism) == _DYNAMIC:
-            value.val.sizes[1] = min(value.val.sizes[1], max_rows)
+            dim = _positions_dim(value.val)
+            value.val.sizes[dim] = min(value.val.sizes[dim], max_rows)
     plan_memory(plan, cache_values(plan))
     return plan
+
+
+def _positions_dim(tensor: Any) -> int:
+    """Which dimension of a dynamic tensor of the decoder counts positions: of the masks of windows the first."""
+    return 0 if len(tensor.sizes) == 2 and int(tensor.scalar_type) == _FLOAT else 1
 
 
 def metadata_methods(metadata: Metadata) -> list[Any]:

@@ -1,16 +1,18 @@
-"""A lowered program of two layers → the same program at any depth.
+"""A lowered program of a few layers → the same program at any depth.
 
-All layers are alike: a layer is the run [update_cache, update_cache, custom_sdpa, delegate] and differs from the
-next in its KV caches, its norm weights, and the symbols in its delegate. So layer 0 of the short program is the
-body that is repeated, and what follows it is the tail.
+Layers differ in their KV caches, their norm weights and the symbols in their delegates; layers of different kinds
+differ also in which tables and masks they take. In a program, a layer is the run [delegate, update_cache,
+update_cache, custom_sdpa], and its delegate ends the layer before, too. So a run takes two values, the residual stream
+and what attention gave, and it gives two. It is put in the place of every layer that is like it. The ends stay.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from bedplate.compile.units import LayersDifferError, Lowered, placeholder
@@ -21,33 +23,50 @@ _LAYER = re.compile(r"^layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Joint:
-    """How a layer's values hang together with the layer before: value that it takes → value that it gives on."""
+class Stream:
+    """The values that pass from a layer to the next: the residual stream, and what attention gave."""
 
-    gives: Mapping[int, int]
+    residual: int
+    attended: int
+
+    def renamed(self, other: Stream) -> dict[int, int]:
+        return {self.residual: other.residual, self.attended: other.attended}
 
 
-def stretch(lowered: Lowered, depth: int) -> Lowered:
-    """The lowered program at `depth` layers. Raises LayersDifferError if it is not of the expected form."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Instructions of a layer of the short program, and the stream that they take."""
+
+    layer: int
+    steps: list[Any]
+    takes: Stream
+
+
+def stretch(lowered: Lowered, like: Sequence[int]) -> Lowered:
+    """The lowered program with a layer for each of `like`, which is the number of the short program's layer that it is
+    like. The first is 0, and no other. Raises LayersDifferError if the program is not of the expected form.
+    """
     program = copy.copy(lowered.program)
     plan = copy.deepcopy(program.execution_plan[0])
     blobs = list(program.backend_delegate_data)
-    head, body, tail = _split(plan)
-    joint = _joint(plan, head, body, tail)
+    head, runs, tail = _split(plan)
     of_placeholder = {placeholder(symbol): symbol for symbol in lowered.symbols}
-    instructions = list(head)
-    current = {taken: taken for taken in joint.gives}  # what the next layer takes, under layer 0's names
-    for layer in range(depth - 1):
-        mapping = _clone_values(plan, body, current, of_placeholder, layer)
-        instructions += [_clone(plan, blobs, step, mapping, of_placeholder, layer) for step in body]
-        current = {taken: mapping[given] for taken, given in joint.gives.items()}
-    renamed = {given: current[taken] for taken, given in joint.gives.items()}
-    mapping = _clone_values(plan, tail, renamed, of_placeholder, depth - 2)
-    instructions += [_clone(plan, blobs, step, mapping, of_placeholder, depth - 2) for step in tail]
+    instructions, current = list(head), (runs[0] if runs else tail).takes
+    for layer, unit in enumerate(like[1:], start=1):
+        run = runs[unit - 1]
+        mapping = _clone_values(plan, run, current, of_placeholder, layer)
+        instructions += [
+            _clone(plan, blobs, step, mapping, of_placeholder, layer - unit) for step in run.steps
+        ]
+        gives = (runs[unit] if unit < len(runs) else tail).takes
+        current = Stream(residual=mapping[gives.residual], attended=mapping[gives.attended])
+    mapping = _clone_values(plan, tail, current, of_placeholder, len(like))
+    shift = len(like) - tail.layer
+    instructions += [_clone(plan, blobs, step, mapping, of_placeholder, shift) for step in tail.steps]
     plan.chains[0].instructions = instructions
     plan.outputs = [mapping[index] for index in plan.outputs]
     program.execution_plan, program.backend_delegate_data = [plan], blobs
-    return _compact(replace(lowered, program=program, symbols=_stretched_symbols(lowered.symbols, depth)))
+    return _compact(replace(lowered, program=program, symbols=_stretched_symbols(lowered.symbols, len(like))))
 
 
 def _stretched_symbols(symbols: tuple[str, ...], depth: int) -> tuple[str, ...]:
@@ -57,40 +76,44 @@ def _stretched_symbols(symbols: tuple[str, ...], depth: int) -> tuple[str, ...]:
     return tuple(stretched + rest)
 
 
-def _split(plan: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    instructions = plan.chains[0].instructions
-    starts = [
-        i
-        for i in range(len(instructions) - 3)
-        if tuple(_name(plan, step) for step in instructions[i : i + 4]) == (*_ATTENTION, "delegate")
+def _split(plan: Any) -> tuple[list[Any], list[Run], Run]:
+    """What comes before the second layer; the runs of all others; and what comes after them, as of one more layer."""
+    steps = plan.chains[0].instructions
+    names = [_name(plan, step) for step in steps]
+    expected = (*_ATTENTION, "delegate")
+    # Where the delegates are that attention is before.
+    starts = [i for i in range(4, len(steps)) if tuple(names[i - 3 : i + 1]) == expected]
+    if not starts or any(after - before != len(expected) for before, after in pairwise(starts)):
+        raise LayersDifferError(
+            "the lowered layers are not runs of [delegate, update_cache, update_cache, custom_sdpa]"
+        )
+    head = steps[: starts[0]]
+    runs, ends = [], [*starts[1:], len(steps)]
+    written, before = _written(plan, head) - _sliced(plan, head), head
+    for layer, (start, end) in enumerate(zip(starts, ends, strict=True), start=1):
+        runs.append(
+            Run(layer=layer, steps=steps[start:end], takes=_stream(plan, before, steps[start], written))
+        )
+        before = steps[start:end]
+        written = _written(plan, before)
+    *layers, tail = runs
+    return head, layers, tail
+
+
+def _stream(plan: Any, before: list[Any], delegate: Any, written: set[int]) -> Stream:
+    """What a delegate takes of the layer before. written: by that layer, RoPE's slices and masks aside."""
+    attended = _args(before[-1])[-1]
+    taken = [
+        index for index in dict.fromkeys(_args(delegate)) if index in written and _is_tensor(plan, index)
     ]
-    if len(starts) != 2 or starts[1] != starts[0] + 4:
-        raise LayersDifferError(
-            "the lowered layers are not runs of [update_cache, update_cache, custom_sdpa, delegate]"
-        )
-    first, second = starts
-    return instructions[:first], instructions[first:second], instructions[second:]
+    rest = [index for index in taken if index != attended]
+    if attended not in taken or len(rest) != 1:
+        raise LayersDifferError("the lowered layers do not pass one residual stream on to the next")
+    return Stream(residual=rest[0], attended=attended)
 
 
-def _joint(plan: Any, head: list[Any], body: list[Any], tail: list[Any]) -> Joint:
-    # q, k, v: at the same places of the attention operators of both layers.
-    made_by_head = _written(plan, head)
-    made_by_body = _written(plan, body)
-    gives = {
-        taken: given
-        for step, after in zip(body[:3], tail[:3], strict=True)
-        for taken, given in zip(_args(step), _args(after), strict=True)
-        if taken in made_by_head and given in made_by_body
-    }
-    # The residual stream: the one other activation of the head that the body's delegate takes, RoPE's slices aside.
-    slices = {_args(step)[-1] for step in head if _name(plan, step) == "aten::slice_copy"}
-    taken = [i for i in _args(body[3]) if i in made_by_head and i not in slices and _is_tensor(plan, i)]
-    given = [i for i in _args(body[3]) if i in made_by_body - set(gives.values()) and i not in _args(body[2])]
-    if len(gives) != 3 or len(taken) != 1 or len(given) != 1 or given[0] not in _args(tail[3]):
-        raise LayersDifferError(
-            "the lowered layers do not pass q, k, v and one residual stream on to the next"
-        )
-    return Joint(gives={**gives, taken[0]: given[0]})
+def _sliced(plan: Any, steps: list[Any]) -> set[int]:
+    return {_args(step)[-1] for step in steps if _name(plan, step) == "aten::slice_copy"}
 
 
 def _written(plan: Any, steps: list[Any]) -> set[int]:
@@ -108,12 +131,12 @@ def _written(plan: Any, steps: list[Any]) -> set[int]:
 
 
 def _clone_values(
-    plan: Any, steps: list[Any], given: Mapping[int, int], of_placeholder: Mapping[str, str], shift: int
+    plan: Any, run: Run, given: Stream, of_placeholder: Mapping[str, str], layer: int
 ) -> dict[int, int]:
-    """New values for all that belongs to the layer; `given` says what it takes from the layer before."""
-    mapping = dict(given)
-    own = _written(plan, steps)
-    for index in dict.fromkeys(i for step in steps for i in _args(step)):
+    """New values for all that belongs to the run, in the place of `layer`, to which `given` is given."""
+    mapping, shift = run.takes.renamed(given), layer - run.layer
+    own = _written(plan, run.steps)
+    for index in dict.fromkeys(i for step in run.steps for i in _args(step)):
         if index in mapping:
             continue
         name = _tensor_name(plan, index)

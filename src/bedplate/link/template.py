@@ -53,10 +53,10 @@ def lowered_program(structure: Structure, cache: UnitCache, notice: Callable[[st
 
     depth = structure.spec.n_layers
     try:
-        return stretch(lowered_units(structure, cache), depth)
+        return stretch(lowered_units(structure, cache), structure.unit_of_layer)
     except LayersDifferError as difference:
         notice(f"{difference}: all {depth} layers are lowered one by one, which takes seconds each")
-        return compile_structure(structure, depth=depth)
+        return compile_structure(structure, structure.spec.layers)
 
 
 def template_of(lowered: Lowered, metadata: Metadata) -> Template:

@@ -7,7 +7,7 @@ C max_context.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -15,8 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from bedplate.model.lora import LoRALinear
-from bedplate.model.parts import LayerNorm, QueryFactors, RMSNorm, Rope, activation, attend
-from bedplate.spec import LayerSpec, ModelSpec, NormPlace, linear_shapes
+from bedplate.model.masks import WindowMasks
+from bedplate.model.parts import (
+    LayerNorm,
+    QueryFactors,
+    RMSNorm,
+    Rope,
+    activation,
+    attend,
+    finished,
+    scaled,
+)
+from bedplate.spec import (
+    LayerSpec,
+    ModelSpec,
+    NormPlace,
+    growing,
+    linear_shapes,
+    narrow_window,
+    narrow_windows,
+    qk_norm_shapes,
+)
 
 
 def _norm(spec: ModelSpec) -> RMSNorm:
@@ -66,7 +85,10 @@ def _correction(
 
 
 class Attention(nn.Module):
-    """plain: computed without the stock operator, which knows neither windows nor caps."""
+    """window: narrower than the context. None: a query sees all before it."""
+
+    q_norm: nn.Module
+    k_norm: nn.Module
 
     def __init__(
         self,
@@ -79,13 +101,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = spec.n_heads, spec.n_kv_heads, spec.head_dim
-        self.rope, self.window, self.cap, self.scale = (
-            layer.rope,
-            layer.window,
-            spec.score_cap,
-            spec.attention_scale,
-        )
-        self.plain = no_stock_attention(spec, layer, max_context) is not None
+        self.rope, self.cap, self.scale = layer.rope, spec.score_cap, spec.attention_scale
+        self.window = narrow_window(layer, max_context)
         q_width, kv_width = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
         bias = spec.qkv_bias
         self.q_proj = _linear(spec.dim, q_width, bias, ranks.get("self_attn.q_proj"), device)
@@ -93,15 +110,21 @@ class Attention(nn.Module):
         self.v_proj = _linear(spec.dim, kv_width, bias, ranks.get("self_attn.v_proj"), device)
         self.o_proj = _linear(q_width, spec.dim, spec.output_bias, ranks.get("self_attn.o_proj"), device)
         self.qk_norm = spec.qk_norm
-        if spec.qk_norm:
-            whole = spec.qk_norm == "whole"
-            self.q_norm = RMSNorm(q_width if whole else spec.head_dim, spec.norm_eps)
-            self.k_norm = RMSNorm(kv_width if whole else spec.head_dim, spec.norm_eps)
+        for part, shape in qk_norm_shapes(spec).items():
+            self.add_module(f"{part}_norm", RMSNorm(*shape, spec.norm_eps))
         of_input = {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
         self.input_correction = _correction(corrections, of_input, "self_attn", device)
         self.output_correction = _correction(corrections, {"o_proj": self.o_proj}, "self_attn", device)
 
     def forward(self, x: Tensor, k_cache: Tensor, v_cache: Tensor, step: Step) -> Tensor:
+        q_BSHN, k_BSKN, v_BSKN = self.heads(x, step)
+        torch.ops.llama.update_cache(k_BSKN, k_cache, step.pos)
+        torch.ops.llama.update_cache(v_BSKN, v_cache, step.pos)
+        y_BSHN = self._attend(q_BSHN, k_cache, v_cache, step)
+        return self.output(y_BSHN.view(1, -1, self.n_heads * self.head_dim))
+
+    def heads(self, x: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+        """q [1, S, H, N], k and v [1, S, K, N]: what attention works on."""
         q, k, v = self.project(x)
         if self.qk_norm == "whole":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -111,30 +134,30 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q_BSHN, k_BSKN = self.q_norm(q_BSHN), self.k_norm(k_BSKN)
         if self.rope is not None:
-            cos, sin = step.tables[self.rope]
-            q_BSHN, k_BSKN = step.rope(q_BSHN, cos, sin), step.rope(k_BSKN, cos, sin)
-        if step.query_factors is not None:
-            q_BSHN = q_BSHN * step.query_factors
-        torch.ops.llama.update_cache(k_BSKN, k_cache, step.pos)
-        torch.ops.llama.update_cache(v_BSKN, v_cache, step.pos)
-        y_BSHN = self._attend(q_BSHN, k_cache, v_cache, step.pos)
-        return self.output(y_BSHN.view(1, -1, self.n_heads * self.head_dim))
+            cos, sin = places.tables[self.rope]
+            q_BSHN, k_BSKN = places.rope(q_BSHN, cos, sin), places.rope(k_BSKN, cos, sin)
+        if places.query_factors is not None:
+            q_BSHN = q_BSHN * places.query_factors
+        return q_BSHN, k_BSKN, v_BSKN
 
-    def _attend(self, q_BSHN: Tensor, k_cache: Tensor, v_cache: Tensor, pos: int) -> Tensor:
-        if self.plain:
-            seen = pos + q_BSHN.shape[1]
+    def _attend(self, q_BSHN: Tensor, k_cache: Tensor, v_cache: Tensor, step: Step) -> Tensor:
+        mask = None if self.window is None else step.masks.get(self.window)
+        if self.cap is not None or (self.window is not None and mask is None):
+            seen = step.pos + q_BSHN.shape[1]
             return attend(
                 q_BSHN[0],
                 k_cache[0, :seen],
                 v_cache[0, :seen],
-                first=pos,
+                first=step.pos,
                 scale=self.scale,
                 window=self.window,
                 cap=self.cap,
             )[None]
         # The operator's own scale is left to it.
         scale = () if self.scale == self.head_dim**-0.5 else (self.scale,)
-        return torch.ops.llama.custom_sdpa(q_BSHN, k_cache, v_cache, pos, None, 0.0, True, *scale)  # type: ignore[no-any-return]
+        return torch.ops.llama.custom_sdpa(  # type: ignore[no-any-return]
+            q_BSHN, k_cache, v_cache, step.pos, mask, 0.0, mask is None, *scale
+        )
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of all heads, [1, S, heads · N] each, before RoPE."""
@@ -173,13 +196,20 @@ class MLP(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """What all layers need of a step: cos and sin [1, S, 1, N] of each table, and the factors of queries."""
+class Places:
+    """What positions do to q and k: cos and sin [1, S, 1, N] of each table, and the factors of queries."""
 
-    pos: int
     rope: Rope
     tables: list[tuple[Tensor, Tensor]]
     query_factors: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Places):
+    """What all layers need of a step. pos: of its first token. masks: of windows, [S, C]."""
+
+    pos: int
+    masks: Mapping[int, Tensor]
 
 
 class Layer(nn.Module):
@@ -202,21 +232,21 @@ class Layer(nn.Module):
         self.mlp_norm = _norm_at("mlp_norm", spec)
         self.mlp = MLP(spec, ranks, corrections, device)
         self.mlp_output_norm = _norm_at("mlp_output_norm", spec)
-        self.parallel, self.residual_scale = spec.parallel, spec.residual_scale
+        self.parallel, self.residual_scale = spec.parallel, scaled(spec.residual_scale)
         cache_shape = (1, max_context, spec.n_kv_heads, spec.head_dim)
         self.register_buffer("k_cache", torch.zeros(cache_shape), persistent=False)
         self.register_buffer("v_cache", torch.zeros(cache_shape), persistent=False)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        read = self.attention_norm(x)
-        y = self.attention_output_norm(self.self_attn(read, self.k_cache, self.v_cache, step))
-        between = x + self._scaled(y)
-        if not self.parallel:
-            read = self.mlp_norm(between)
-        return between + self._scaled(self.mlp_output_norm(self.mlp(read)))
+        return self.around(x, lambda read: self.self_attn(read, self.k_cache, self.v_cache, step))
 
-    def _scaled(self, y: Tensor) -> Tensor:
-        return y if self.residual_scale == 1 else y * self.residual_scale
+    def around(self, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the layer makes of the residual stream, with whatever computes its attention."""
+        y = attention(self.attention_norm(x))
+        between = x + self.residual_scale(self.attention_output_norm(y))
+        # Normed again, so that a program's layers pass nothing but x beside attention.
+        read = self.attention_norm(x) if self.parallel else self.mlp_norm(between)
+        return between + self.residual_scale(self.mlp_output_norm(self.mlp(read)))  # type: ignore[no-any-return]
 
 
 def _norm_at(place: NormPlace, spec: ModelSpec) -> nn.Module:
@@ -228,6 +258,7 @@ class Decoder(nn.Module):
 
     ranks: LoRA rank of each linear that has a branch, by its name in a layer (`mlp.up_proj`); the same in all layers.
     corrections: rank of the correction of each linear that has one, likewise; equal where linears have one input.
+    max_chunk: the longest step of the stock attention operator, for a program. None: windows are computed without it.
     device: where the linears and the embedding are made; "meta" when their values come from elsewhere anyway.
     """
 
@@ -236,6 +267,7 @@ class Decoder(nn.Module):
         spec: ModelSpec,
         *,
         max_context: int,
+        max_chunk: int | None = None,
         ranks: Mapping[str, int] | None = None,
         corrections: Mapping[str, int] | None = None,
         device: str | None = None,
@@ -246,16 +278,17 @@ class Decoder(nn.Module):
             raise ValueError(f"no such linears: {unknown}")
         self.spec, self.max_context, self.corrections = spec, max_context, dict(corrections)
         self.embed_tokens: nn.Module = _embedding(spec.vocab_size, spec.dim, device)
-        self.rope = Rope(spec.ropes, spec.head_dim, max_context)
-        growth = spec.query_growth
-        # Within the original positions the factor is 1.
-        grows = growth is not None and max_context > growth.original_positions
-        self.query_factors = QueryFactors(growth, max_context) if growth and grows else None
+        self.rope = Rope(spec.used_ropes, spec.head_dim, max_context)
+        growth = growing(spec, max_context)
+        self.query_factors = QueryFactors(growth, max_context) if growth else None
+        windows = narrow_windows(spec, max_context) if max_chunk else []
+        self.masks = WindowMasks(windows, max_context, max_chunk or 0)
         self.layers = nn.ModuleList(
             Layer(spec, layer, max_context, ranks, corrections, device) for layer in spec.layers
         )
         self.norm = _norm(spec)
         self.lm_head: nn.Module = _linear(spec.dim, spec.vocab_size, False, None, device)
+        self.embedding_scale, self.finish = scaled(spec.embedding_scale), finished(spec)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, last_rows: Tensor) -> Tensor:
         """Logits float32 [1, R, V] of the last R of tokens int64 [1, S] at positions input_pos … input_pos + S - 1.
@@ -272,33 +305,24 @@ class Decoder(nn.Module):
             rope=self.rope,
             tables=self.rope.at(pos, length),  # type: ignore[arg-type]
             query_factors=self.query_factors and self.query_factors.at(pos, length),  # type: ignore[arg-type]
+            masks=self.masks.at(pos, length),  # type: ignore[arg-type]
         )
-        x_BSD = self.embed_tokens(tokens)
-        if self.spec.embedding_scale != 1:
-            x_BSD = x_BSD * self.spec.embedding_scale
+        x_BSD = self.embed(tokens)
         for layer in self.layers:
             x_BSD = layer(x_BSD, step)
-        x_BRD = x_BSD.narrow(1, length - rows, rows)
-        return finished_logits(self.lm_head(self.norm(x_BRD)), self.spec)
+        return self.logits(x_BSD.narrow(1, length - rows, rows))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.embedding_scale(self.embed_tokens(tokens))  # type: ignore[no-any-return]
+
+    def logits(self, x_BRD: Tensor) -> Tensor:
+        """Of what the layers give."""
+        return self.finish(self.lm_head(self.norm(x_BRD)))  # type: ignore[no-any-return]
 
     def reset_cache(self) -> None:
         for layer in self.layers:
             layer.k_cache.zero_()  # type: ignore[operator]
             layer.v_cache.zero_()  # type: ignore[operator]
-
-
-def finished_logits(y: Tensor, spec: ModelSpec) -> Tensor:
-    """Logits of what the head gives."""
-    if spec.logit_scale != 1:
-        y = y * spec.logit_scale
-    return y if spec.logit_cap is None else torch.tanh(y / spec.logit_cap) * spec.logit_cap
-
-
-def no_stock_attention(spec: ModelSpec, layer: LayerSpec, max_context: int) -> str | None:
-    """Why the stock attention operator cannot compute a layer for sequences of this context. None: it can."""
-    if layer.window is not None and layer.window < max_context:
-        return f"a layer sees only {layer.window} of {max_context} positions"
-    return None if spec.score_cap is None else f"attention scores are capped at {spec.score_cap:g}"
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from bedplate.errors import CheckpointError, UnsupportedError
+from bedplate.model import sentencepiece_file
 from bedplate.model.folder_template import default_template
 from bedplate.model.json_file import damaged, read_optional_object
 from bedplate.model.tokenizer_settings import OLDER, SAVE, SETTINGS, TokenizerSettings, read_settings
@@ -16,9 +17,12 @@ from bedplate.model.tokenizer_source import TokenizerSource, token_ids
 
 def read_folder(folder: Path) -> TokenizerSource:
     """Raises CheckpointError or UnsupportedError, naming the file."""
-    tokenizer = _tokenizer(folder / "tokenizer.json")
     settings = read_settings(folder)
-    path = folder / SETTINGS
+    path, pieces = folder / SETTINGS, folder / sentencepiece_file.FILE
+    if pieces.is_file() and not (folder / "tokenizer.json").is_file():
+        tokenizer, usual = sentencepiece_file.read_sentencepiece(pieces, settings.values)
+    else:
+        tokenizer, usual = _tokenizer(folder / "tokenizer.json"), {}
     if settings.values.get("split_special_tokens"):
         raise UnsupportedError(
             "split_special_tokens is not supported: special tokens are matched whole",
@@ -26,7 +30,7 @@ def read_folder(folder: Path) -> TokenizerSource:
             hint="remove the field",
         )
     _add_tokens(tokenizer, settings, path)
-    special = settings.special_texts()
+    special = usual | settings.special_texts()
     ids = {name: tokenizer.token_to_id(token) for name, token in special.items()}
     configs = [read_optional_object(folder / f"{name}.json") for name in ("generation_config", "config")]
     bos_ids = token_ids([_first(configs, "bos_token_id"), ids.get("bos_token")], tokenizer, folder)

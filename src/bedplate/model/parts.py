@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bedplate.spec import QueryGrowth, RopeTable
+from bedplate.spec import ModelSpec, QueryGrowth, RopeTable
 
 
 class RMSNorm(nn.Module):
@@ -48,7 +48,7 @@ class LayerNorm(RMSNorm):
 
 
 class Rope(nn.Module):
-    """Rotary position embedding: tables of cos and sin, and rotate-half as a linear.
+    """Rotary position embedding: tables of cos and sin, and rotate-half as a linear. Without tables it holds nothing.
 
     rotate_half(x) = [-x₂, x₁] is x Rᵀ with R of 0 and ±1: exact, and, unlike slices, inside the delegate.
     """
@@ -62,6 +62,8 @@ class Rope(nn.Module):
             self.register_buffer(f"cos_{number}", cos, persistent=False)
             self.register_buffer(f"sin_{number}", sin, persistent=False)
         self.count = len(tables)
+        if not tables:
+            return
         half = head_dim // 2
         rotation, one = torch.zeros(head_dim, head_dim, device="cpu"), torch.eye(half, device="cpu")
         rotation[:half, half:], rotation[half:, :half] = -one, one
@@ -73,6 +75,16 @@ class Rope(nn.Module):
             (
                 self.get_buffer(f"cos_{number}").narrow(1, pos, length),
                 self.get_buffer(f"sin_{number}").narrow(1, pos, length),
+            )
+            for number in range(self.count)
+        ]
+
+    def chosen(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """As `at`, for any positions int64 [S]."""
+        return [
+            (
+                self.get_buffer(f"cos_{number}").index_select(1, positions),
+                self.get_buffer(f"sin_{number}").index_select(1, positions),
             )
             for number in range(self.count)
         ]
@@ -97,6 +109,43 @@ def rope_table(table: RopeTable, max_context: int, *, length: int | None = None)
         for half in (angles.cos() * scale, angles.sin() * scale)
     )
     return cos, sin
+
+
+class Scale(nn.Module):
+    """x · factor. A number that is no buffer would be a constant without a name in the lowered program."""
+
+    factor: Tensor
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor([factor]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def scaled(factor: float) -> nn.Module:
+    """x · factor; nothing is computed for a factor of 1."""
+    return nn.Identity() if factor == 1 else Scale(factor)
+
+
+class Cap(nn.Module):
+    """limit · tanh(x / limit)."""
+
+    limit: Tensor
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.register_buffer("limit", torch.tensor([limit]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / self.limit) * self.limit
+
+
+def finished(spec: ModelSpec) -> nn.Module:
+    """What makes logits of what the head gives."""
+    cap = nn.Identity() if spec.logit_cap is None else Cap(spec.logit_cap)
+    return nn.Sequential(scaled(spec.logit_scale), cap)
 
 
 class QueryFactors(nn.Module):

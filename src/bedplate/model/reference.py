@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bedplate.model.checkpoint import Checkpoint, checked_tensor
-from bedplate.model.decoder import finished_logits
-from bedplate.model.parts import activation, attend, query_factors, rope_table
+from bedplate.model.parts import activation, attend, finished, query_factors, rope_table
 from bedplate.spec import ModelSpec
 
 # Called with the place of a correction (`self_attn.input_correction`) and the input of its linears, float32 [S, in].
@@ -109,7 +108,8 @@ def logits(
     hidden: Tensor, head: Tensor, spec: ModelSpec, *, bias: Tensor | None = None, rows: int = 64
 ) -> Iterator[Tensor]:
     """Logits of a text, float32 [up to `rows`, vocab] at a time."""
-    return (finished_logits(F.linear(block, head, bias), spec) for block in torch.split(hidden, rows))
+    finish = finished(spec)
+    return (finish(F.linear(block, head, bias)) for block in torch.split(hidden, rows))
 
 
 class _Layer:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from bedplate.constants import Constant
-from bedplate.model.parts import RMSNorm, Rope
+from bedplate.model.masks import window_mask
+from bedplate.model.parts import Cap, RMSNorm, Rope, Scale, activation, query_factors, scaled
 from bedplate.quantize.correction import Corrected
 from bedplate.quantize.packing import pack_embedding, pack_float, pack_linear
 from bedplate.quantize.recipe import Scheme
 from bedplate.quantize.weights import QuantizedWeight, quantize_weight, row_blocks
-from bedplate.spec import ModelSpec
+from bedplate.spec import ModelSpec, growing, narrow_windows, qk_norm_shapes
 
 
 def pack_tensor(names: Sequence[str], value: Tensor, schemes: Mapping[str, Scheme]) -> Iterator[Constant]:
@@ -49,17 +50,43 @@ def row_norms(path: str, weight: Tensor) -> Constant:
     return pack_float(f"{path}.row_norms", squares, is_tensor=False)[0]
 
 
-def fixed_constants(spec: ModelSpec, max_context: int) -> dict[str, Constant]:
+def fixed_constants(spec: ModelSpec, max_context: int, max_chunk: int) -> dict[str, Constant]:
     """The constants of programs that do not depend on weights, in the order of their names.
 
-    Every foundation holds them, so that it is the same with programs and without.
+    Every foundation holds them, so that it is the same with programs of any kind and without.
     """
-    rope, norm = Rope(spec.ropes, spec.head_dim, max_context), RMSNorm(spec.dim, spec.norm_eps)
-    tables = [(f"rope.{name}", value, True) for name, value in rope.named_buffers() if name != "rotation"]
-    rows = [("rms_norm.mean_row", norm.mean_row, False), ("rms_norm.eps", norm.eps, False)]
-    rows.append(("rope.rotation", rope.rotation, False))
-    packed = [pack_float(name, value.numpy(), is_tensor=tensor)[0] for name, value, tensor in tables + rows]
+    delegates = dict(_norm_constants(spec))
+    tensors = dict(_scalars(spec))
+    rope = Rope(spec.used_ropes, spec.head_dim, max_context)
+    for name, value in rope.named_buffers():
+        (delegates if name == "rotation" else tensors)[f"rope.{name}"] = value
+    if (growth := growing(spec, max_context)) is not None:
+        tensors["query_factors"] = query_factors(growth, max_context)
+    for window in narrow_windows(spec, max_context):
+        tensors[f"masks.window_{window}"] = window_mask(window, max_context, max_chunk)
+    packed = [pack_float(name, value.numpy(), is_tensor=False)[0] for name, value in delegates.items()]
+    packed += [pack_float(name, value.numpy(), is_tensor=True)[0] for name, value in tensors.items()]
     return {constant.name: constant for constant in sorted(packed, key=lambda constant: constant.name)}
+
+
+def _norm_constants(spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+    norm = RMSNorm(spec.dim, spec.norm_eps)
+    yield "rms_norm.mean_row", norm.mean_row
+    yield "rms_norm.eps", norm.eps
+    for part, shape in qk_norm_shapes(spec).items():
+        yield f"{part}_norm.mean_row", RMSNorm(*shape, spec.norm_eps).mean_row
+
+
+def _scalars(spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+    for name in ("embedding_scale", "residual_scale", "logit_scale"):
+        for value in scaled(getattr(spec, name)).buffers():
+            yield name, value
+    yield "attention_scale", Scale(spec.attention_scale).factor
+    for name in ("score_cap", "logit_cap"):
+        if (limit := getattr(spec, name)) is not None:
+            yield name, Cap(limit).limit
+    for leaf, value in activation(spec.activation).named_buffers():
+        yield f"{spec.activation}.{leaf}", value
 
 
 def pack_corrected(place: str, corrected: Corrected) -> Iterator[Constant]:

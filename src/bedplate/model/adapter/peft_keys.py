@@ -28,7 +28,7 @@ _MEANINGS = (
     (re.compile(r"lora_diag"), "KaSA, which changes the base model's weights"),
     (re.compile(r"lora_arrow"), "Arrow, which routes between several adapters"),
     (re.compile(r"lora_E\b|ranknum"), "AdaLoRA"),
-    (re.compile(r"trainable_tokens"), "trained token embeddings"),
+    (re.compile(r"trainable_tokens"), "trained token embeddings (trainable_token_indices)"),
     (re.compile(r"\.lora_B(?:\.[^.]+)?\.bias$"), "a trained bias beside B (lora_bias)"),
     (re.compile(r"lora_embedding_[AB]|embed_tokens\.lora_"), "a LoRA on the embedding table"),
     (re.compile(r"lm_head\.lora_"), "a LoRA on the head"),
@@ -40,7 +40,10 @@ _MEANINGS = (
     (re.compile(r"base_layer\.lora_"), "several adapted parameters in one module"),
     (re.compile(r"experts?\."), "a LoRA on experts"),
     (re.compile(r"\.lora_[AB]\b"), "a LoRA on a module that bedplate does not know"),
-    (re.compile(r"^layers\.\d+\..*\.weight$"), "weights of the base model, trained in full"),
+    (
+        re.compile(r"^layers\.\d+\..*\.weight$"),
+        "weights of the base model, trained in full (modules_to_save)",
+    ),
 )
 
 

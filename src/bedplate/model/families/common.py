@@ -63,7 +63,7 @@ class Family:
         rows of one module are those of several, one below the other.
     norm_offset: what is added to the stored weights of all norms.
     rope: how transformers reads and computes the rotary embedding.
-    gguf: llama.cpp's name for the architecture, if bedplate reads its files.
+    gguf: llama.cpp's name for the architecture, if bedplate reads its adapters.
     meta_rows: llama.cpp and torchtune keep Meta's order of the rows of q and k, in which neighbours turn together.
     """
 
