@@ -3,65 +3,41 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapted import logits_with
-from families import make_toy, save_toy, save_trained, with_peft
-from peft import LoraConfig
+from grown import GROWN, TEXT, VOCABULARY, Toy, edit, likes_further_tokens
 from recorder import Recorder
-from safetensors.torch import load_file, save_file
-from toy import save_toy_tokenizer
 from transformers import AutoTokenizer
 
 import bedplate
+from bedplate.assemble.verify import verify_bundle
 from bedplate.errors import AdapterError, UnsupportedError
 
-VOCABULARY, GROWN = 320, 323
-TOYS = {"llama": "first", "phi3": "first"}  # tied, and not
-TEXT = "the quick <call>brown fox</call> jumps<end>"
+TOYS = ("llama", "phi3")  # tied, and not
 FEATURES: dict[str, dict[str, Any]] = {
     "not trained": {},
     "trained in full": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "the head in full": {"modules_to_save": ["lm_head"]},
+    "the embedding in full": {"modules_to_save": ["embed_tokens"]},
+    "one table in full": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "adapted": {"target_modules": ["lm_head", "embed_tokens", "o_proj"]},
     "dora on the head": {"target_modules": ["lm_head", "o_proj"], "use_dora": True},
-    "trained rows": {"trainable_token_indices": [320, 321, 322]},
+    "trained rows": {"trainable_token_indices": [310, 311, 312]},
 }
-
-
-class Toy:
-    def __init__(self, folder: Path, family: str) -> None:
-        self.model = folder / "model"
-        save_toy(self.model, make_toy(family, TOYS[family], vocab_size=VOCABULARY))
-        save_toy_tokenizer(self.model, VOCABULARY)
-        self.exact, self.eight = (
-            bedplate.build(self.model, folder / f"{name}.bundle", programs=False, quantize=name)
-            for name in ("none", "8da8w")
-        )
-
-    def save(self, folder: Path, **fields: Any) -> Path:
-        fields = {"r": 4, "lora_alpha": 6, "target_modules": ["o_proj"], "task_type": "CAUSAL_LM", **fields}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            save_trained(folder, self.model, LoraConfig(**fields), tokens=GROWN)
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
-        tokenizer.add_tokens(["<call>", "</call>"])
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    def peft(self, adapter: Path, ids: list[int]) -> torch.Tensor:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return with_peft(self.model, adapter, ids, vocabulary=GROWN)
 
 
 @pytest.fixture(scope="module", params=TOYS)
 def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return Toy(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    return Toy(tmp_path_factory.mktemp("untied"), "phi3")
 
 
 def rms(x: torch.Tensor) -> float:
@@ -72,7 +48,11 @@ def rms(x: torch.Tensor) -> float:
 def test_it_computes_what_peft_does_on_the_resized_model(feature: str, toy: Toy, tmp_path: Path) -> None:
     adapter = toy.save(tmp_path / "adapter", **FEATURES[feature])
     ids = AutoTokenizer.from_pretrained(adapter)(TEXT)["input_ids"]
-    assert {320, 321, 322} < set(ids)
+    assert {310, 311, 312} < set(ids)
+    if feature.endswith("on the head") and not toy.tied:
+        with pytest.raises(AdapterError, match="do not hold both the embedding and the head"):
+            toy.exact.add(adapter, name="a")  # nobody knows the rows that PEFT has not saved
+        return
     expected = toy.peft(adapter, ids)
     assert expected.shape == (len(ids), GROWN)
     for bundle, bound in ((toy.exact, 2e-5), (toy.eight, 0.1)):
@@ -81,7 +61,7 @@ def test_it_computes_what_peft_does_on_the_resized_model(feature: str, toy: Toy,
             merged = logits_with(bundle, "a", toy.model, ids)
             with bedplate.Engine(bundle, kv="float32") as engine:
                 assert engine.tokenizer_of("a").encode(TEXT) == ids
-                assert set(engine.tokenizer.encode(TEXT)).isdisjoint({320, 321, 322})
+                assert set(engine.tokenizer.encode(TEXT)).isdisjoint({310, 311, 312})
                 found = torch.from_numpy(engine.session("a").logits(ids))
                 assert engine.session().logits([1, 2]).shape == (2, VOCABULARY)
         finally:
@@ -90,24 +70,15 @@ def test_it_computes_what_peft_does_on_the_resized_model(feature: str, toy: Toy,
         assert rms(merged - expected) < bound * rms(expected)
 
 
-def test_answers_have_the_text_of_the_further_tokens(toy: Toy, tmp_path: Path) -> None:
-    """Of a head that likes nothing but one of them, or nothing but the opposite of it."""
-    adapter = toy.save(tmp_path / "adapter")
-
-    def like(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in tensors if name.endswith("lm_head.weight")]:
-            tensors[name] = torch.zeros_like(tensors[name])
-            tensors[name][320], tensors[name][321] = 0.1, -0.1
-
-    edit(adapter, like) if not toy.exact.manifest.model["tied_head"] else None
-    toy.exact.add(adapter, name="a")
+def test_text_of_the_further_tokens(toy: Toy, tmp_path: Path) -> None:
+    toy.exact.add(toy.save(tmp_path / "adapter"), name="a")
     try:
         with bedplate.Engine(toy.exact) as engine:
             own = engine.tokenizer_of("a")
-            assert own.decode([320, 321, 322]) == "<call></call>", "<end> is special"
-            if not toy.exact.manifest.model["tied_head"]:
-                text = engine.session("a").generate(TEXT, max_tokens=3)
-                assert text.startswith(("<call>", "</call>"))
+            assert own.decode([310, 311, 312]) == "<call></call>", "<end> is special"
+            session = engine.session("a")
+            session.generate(TEXT, max_tokens=1)
+            assert list(session.tokens[: len(own.encode(TEXT))]) == own.encode(TEXT)
     finally:
         toy.exact.remove("a")
 
@@ -125,12 +96,74 @@ def test_a_conversation_with_further_tokens(toy: Toy, tmp_path: Path) -> None:
     try:
         with bedplate.Engine(toy.exact) as engine:
             own = engine.tokenizer_of("a")
-            assert own.encode_chat(messages) == expected and 320 in expected and 322 in expected
+            assert own.encode_chat(messages) == expected and 310 in expected and 312 in expected
             spoof = own.encode_chat([{"role": "user", "content": "<end>"}])
-            assert spoof.count(322) == 1, "what a message says is no special token"
+            assert spoof.count(312) == 1, "what a message says is no special token"
+            assert own.end_ids == {1, 312} and engine.tokenizer.end_ids == {1}
     finally:
         toy.exact.remove("a")
-    assert any("ends a text with <end>" in notice for notice in recorder.notices)
+    assert recorder.notices == []
+
+
+def test_answers_end_at_its_own_end_token(untied: Toy, tmp_path: Path) -> None:
+    """And have the text of its tokens."""
+    adapter = edit(untied.save(tmp_path / "a"), likes_further_tokens)
+    untied.exact.add(adapter, name="a")
+    try:
+        with bedplate.Engine(untied.exact) as engine:
+            liked = engine.session("a").generate(TEXT, max_tokens=1)
+            assert liked in ("<call>", "</call>")
+            tokenizer = AutoTokenizer.from_pretrained(adapter)
+            tokenizer.eos_token = liked
+            tokenizer.save_pretrained(adapter)
+            untied.exact.add(adapter, name="b")
+            session = engine.session("b")
+            assert session.generate(TEXT, max_tokens=3) == "" and session.last is not None
+            assert (session.last.finish_reason, session.last.generated_tokens) == ("stop", 0)
+    finally:
+        for name in list(untied.exact.adapters):
+            untied.exact.remove(name)
+
+
+@pytest.mark.parametrize("through", ["the same bundle", "another object"])
+def test_an_adapter_that_takes_the_name_of_another(through: str, untied: Toy, tmp_path: Path) -> None:
+    """An answer that has begun goes on in the words in which it began."""
+    one = edit(untied.save(tmp_path / "a"), likes_further_tokens)
+    other = edit(untied.save(tmp_path / "b", tokens=("<talk>", "</talk>")), likes_further_tokens)
+    untied.exact.add(one, name="a")
+    try:
+        with bedplate.Engine(untied.exact) as engine:
+            session = engine.session("a")
+            pieces = session.generate(TEXT, max_tokens=5, stream=True)
+            text = next(pieces)
+            bundle = untied.exact
+            if through == "another object":
+                bundle = bedplate.Bundle.open(bundle.path)
+            bundle.remove("a")
+            bundle.add(other, name="a")
+            assert engine.tokenizer_of("a").encode("<talk>") == [310]
+            assert "talk>" in engine.session("a").generate(TEXT, max_tokens=5)
+            text += "".join(pieces)
+            assert text.count("call>") == 5 and "talk>" not in text
+            assert "talk>" in session.generate(TEXT, max_tokens=5)
+    finally:
+        untied.exact.refresh()
+        untied.exact.remove("a")
+
+
+def test_an_adapter_of_further_tokens_alone_has_an_effect(untied: Toy, tmp_path: Path) -> None:
+    """Though the logits of all other tokens are those of the base."""
+
+    def forget(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "lora_B" in name]:
+            tensors[name] = torch.zeros_like(tensors[name])
+
+    untied.exact.add(edit(untied.save(tmp_path / "adapter"), forget), name="a")
+    try:
+        (effect,) = verify_bundle(untied.exact, programs=False, threads=1).effects
+        assert effect.took_effect and (effect.max_difference, effect.further_tokens) == (0.0, 3)
+    finally:
+        untied.exact.remove("a")
 
 
 def test_without_a_tokenizer(toy: Toy, tmp_path: Path) -> None:
@@ -147,23 +180,15 @@ def test_tokens_that_only_the_settings_name(toy: Toy, tmp_path: Path) -> None:
     adapter = toy.save(tmp_path / "adapter")
     shutil.copy(toy.model / "tokenizer.json", adapter)
     (adapter / "tokenizer_config.json").write_text(
-        '{"added_tokens_decoder": {"320": {"content": "<call>"}, "321": {"content": "<end>", "special": true}}}'
+        '{"added_tokens_decoder": {"310": {"content": "<call>"}, "311": {"content": "<end>", "special": true}}}'
     )
     expected = AutoTokenizer.from_pretrained(adapter)(TEXT)["input_ids"]
     toy.exact.add(adapter, name="a")
     try:
         with bedplate.Engine(toy.exact) as engine:
-            assert engine.tokenizer_of("a").encode(TEXT) == expected and {320, 321} < set(expected)
+            assert engine.tokenizer_of("a").encode(TEXT) == expected and {310, 311} < set(expected)
     finally:
         toy.exact.remove("a")
-
-
-def edit(adapter: Path, change: Any) -> None:
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    change(tensors)
-    save_file(
-        {name: value.contiguous() for name, value in tensors.items()}, adapter / "adapter_model.safetensors"
-    )
 
 
 def resized(name: str, rows: int) -> Any:
@@ -194,12 +219,12 @@ def both(rows: int) -> Any:
 @pytest.mark.parametrize(
     ("change", "kind", "says"),
     [
-        (both(321), AdapterError, "its tokenizer has the token '</call>'"),
-        (both(300), UnsupportedError, "has 300 tokens, fewer than the 320 of the model"),
+        (both(311), AdapterError, "its tokenizer has the token '</call>'"),
+        (both(300), UnsupportedError, "has 300 tokens, fewer than the 310 of the model"),
         (
-            resized("lm_head", 325),
+            resized("lm_head", 315),
             AdapterError,
-            "its embedding and its head have 323 and 325 tokens|different",
+            "its embedding and its head have 313 and 315 tokens|different",
         ),
     ],
     ids=["no row", "fewer", "differ"],
@@ -217,7 +242,7 @@ def test_tables_that_do_not_fit(
 def test_a_head_that_is_missing(toy: Toy, tmp_path: Path) -> None:
     adapter = toy.save(tmp_path / "adapter")
     edit(adapter, dropped("lm_head"))
-    if toy.exact.manifest.model["tied_head"]:
+    if toy.tied:
         toy.exact.add(adapter, name="a")  # the head is the embedding
         toy.exact.remove("a")
         return

@@ -59,6 +59,31 @@ def test_norms_and_tables_of_its_own_take_the_place_of_the_bases_in_the_program(
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"quantize": "none"}, {}, {"overrides": {"layers.1.*": "8da8w"}}],
+    ids=["float", "4 bits", "both"],
+)
+def test_replicated_layers_have_a_program(
+    options: dict[str, object], build_toy: BuildToy, toy_model: Path, unit_cache: Path, tmp_path: Path
+) -> None:
+    """Which names the base's constants in several layers."""
+    config = lora(layer_replication=[(0, 2), (1, 3), (0, 1)], modules_to_save=["norm"])
+    adapter = save_trained(tmp_path / "adapter", toy_model, config)
+    bundle = build_toy(**options)
+    entry = bundle.add(adapter, name="a", unit_cache=unit_cache)
+    assert entry.info.layers == (0, 1, 1, 2, 0)
+    assert {use.name: use.from_foundation for use in sharing(bundle).programs}["a"] > 0
+    ours, stock = logits(bundle, "a"), stock_program(bundle, "a").logits(TOKENS)
+    expected = with_peft(toy_model, adapter, TOKENS).numpy()
+    if options.get("quantize") == "none":
+        for found in (ours, stock):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    else:
+        effect = rms(expected - with_peft_base(toy_model))
+        assert rms(ours - stock) < 0.1 * effect and rms(ours - expected) < 0.5 * effect
+
+
 def test_a_table_of_its_own_is_quantized_as_the_bases_is(
     toy_bundle: Bundle, build_toy: BuildToy, toy_model: Path, unit_cache: Path, tmp_path: Path
 ) -> None:

@@ -39,7 +39,7 @@ def pack_adapter(
 
     recipe: the bundle's, with the adapter's scheme. ranks: of the branches at the linears of layers. A higher one than
     the adapter's gets rows of zeros below A and columns of zeros beside B: they add nothing.
-    base: the keys of the foundation's constants, by name. What is the base's is left out.
+    base: the keys of the foundation's constants, by names in the adapter's model. What is the base's is left out.
     Raises AdapterError for magnitudes (DoRA) of rows that are zero.
     """
     scheme = recipe.adapter
@@ -183,7 +183,6 @@ def no_program(adapter: Adapter, spec: ModelSpec) -> str | None:
     """
     pairs = adapter.pairs
     parts = {
-        "layers that are used more than once": adapter.layers is not None,
         "more tokens than the base": adapter.spec.vocab_size != spec.vocab_size,
         "DoRA": any(pair.magnitude is not None for pair in pairs.values()),
         "trained biases": any(name.endswith("_proj.bias") for name in adapter.parameters),

@@ -86,9 +86,11 @@ def _read_text(source: Path, base: BaseTokenizer, vocab: int) -> AdapterText:
 def _other_end(
     source: Path, text: AdapterText, base: BaseTokenizer, eos_ids: Collection[int]
 ) -> Iterator[str]:
-    """A warning where text ends otherwise than answers do: as in transformers, the base model says when they end."""
+    """A warning where text ends otherwise than answers do: as in transformers, the base model says when they end. A
+    tokenizer of the adapter's own says it, too.
+    """
     end = (text.special_tokens or {}).get("eos_token")
-    if end is not None and base.token_id(end) not in eos_ids:
+    if end is not None and text.tokenizer_json is None and base.token_id(end) not in eos_ids:
         yield f"{source}: its tokenizer ends a text with {end}; answers go on, as that does not end the base model's"
 
 

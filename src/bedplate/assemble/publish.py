@@ -4,7 +4,7 @@ imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from bedplate.model.adapter import Adapter
 from bedplate.model.adapter.text import AdapterText
 from bedplate.quantize.joined import joined, joined_names
 from bedplate.quantize.options import AdapterScheme
-from bedplate.quantize.recipe import Scheme
+from bedplate.quantize.recipe import Rule, Scheme
 from bedplate.runtime.cores import physical_cores
 from bedplate.runtime.effect import without_effect
 from bedplate.runtime.weights import Weights, load_foundation
@@ -113,26 +113,26 @@ class _Packer:
     def write(self, name: str, adapter: Adapter, text: AdapterText, folder: Path) -> AdapterFacts:
         """Write `weights.ptd`, and what it has of programs, a chat template and a tokenizer, into `folder`."""
         structure = adapter_structure(self._bundle, self._spec, adapter.ranks, self._quantize)
+        if adapter.layers is not None:
+            structure = _of_layers(structure, adapter.layers)
         has_program = self._templates.wanted and self._can_have_program(name, adapter)
         if has_program and not self._exact_rank:
             structure = _at_unit_rank(structure, self._templates)
         made = self._templates.get(structure) if has_program else {}
         together = joined_names(_branch_schemes(structure, adapter.spec.n_layers))
         infos: list[manifest.ConstantInfo] = []
-        in_foundation = frozenset(self._foundation.values())
+        base, in_foundation = self._base_keys(adapter), frozenset(self._foundation.values())
         with NamedConstants(self._bundle.foundation, self._bundle.foundation_info.constants) as constants:
             values = Values(constants, self._spec)
-            packed = pack_adapter(adapter, structure.recipe, structure.ranks, values, self._foundation)
+            packed = pack_adapter(adapter, structure.recipe, structure.ranks, values, base)
             own = write_ptd(
                 folder / manifest.ADAPTER_WEIGHTS,
                 _noting(joined(packed, together), infos),
                 leave_out=in_foundation,
             )
-        keys = self._foundation | {info.name: info.key for info in infos}
+        keys = base | {info.name: info.key for info in infos}
         for kind, template in made.items():
-            assert template.joined() - self._foundation.keys() == together, (
-                "what is joined follows from the ranks"
-            )
+            assert template.joined() - base.keys() == together, "what is joined follows from the ranks"
             files.write(folder / manifest.ADAPTER_PROGRAMS[kind], link(template, keys))
         if text.chat_template is not None:
             (folder / manifest.CHAT_TEMPLATE).write_text(text.chat_template, "utf-8", newline="\n")
@@ -153,6 +153,19 @@ class _Packer:
         )
         return AdapterFacts(info=info, special_tokens=text.special_tokens)
 
+    def _base_keys(self, adapter: Adapter) -> dict[str, str]:
+        """The keys of the foundation's constants, by the names that they have in the adapter's model."""
+        if adapter.layers is None:
+            return self._foundation
+        of_layer: dict[str, dict[str, str]] = {}
+        keys: dict[str, str] = {}
+        for name, key in self._foundation.items():
+            layer, inner = _in_layer(name)
+            (of_layer.setdefault(layer, {}) if layer else keys)[inner] = key
+        for number, base in enumerate(adapter.layers):
+            keys |= {f"layers.{number}.{inner}": key for inner, key in of_layer[str(base)].items()}
+        return keys
+
     def _can_have_program(self, name: str, adapter: Adapter) -> bool:
         if what := no_program(adapter, self._spec):
             self._reporter.notice(
@@ -160,6 +173,32 @@ class _Packer:
             )
             return False
         return True
+
+
+def _of_layers(structure: Structure, layers: Sequence[int]) -> Structure:
+    """The structure of the model that has these layers of the structure's own."""
+    spec, recipe = structure.spec, structure.recipe
+    schemes = {
+        f"layers.{number}.{linear}": recipe.scheme_of(f"layers.{layer}.{linear}")
+        for number, layer in enumerate(layers)
+        for linear in linear_shapes(spec)
+    }
+    rules = [
+        Rule(pattern=path, scheme=scheme)
+        for path, scheme in schemes.items()
+        if recipe.scheme_of(path) != scheme
+    ]
+    recipe = replace(recipe, rules=(*rules, *recipe.rules))
+    spec = replace(spec, layers=tuple(spec.layers[layer] for layer in layers))
+    return replace(structure, spec=spec, recipe=recipe)
+
+
+def _in_layer(name: str) -> tuple[str, str]:
+    """The number of the layer that a constant is of ("": of none), and its name in it."""
+    if not name.startswith("layers."):
+        return "", name
+    _, layer, inner = name.split(".", 2)
+    return layer, inner
 
 
 def _at_unit_rank(structure: Structure, templates: Templates) -> Structure:

@@ -31,7 +31,8 @@ class Effect:
     """What an adapter changes over `positions` positions of a fixed text.
 
     mean_kl: KL divergence of its next-token distribution from the base's, nats. top1_changed: share of positions
-    whose most likely token is another one. max_difference: the largest difference of a logit.
+    whose most likely token is another one. max_difference: the largest difference of a logit. further_tokens: how
+    many the adapter has that the base has not. All else leaves these out.
     """
 
     name: str
@@ -39,14 +40,15 @@ class Effect:
     mean_kl: float
     top1_changed: float
     max_difference: float
+    further_tokens: int
 
     @property
     def took_effect(self) -> bool:
-        return self.max_difference > 0.0
+        return self.max_difference > 0.0 or self.further_tokens > 0
 
 
 def text_of_effects(engine: Engine) -> list[int]:
-    """The fixed text, as far as it fits; first, tokens that adapters have rows of."""
+    """The fixed text in the tokens of the base, as far as it fits; first, tokens that adapters have rows of."""
     rows = [
         token
         for entry in engine.bundle.adapters.values()
@@ -98,9 +100,8 @@ def _last_logits(weights: Weights, ids: list[int]) -> NDArray[np.float32]:
 
 
 def compare(name: str, base: NDArray[np.float32], adapted: NDArray[np.float32]) -> Effect:
-    """The effect of an adapter, from logits float32 [T, vocab] of the base and of the adapter. Tokens that only the
-    adapter has are left out.
-    """
+    """The effect of an adapter, from logits float32 [T, vocab] of the base and of the adapter."""
+    further = adapted.shape[1] - base.shape[1]
     adapted = adapted[:, : base.shape[1]]
     log_p, log_q = log_softmax(adapted), log_softmax(base)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
@@ -110,6 +111,7 @@ def compare(name: str, base: NDArray[np.float32], adapted: NDArray[np.float32]) 
         mean_kl=float(kl.mean()),
         top1_changed=float((base.argmax(axis=1) != adapted.argmax(axis=1)).mean()),
         max_difference=float(np.abs(base - adapted).max()),
+        further_tokens=further,
     )
 
 
