@@ -163,6 +163,34 @@ CASES: list[tuple[str, dict[str, Any], Edit, type[BedplateError], str]] = [
         AdapterError,
         "embed_tokens.base_layer.weight, for which PEFT finds no place",
     ),
+    (
+        "untied",
+        HEAD,
+        with_tensor("lm_head.modules_to_save.weight", 96, 64),
+        AdapterError,
+        "lm_head.modules_to_save.weight, which PEFT would drop",
+    ),
+    (
+        "untied",
+        HEAD,
+        with_tensor("lm_head.original_module.weight", 95, 64),
+        AdapterError,
+        "lm_head.original_module.weight, which PEFT would drop or",
+    ),
+    (
+        "untied",
+        {},
+        with_tensor("lm_head.original_module.weight", 96, 64),
+        AdapterError,
+        "lm_head.original_module.weight, which PEFT would drop",
+    ),
+    (
+        "tied",
+        TOKENS,
+        with_tensor("lm_head.token_adapter.trainable_tokens_delta", 2, 64),
+        AdapterError,
+        "but the head goes with the embedding",
+    ),
     # Numbers that do not fit.
     ("tied", TOKENS, cut("_delta", 1), AdapterError, r"have shape \(1, 64\), but .* names 2"),
     (

@@ -75,15 +75,15 @@ def with_peft(model: Path, folders: dict[str, Path], weights: dict[str, float]) 
 def test_the_sum_is_that_of_peft(
     weights: dict[str, float], bundle: Bundle, folders: dict[str, Path], toy_model: Path
 ) -> None:
-    entry = bundle.merge(weights, name="sum")
+    info = bundle.merge(weights, name="sum").info
     try:
         expected = with_peft(toy_model, folders, weights)
         found = logits(bundle, "sum")
     finally:
         bundle.remove("sum")
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-    assert (entry.info.rank, entry.info.dtype) == (7, "float32")
-    assert entry.info.ranks == {"self_attn.q_proj": 7, "self_attn.v_proj": 4, "mlp.down_proj": 3}
+    assert (info.rank, info.dtype) == (7, "float32")
+    assert info.ranks == {"self_attn.q_proj": 7, "self_attn.v_proj": 4, "mlp.down_proj": 3}
     for name in (None, *weights):
         assert np.abs(logits(bundle, name) - expected).max() > 0.1
 
