@@ -24,8 +24,8 @@ TOKENS = [3, 7, *torch.randint(0, VOCABULARY, (LENGTH,), generator=torch.Generat
 # Tied, with norms of 1 + w, norms of q and k, a scaled embedding; and untied, with biases, joined linears, another
 # order of rows in q and k. The third is for biases of all linears.
 TOYS = {"gemma3_text": "first", "glm4": "first", "llama": "biases, untied"}
-# Where other rules of a family meet a feature: q, k and v in one linear; a capped head; scaled embedding, residuals and
-# logits; a scaled head after parallel blocks; norms with biases.
+# Where other rules of a family meet a feature: q, k and v in one linear; a capped head; a scaled embedding, scaled
+# residuals and logits; a scaled head after parallel blocks; norms with biases.
 OTHERS = {
     "phi3": ("dora", "biases beside B", "lora on both"),
     "gemma2": ("lora on both, tied", "dora on the head", "norms"),
