@@ -80,8 +80,9 @@ def evaluate_bundle(
             engine.check_adapter(name)
             if programs:
                 bundle.program(name)
-        tokens = engine.tokenizer.encode(_read(text_file))
-        if len(tokens) < 2:
+        text = _read(text_file)
+        tokens = {name: engine.tokenizer_of(name).encode(text) for name in (None, *names)}
+        if any(len(ids) < 2 for ids in tokens.values()):
             raise RunError("holds no text", where=text_file, hint="give some thousand words of prose")
         load_torch(reporter)
         from bedplate.model.checkpoint import fingerprint, open_checkpoint
@@ -102,7 +103,7 @@ def evaluate_bundle(
                 length, logits = program.limits.max_context, program.logits
             found.append(
                 _evaluate(
-                    bundle, checkpoint, name, sequences(tokens, min(SEQUENCE, length)), logits, reporter
+                    bundle, checkpoint, name, sequences(tokens[name], min(SEQUENCE, length)), logits, reporter
                 )
             )
         return found

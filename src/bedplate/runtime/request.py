@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from bedplate.runtime import arguments
 from bedplate.runtime.sampling import Sampling
+from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.runtime.weights import Weights
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -64,9 +65,12 @@ class Wish(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A generation in progress: the session's `_running` as long as it may go on."""
+    """A generation in progress: the session's `_running` as long as it may go on. Weights and tokenizer are of one
+    adapter, as it was when the generation began.
+    """
 
     prompt: list[int]
     weights: Weights
+    tokenizer: Tokenizer
     wish: Wish
     stats: Statistics

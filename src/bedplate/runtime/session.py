@@ -29,14 +29,13 @@ _LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions 
 class Host(NamedTuple):
     """What a session needs of its engine, by the name of an adapter (None: of the base).
 
-    load_for_text: opens the tokenizer at the same time.
+    load_for_text: what makes an answer, of the same files.
     """
 
     load: Callable[[str | None], Weights]
-    load_for_text: Callable[[str | None], Weights]
+    load_for_text: Callable[[str | None], tuple[Weights, Tokenizer]]
     tokenizer_of: Callable[[str | None], Tokenizer]
     limits: Limits
-    end_ids: Sequence[int]
 
 
 class Session:
@@ -232,27 +231,19 @@ class Session:
         )
         arguments.flag("stream", stream)
         with self._lock:
-            weights = self._host.load_for_text(self._adapter)
-            ids = _ids(self._encode(prompt, arguments.flag("allow_special", allow_special)))
+            weights, tokenizer = self._host.load_for_text(self._adapter)
+            ids = _ids(_encode(tokenizer, prompt, arguments.flag("allow_special", allow_special)))
             self._check_room(len(ids))
             _check_known(ids, weights)
             stats = Statistics(prompt_tokens=len(ids))
-            request = Request(prompt=ids, weights=weights, wish=wish, stats=stats)
+            request = Request(prompt=ids, weights=weights, tokenizer=tokenizer, wish=wish, stats=stats)
             self._begin(weights, len(ids))
             self._running, self.last = request, request.stats
         pieces = self._generate(request)
         return pieces if stream else "".join(pieces)
 
-    def _encode(self, prompt: str | Sequence[Message], allow_special: bool) -> list[int]:
-        hint = 'give text, or a list of messages: [{"role": "user", "content": "…"}]'
-        arguments.instance("prompt", prompt, (str, Sequence), hint)
-        tokenizer = self._host.tokenizer_of(self._adapter)
-        if isinstance(prompt, str):
-            return tokenizer.encode(prompt)
-        return tokenizer.encode_chat(prompt, allow_special=allow_special)
-
     def _generate(self, request: Request) -> Iterator[str]:
-        text, stops = TextStream(self._host.tokenizer_of(None).decode), StopFilter(request.wish.stop)
+        text, stops = TextStream(request.tokenizer.decode), StopFilter(request.wish.stop)
         stats = request.stats
         try:
             for token in self._choose_tokens(request):
@@ -274,7 +265,7 @@ class Session:
     def _choose_tokens(self, request: Request) -> Iterator[int]:
         stats, wish = request.stats, request.wish
         choose = chooser(wish.sampling, wish.seed)
-        end_tokens = self._host.end_ids
+        end_tokens = request.tokenizer.end_ids
         # The keys and values of the last token are not needed: it may stand just beyond the context.
         room = self._host.limits.max_context - len(request.prompt) + 1
         logits = self._prefill(request)
@@ -360,6 +351,14 @@ class Session:
         if count > limit:
             hint = "shorten the text, reset the session, or give the engine a larger max_context"
             raise RunError(f"{count} tokens do not fit the context of {limit}", hint=hint)
+
+
+def _encode(tokenizer: Tokenizer, prompt: str | Sequence[Message], allow_special: bool) -> list[int]:
+    hint = 'give text, or a list of messages: [{"role": "user", "content": "…"}]'
+    arguments.instance("prompt", prompt, (str, Sequence), hint)
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    return tokenizer.encode_chat(prompt, allow_special=allow_special)
 
 
 def _ids(token_ids: object) -> list[int]:
