@@ -58,7 +58,8 @@ def main() -> None:
             )
             rows[name] = quality(bundles[name], options.model, options.text)
             print(name, rows[name], flush=True)
-        for name, speed in {} if options.quality else decode_speeds(bundles).items():
+        speeds = {} if options.quality else decode_speeds(bundles)
+        for name, speed in speeds.items():
             rows[name]["decode_tokens_per_second"] = speed
     file = HERE / "recovery.json"
     results = json.loads(file.read_text()) if file.exists() else {}
