@@ -20,7 +20,7 @@ from bedplate.model.load import float_decoder
 from bedplate.model.lora import LoRALinear
 from bedplate.model.parts import RMSNorm
 from bedplate.model.tokenizer_files import read_tokenizer
-from bedplate.quantize.calibration import calibration_tokens, input_statistics
+from bedplate.quantize.calibration import calibration_texts, input_statistics
 from bedplate.quantize.eager import quantize_decoder
 from bedplate.quantize.modules import QuantizedLinear
 from bedplate.quantize.options import AdapterScheme
@@ -29,23 +29,29 @@ from bedplate.quantize.weights import quantize_weight
 
 
 def eager_decoder(
-    model: Path, bundle: Bundle, adapter: Path | None = None, quantize: AdapterScheme = "none"
+    model: Path,
+    bundle: Bundle,
+    adapter: Path | None = None,
+    quantize: AdapterScheme = "none",
+    *,
+    calibration: Path | None = None,
 ) -> Decoder:
     """The decoder of `bundle`'s recipe and context, with `adapter` in its branches."""
     recipe, max_context = read_recipe(bundle), bundle.manifest.model["max_context"]
-    base = _base(model, recipe, max_context)
+    base = _base(model, recipe, max_context, calibration)
     return base if adapter is None else _adapted(base, adapter, quantize)
 
 
 @functools.cache
-def _base(model: Path, recipe: Recipe, max_context: int) -> Decoder:
+def _base(model: Path, recipe: Recipe, max_context: int, calibration: Path | None) -> Decoder:
     checkpoint = open_checkpoint(model)
     corrections = recipe.corrections(checkpoint.spec)
     decoder = float_decoder(checkpoint, max_context=max_context, corrections=corrections)
     statistics = {}
     if recipe.recovery_rank:
-        tokens = calibration_tokens(None, read_tokenizer(model).tokenizer_json, lambda text: None)
-        statistics = input_statistics(checkpoint, tokens, lambda done, total: None)
+        tokenizer, positions = read_tokenizer(model).tokenizer_json, checkpoint.spec.max_positions
+        texts = calibration_texts(calibration, tokenizer, positions, lambda text: None)
+        statistics = input_statistics(checkpoint, texts, lambda done, total: None)
     return quantize_decoder(decoder, recipe, statistics)
 
 

@@ -35,7 +35,7 @@ def recipe_of(method: str = "hqq", **options: object) -> Recipe:
 
 
 def choose(checkpoint: Checkpoint, recipe: Recipe, **goal: float):  # type: ignore[no-untyped-def]
-    return choose_bits(checkpoint, recipe, Goal(**goal), TOKENS, {}, lambda stage, done, total: None)
+    return choose_bits(checkpoint, recipe, Goal(**goal), [TOKENS], {}, lambda stage, done, total: None)
 
 
 def eager_kl(checkpoint: Checkpoint, recipe: Recipe) -> float:
