@@ -27,7 +27,8 @@ from bedplate.model.adapter.types import AGAIN, LoraPair, Place, module_of
 
 Tensors = Mapping[str, NDArray[np.float32]]
 Halves = dict[str, NDArray[np.float32]]
-_K, _T = TypeVar("_K"), TypeVar("_T")
+_K = TypeVar("_K")
+_T = TypeVar("_T")
 
 
 @dataclass(kw_only=True)
