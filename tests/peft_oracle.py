@@ -60,7 +60,7 @@ class Oracle:
         return read_adapter(folder, self.spec)
 
     def applied(self, adapter: Adapter) -> Tensor:
-        """Logits float32 [T, vocab] of a float bundle with an adapter, in a session: branches are added, as in PEFT."""
+        """Logits float32 [T, vocab] of an adapter in a float bundle, whose sessions add branches as PEFT does."""
         self._bundle.add(adapter.path, name="a", programs=False, allow_noop=True)
         try:
             with bedplate.Engine(self._bundle, kv="float32") as engine:

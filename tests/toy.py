@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import bedplate
+from bedplate.names import ROW_NORMS
 
 BuildToy = Callable[..., bedplate.Bundle]
 CHAT_TEMPLATE = (
@@ -102,3 +103,9 @@ def reference(model_folder: Path, adapter: Path | None = None) -> Any:
     """The transformers (and PEFT) model that everything is compared with, float32."""
     model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+
+
+def keys_in_programs(bundle: bedplate.Bundle) -> frozenset[str]:
+    """Of the foundation's constants but those that only adapters with DoRA are made from."""
+    constants = bundle.foundation_info.constants
+    return frozenset(constant.key for constant in constants if not constant.name.endswith(ROW_NORMS))

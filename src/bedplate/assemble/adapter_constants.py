@@ -22,6 +22,7 @@ from bedplate.model.adapter.types import (
     folded_bias,
     module_of,
 )
+from bedplate.names import ROW_NORMS
 from bedplate.quantize.packing import pack_float
 from bedplate.quantize.recipe import Recipe
 from bedplate.quantize.rows import pack_branch
@@ -124,9 +125,9 @@ def _factor(
     """
     assert pair.magnitude is not None
     weight = adapter.parameters.get(f"{module_of(place)}.weight")
-    exact = weight is not None or not foundation.has(f"{base}.row_norms")
+    exact = weight is not None or not foundation.has(f"{base}.{ROW_NORMS}")
     weight = foundation.linear(base) if weight is None else weight
-    squares = None if exact else foundation.floats(f"{base}.row_norms", len(weight)).astype(np.float64)
+    squares = None if exact else foundation.floats(f"{base}.{ROW_NORMS}", len(weight)).astype(np.float64)
     b, lengths = folded_b(pair), np.empty(len(weight))
     step = max(1, _BLOCK_NUMBERS // weight.shape[1])
     for first in range(0, len(weight), step):

@@ -11,7 +11,7 @@ from bedplate.compile.units import StaticShapes, Structure
 from bedplate.link.linker import Metadata, Template
 from bedplate.link.static import is_static_compiled, load_static_template, make_static_template
 from bedplate.link.template import is_compiled, load_template, make_template
-from bedplate.spec import narrow_window
+from bedplate.spec import mask_windows
 
 # The program that takes any number of tokens a call, and the one of fixed shapes.
 ProgramKind = Literal["program", "static"]
@@ -90,8 +90,7 @@ class Templates:
         }
 
     def _static_metadata(self, structure: Structure, shapes: StaticShapes) -> Metadata:
-        spec = structure.spec
-        windows = dict.fromkeys(narrow_window(layer, structure.max_context) for layer in spec.layers)
+        windows = mask_windows(structure.spec, structure.max_context)
         return {
             **self._of_text(structure),
             "get_prefill_len": shapes.prefill,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from importlib import import_module
 from pathlib import Path
@@ -300,13 +301,13 @@ def cache_clear(unit_cache: CacheFolder = None) -> None:
 
 
 def _lengths(option: str) -> tuple[int, int]:
-    prefill, found, decode = option.partition(",")
-    if not found or not all(number.isascii() and number.isdecimal() for number in (prefill, decode)):
+    match = re.fullmatch(r"([0-9]{1,9}),([0-9]{1,9})", option)
+    if match is None:
         raise RecipeError(
             f"--static-shapes {option} is not two numbers",
             hint="write PREFILL,DECODE, e.g. --static-shapes 64,1",
         )
-    return int(prefill), int(decode)
+    return int(match[1]), int(match[2])
 
 
 def _overrides(options: list[str]) -> dict[str, str]:

@@ -94,12 +94,12 @@ def candidates(recipe: Recipe, spec: ModelSpec) -> list[str]:
 
 
 def linear_bytes(recipe: Recipe, spec: ModelSpec) -> float:
-    """How many bytes all linears and the head take, with their scales and corrections."""
+    """How many bytes all linears and the head take, with their scales and corrections and the lengths of their rows."""
     shapes, ranks = linear_shapes(spec), recipe.corrections(spec)
-    total = _scheme_bytes(recipe.scheme_of(HEAD), spec.vocab_size, spec.dim)
+    total = _linear_bytes(recipe.scheme_of(HEAD), spec.vocab_size, spec.dim)
     for layer in range(spec.n_layers):
         for name, (rows, columns) in shapes.items():
-            total += _scheme_bytes(recipe.scheme_of(f"layers.{layer}.{name}"), rows, columns)
+            total += _linear_bytes(recipe.scheme_of(f"layers.{layer}.{name}"), rows, columns)
             if name in ranks:
                 total += _scheme_bytes(WEIGHT_ONLY, rows, ranks[name])
         for names in correction_places(spec).values():
@@ -107,6 +107,11 @@ def linear_bytes(recipe: Recipe, spec: ModelSpec) -> float:
                 columns = shapes[name][1]
                 total += _scheme_bytes(correction_scheme("directions", columns), ranks[name], columns)
     return total
+
+
+def _linear_bytes(scheme: Scheme, rows: int, columns: int) -> float:
+    lengths = 0 if scheme.bits is None else 4 * rows
+    return _scheme_bytes(scheme, rows, columns) + lengths
 
 
 def _scheme_bytes(scheme: Scheme, rows: int, columns: int) -> float:
