@@ -176,7 +176,7 @@ def rms(x: np.ndarray) -> float:
 # A toy of each family. Gemma 2 usually caps scores, which no program can.
 PROGRAMS = [
     (family, {"gemma2": "no caps, biases", "stablelm": "parallel, biases"}.get(family, "first"))
-    for family in sorted(set(FAMILIES) - {"llama"})
+    for family in FAMILIES
 ]
 
 
