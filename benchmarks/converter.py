@@ -39,4 +39,5 @@ def convert(llama_cpp: Path, folder: Path, out: Path, stored: str, *, eager: boo
 
 
 if __name__ == "__main__":
-    convert(*map(Path, sys.argv[1:]), "MOSTLY_BF16")  # type: ignore[misc, arg-type]
+    llama_cpp, folder, out = map(Path, sys.argv[1:])
+    convert(llama_cpp, folder, out, "MOSTLY_BF16")

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from models import make, save_adapters, save_random_weights
+from models import make, save_adapters, save_random_weights, without_values
 from processes import measured
 from runtime import BUILD, Figures, best, finish, machine, run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 HERE = Path(__file__).parent
 WINDOW, TURNS = 16, 3  # as in runtime.py
@@ -177,7 +176,8 @@ def measure(name: str, folder: Path, tools: Tools, rounds: int) -> Figures:
     make(folder / "q4_0.gguf", write_q4_0, tools, folder / "hf")
     make(folder / "adapters", save_adapters, folder / "hf", 1)
     found = sizes(config)
-    for kind, words in {"bare": ["--no-programs"], "full": ["--unit-cache", folder / "units"]}.items():
+    kinds: dict[str, list[object]] = {"bare": ["--no-programs"], "full": ["--unit-cache", folder / "units"]}
+    for kind, words in kinds.items():
         print(f"{name}: build, {kind}", file=sys.stderr, flush=True)
         bundle = folder / kind
         for step, command in {
@@ -202,8 +202,7 @@ def one_round(folder: Path, peers: Path) -> list[tuple[str, Figures]]:
 
 def sizes(config: PreTrainedConfig) -> Figures:
     """Numbers of the model in millions, and bytes of its largest tensor, which is stored as bfloat16, in MB."""
-    with torch.device("meta"):
-        parameters = list(AutoModelForCausalLM.from_config(config).parameters())
+    parameters = list(without_values(config).parameters())
     return {
         "millions": sum(one.numel() for one in parameters) / 1e6,
         "largest_mb": 2 * max(one.numel() for one in parameters) / 1e6,

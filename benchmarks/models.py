@@ -132,8 +132,7 @@ def save_random_weights(config: PreTrainedConfig, folder: Path, *, twice: bool =
 
     twice: a tied head is in the files beside the embedding, as some published models have it.
     """
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+    model = without_values(config)
     shapes = {
         name: value.shape
         for name, value in model.state_dict().items()
@@ -152,6 +151,13 @@ def save_random_weights(config: PreTrainedConfig, folder: Path, *, twice: bool =
         places = {name: file for file, names in zip(files, parts, strict=True) for name in names}
         index = {"metadata": {}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def without_values(config: PreTrainedConfig) -> Any:
+    """The model of names and shapes alone."""
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config)
 
 
 def split(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
@@ -192,8 +198,8 @@ def save(model: Any, config: dict[str, Any], folder: Path) -> None:
 def save_adapters(model: Path, count: int, folder: Path) -> None:
     """Random adapters of rank 16 on all linears but the head, in the folders 0, 1, … of `folder`."""
     settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    base = without_values(AutoConfig.from_pretrained(model))
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
         adapted = get_peft_model(base, settings)
     shapes = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     for seed in range(count):
