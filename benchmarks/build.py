@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from models import SHAPES, llama_config, openvino_command, save_adapters, save_hugging_face, save_random
+from processes import measured
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 SMOLLM2 = {"layers": 30, "dim": 576, "kv_heads": 3, "heads": 9}
@@ -38,16 +38,6 @@ META_NAMES = {
     "post_attention_layernorm": "ffn_norm",
     "embed_tokens": "tok_embeddings",
 }
-# A small process between, for a process starts with the peak of the one that it comes from.
-LAUNCHER = """
-import json, os, subprocess, sys, time
-start = time.perf_counter()
-process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
-_, status, usage = os.wait4(process.pid, 0)
-print(json.dumps([time.perf_counter() - start, usage.ru_maxrss]))
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
-PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def main() -> None:
@@ -60,7 +50,7 @@ def main() -> None:
 
     def measure(name: str, command: Sequence[object]) -> None:
         print(f"{name} …", file=sys.stderr, flush=True)
-        rows[name] = run(command, folder)
+        rows[name] = measured(command, folder)
         print(f"  {rows[name]['seconds']:.1f} s, {rows[name]['peak_mb']:.0f} MB", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -180,19 +170,6 @@ def meta_layout(name: str, value: torch.Tensor) -> torch.Tensor:
     if heads is None:
         return value
     return value.view(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
-
-
-def run(command: Sequence[object], folder: Path) -> dict[str, float]:
-    """Seconds and peak resident memory (MB of 10^6 bytes) of a process in `folder`. CalledProcessError: it failed."""
-    words = [sys.executable, "-c", LAUNCHER, *map(str, command)]
-    environment = dict(os.environ)
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as installed, modules are compiled once
-    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
-    if done.returncode:
-        sys.stderr.write(done.stderr[-3000:])
-        raise subprocess.CalledProcessError(done.returncode, words)
-    seconds, peak = json.loads(done.stdout.splitlines()[-1])
-    return {"seconds": round(seconds, 2), "peak_mb": round(peak * PEAK_UNIT / 1e6)}
 
 
 def machine() -> str:

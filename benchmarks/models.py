@@ -24,20 +24,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import gguf
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig
 
 import bedplate
 
 ADAPTERS = 8
+HEAD = "lm_head.weight"
+MOST_BYTES = 3 << 30  # of a file of random weights
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6B": {
         "hidden_size": 1024,
@@ -118,21 +121,63 @@ def save_hugging_face(source: Path, folder: Path) -> None:
     save_tokenizer(source, folder)
 
 
-def save_random(config: LlamaConfig, tokenizer: Path, folder: Path) -> None:
+def save_random(config: PreTrainedConfig, tokenizer: Path, folder: Path) -> None:
     """A model of random bfloat16 weights, with the tokenizer of another, a GGUF or a Hugging Face folder."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config)
-    model.to(dtype=torch.bfloat16)
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.data.fill_(1)  # a norm
-        else:
-            parameter.data.normal_(0, 0.02)
-    model.tie_weights()
-    save(model, config.to_dict(), folder)
+    save_random_weights(config, folder)
     save_tokenizer(tokenizer, folder)
+
+
+def save_random_weights(config: PreTrainedConfig, folder: Path, *, twice: bool = False) -> None:
+    """Random bfloat16 weights, of which no more than a file is in memory.
+
+    twice: a tied head is in the files beside the embedding, as some published models have it.
+    """
+    model = without_values(config)
+    shapes = {
+        name: value.shape
+        for name, value in model.state_dict().items()
+        if name != HEAD or twice or not config.tie_word_embeddings
+    }
+    config.architectures, config.dtype = [type(model).__name__], torch.bfloat16
+    config.save_pretrained(folder)
+    parts = list(split(shapes))
+    files = [f"model-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]
+    files = files if len(files) > 1 else ["model.safetensors"]
+    tied = {HEAD: "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+    for file, names in zip(files, parts, strict=True):
+        weights = {name: random_tensor(tied.get(name, name), shapes[name]) for name in names}
+        save_file(weights, folder / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        places = {name: file for file, names in zip(files, parts, strict=True) for name in names}
+        index = {"metadata": {}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def without_values(config: PreTrainedConfig) -> Any:
+    """The model of names and shapes alone."""
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
+def split(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
+    """Names of bfloat16 tensors that are in one file."""
+    names: list[str] = []
+    held = 0
+    for name, shape in shapes.items():
+        if names and held + 2 * shape.numel() > MOST_BYTES:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += 2 * shape.numel()
+    yield names
+
+
+def random_tensor(name: str, shape: torch.Size) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)  # a norm
+    generator = torch.Generator().manual_seed(crc32(name.encode()))
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
 
 def save_tokenizer(source: Path, folder: Path) -> None:
@@ -145,24 +190,26 @@ def save_tokenizer(source: Path, folder: Path) -> None:
 
 def save(model: Any, config: dict[str, Any], folder: Path) -> None:
     folder.mkdir()
-    weights = {
-        name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"
-    }
+    weights = {name: value.contiguous() for name, value in model.state_dict().items() if name != HEAD}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
 
 
 def save_adapters(model: Path, count: int, folder: Path) -> None:
-    """Adapters of rank 16 on all linears but the head, in the folders 0, 1, … of `folder`."""
-    base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    """Random adapters of rank 16 on all linears but the head, in the folders 0, 1, … of `folder`."""
     settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(base, settings)
+    base = without_values(AutoConfig.from_pretrained(model))
+    with torch.device("meta"):
+        adapted = get_peft_model(base, settings)
+    shapes = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     for seed in range(count):
-        torch.manual_seed(seed)
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.data.normal_(0, 0.02)
-        adapted.save_pretrained(folder / str(seed))
+        generator = torch.Generator().manual_seed(seed)
+        weights = {
+            name: torch.empty(value.shape).normal_(0, 0.02, generator=generator)
+            for name, value in shapes.items()
+        }
+        adapted.peft_config["default"].save_pretrained(folder / str(seed))
+        save_file(weights, folder / str(seed) / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def build_hqq(model: Path, out: Path) -> None:

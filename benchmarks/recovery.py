@@ -1,11 +1,12 @@
 """What four bits lose and what corrections give back: quality on held-out text, bytes, and decode speed.
 
-    python benchmarks/recovery.py MODEL TEXT --name NAME [--calibration FILE]
+    python benchmarks/recovery.py MODEL TEXT --name NAME [--calibration FILE] [--quality]
 
 Builds a bundle for each recipe and runs `bedplate.evaluate` on TEXT, which no calibration may have seen: in bedplate's
-runtime, and its program in ExecuTorch's. For decode speed the bundles take turns every few tokens; a quarter of a
-bundle's steps are faster than what is told. Prints a Markdown table, writes the figures under NAME into recovery.json
-beside this file, and draws all of that file as docs/recovery.svg.
+runtime, and its program in ExecuTorch's. --quality leaves out programs and speed. For decode speed the bundles take
+turns every few tokens; a quarter of a bundle's steps are faster than what is told. Prints a Markdown table, writes the
+figures under NAME into recovery.json beside this file, and draws the models of that file with speeds as
+docs/recovery.svg.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--name", required=True)
     parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--quality", action="store_true")
     options = parser.parse_args()
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -47,31 +49,46 @@ def main() -> None:
         for number, (name, recipe) in enumerate(RECIPES.items()):
             out = Path(folder) / f"{number}.bundle"
             bundles[name] = bedplate.build(
-                options.model, out, calibration=options.calibration, max_context=SEQUENCE, **recipe
+                options.model,
+                out,
+                calibration=options.calibration,
+                max_context=SEQUENCE,
+                programs=not options.quality,
+                **recipe,
             )
             rows[name] = quality(bundles[name], options.model, options.text)
             print(name, rows[name], flush=True)
-        for name, speed in decode_speeds(bundles).items():
+        speeds = {} if options.quality else decode_speeds(bundles)
+        for name, speed in speeds.items():
             rows[name]["decode_tokens_per_second"] = speed
     file = HERE / "recovery.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     results[options.name] = {"date": time.strftime("%Y-%m-%d"), "rows": rows}
     file.write_text(json.dumps(results, indent=2) + "\n")
-    (HERE.parent / "docs" / "recovery.svg").write_text(plot(results))
+    drawn = {
+        name: result
+        for name, result in results.items()
+        if "decode_tokens_per_second" in result["rows"][STOCK]
+    }
+    (HERE.parent / "docs" / "recovery.svg").write_text(plot(drawn))
     print_table(rows)
 
 
 def quality(bundle: bedplate.Bundle, model: Path, text: Path) -> dict[str, float]:
     """What the recipe loses against the float model."""
     (ours,) = bedplate.evaluate(bundle, model, text)
-    (program,) = bedplate.evaluate(bundle, model, text, programs=True)
-    return {
+    row = {
         "foundation_bytes": bundle.foundation.stat().st_size,
         "positions": ours.positions,
         "float_nll": ours.float_nll,
         "nll_loss": ours.nll - ours.float_nll,
         "mean_kl": ours.mean_kl,
         "top1": ours.top1,
+    }
+    if bundle.base_program is None:
+        return row
+    (program,) = bedplate.evaluate(bundle, model, text, programs=True)
+    return row | {
         "program_nll_loss": program.nll - program.float_nll,
         "program_mean_kl": program.mean_kl,
         "program_top1": program.top1,
@@ -101,11 +118,14 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for name, row in rows.items():
-        speed = row["decode_tokens_per_second"] / stock["decode_tokens_per_second"]
-        program = row["mean_kl"] / row["program_mean_kl"]
+        program = speed = "–"
+        if "program_mean_kl" in row:
+            program = f"{row['mean_kl'] / row['program_mean_kl']:.2f}"
+        if "decode_tokens_per_second" in row:
+            speed = f"{row['decode_tokens_per_second'] / stock['decode_tokens_per_second']:.2f}"
         print(
-            f"| {name} | {row['nll_loss']:.4f} | {row['mean_kl']:.4f} | {row['top1']:.1%} | {program:.2f} "
-            f"| {row['foundation_bytes'] / 1e6:.1f} | {speed:.2f} |"
+            f"| {name} | {row['nll_loss']:.4f} | {row['mean_kl']:.4f} | {row['top1']:.1%} | {program} "
+            f"| {row['foundation_bytes'] / 1e6:.1f} | {speed} |"
         )
 
 

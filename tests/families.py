@@ -324,20 +324,23 @@ def make_toy(family: str, variant: str = "first", **changes: Any) -> PreTrainedC
     return AutoConfig.for_model(family, **{**toy_fields(family, variant), **changes})
 
 
-def save_toy(folder: Path, config: PreTrainedConfig, *, seed: int = 0) -> Any:
-    """A random model, as transformers saves it."""
+def save_toy(folder: Path, config: PreTrainedConfig, *, seed: int = 0, spread: float | None = None) -> Any:
+    """A random model, as transformers saves it. spread: of what a linear gives, however wide the model is."""
     model = AutoModelForCausalLM.from_config(config).eval()
-    randomize(model, seed)
+    randomize(model, seed, spread)
     quiet(lambda: model.save_pretrained(folder))
     return model
 
 
-def randomize(model: Any, seed: int) -> None:
+def randomize(model: Any, seed: int, spread: float | None = None) -> None:
     """Every parameter, so that logits tell models apart."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0.0, 0.2) if parameter.ndim == 2 else parameter.uniform_(-0.4, 0.9)
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.2 if spread is None else spread / parameter.shape[1] ** 0.5)
+            else:
+                parameter.uniform_(-0.4, 0.9)
     model.tie_weights()
 
 

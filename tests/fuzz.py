@@ -4,7 +4,8 @@
 
 A case changes a copy of a bundle: bytes of a data file, or values of what `foundation.json`, `adapter.json` and
 `bundle.json` tell, and then makes hashes and digests fit, so that nothing but the content is wrong. Without a BUNDLE,
-small ones are made, of every recipe. A case that hangs or takes the process down leaves its number in the last line.
+small ones are made, of many recipes and families. A case that hangs or takes the process down leaves its number in the
+last line.
 """
 
 from __future__ import annotations
@@ -281,47 +282,70 @@ def _peak_mb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-# Bundles that hold every kind of constant, and adapters that hold every kind of branch.
-RECIPES: dict[str, dict[str, Any]] = {
-    "offsets": {"recovery_rank": 2},
-    "four": {"method": "plain", "group_size": 64, "embedding": "4", "head": "8da4w"},
-    "row": {"group_size": 0, "method": "plain", "overrides": {"layers.*.mlp.down_proj": "8da8w"}},
-    "float": {"quantize": "none"},
+# Bundles that hold every kind of constant, and descriptions of every kind: family, toy and options of `build`.
+BUNDLES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "offsets": ("llama", "biases, untied", {"recovery_rank": 2}),
+    "four": (
+        "llama",
+        "biases, untied",
+        {"method": "plain", "group_size": 64, "embedding": "4", "head": "8da4w"},
+    ),
+    "row": (
+        "llama",
+        "biases, untied",
+        {"group_size": 0, "method": "plain", "overrides": {"layers.*.mlp.down_proj": "8da8w"}},
+    ),
+    "float": ("llama", "first", {"quantize": "none"}),
+    # Windows, capped scores and logits, norms before and after; norms of heads, and two RoPE tables.
+    "caps": ("gemma2", "first", {"quantize": "8da8w"}),
+    "tables": ("gemma3_text", "first", {"quantize": "none"}),
+    # Layer norms with biases, parallel halves, a part of each head turns; norms over all heads.
+    "layer norms": ("stablelm", "parallel, biases", {"recovery_rank": 2}),
+    "whole norms": ("olmo2", "biases, tied", {"quantize": "8da8w"}),
+    # Queries that grow; a text that becomes a long one.
+    "growth": ("ministral3", "window, mscale", {"quantize": "8da8w"}),
+    "longrope": ("llama", "longrope, short", {"quantize": "8da8w"}),
 }
+LAYERS, VOCABULARY = 2, 320
 
 
 def make_bundles(folder: Path) -> list[Path]:
-    """Of a toy of one layer, each with an adapter of all linears in 8 bits, one of three in floats, and two that hold
+    """Of toys of two layers, each with an adapter of all linears in 8 bits, one of three in floats, and two that hold
     all that an adapter may hold.
     """
+    return [_make(folder / name.replace(" ", "-"), *toy) for name, toy in BUNDLES.items()]
+
+
+def _make(folder: Path, family: str, variant: str, options: Mapping[str, Any]) -> Path:
+    from families import FULL, SLIDING, make_toy, save_adapter, save_toy, toy_fields
     from forged_adapter import Drawn, forge_adapter
-    from toy import save_adapter, save_toy_model, toy_config
+    from peft import LoraConfig
+    from toy import save_toy_tokenizer
 
     import bedplate
 
-    config = toy_config(num_hidden_layers=1, attention_bias=True, mlp_bias=True, intermediate_size=64)
-    save_toy_model(folder / "model", config)
-    every = save_adapter(folder / "every", folder / "model", seed=1, rank=2)
-    some = save_adapter(folder / "some", folder / "model", seed=2, targets=["q_proj", "v_proj", "down_proj"])
-    made = []
-    for name, options in RECIPES.items():
-        bundle = bedplate.build(folder / "model", folder / f"{name}.bundle", programs=False, **options)
-        bundle.add(every, name="every", quantize="8w")
-        bundle.add(some, name="some", quantize="none")
-        spec = read_spec(bundle)
-        drawn, vocab, dim = Drawn(linear_shapes(spec), spec.dim, spec.vocab_size), spec.vocab_size, spec.dim
-        added = [1, 7, *range(vocab, vocab + 3)]
-        own = drawn.layers(2, branches=True, affines=True) | drawn.affine("lm_head", vocab + 3)
-        own |= drawn.rows("lm_head", added) | drawn.rows("embed_tokens", added)
-        forge_adapter(bundle, "own", own, vocab=vocab + 3, layers=(0, 0), scheme="8w")
-        saved = {f"{place}.weight": drawn.floats(vocab + 1, dim) for place in ("lm_head", "embed_tokens")}
-        saved |= {"norm.weight": drawn.floats(dim), "layers.0.mlp_norm.weight": drawn.floats(dim)}
-        saved |= drawn.branch("lm_head", vocab + 1, dim)
-        saved["embed_tokens.lora_a.weight"] = drawn.floats(vocab + 1, 2)
-        saved["embed_tokens.lora_b.weight"] = drawn.floats(dim, 2)
-        forge_adapter(bundle, "saved", saved, vocab=vocab + 1)
-        made.append(bundle.path)
-    return made
+    kinds = {"layer_types": [SLIDING, FULL]} if toy_fields(family, variant).get("layer_types") else {}
+    sizes = {"num_hidden_layers": LAYERS, "intermediate_size": 64, "vocab_size": VOCABULARY}
+    save_toy(folder / "model", make_toy(family, variant, **sizes, **kinds))
+    save_toy_tokenizer(folder / "model", VOCABULARY)
+    bundle = bedplate.build(folder / "model", folder / "toy.bundle", programs=False, **options)
+    spec = read_spec(bundle)
+    every = [name.rpartition(".")[2] for name in linear_shapes(spec)]
+    for name, targets, quantize in (("every", every, "8w"), ("some", [*every[:1], *every[-1:]], "none")):
+        lora = LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM")
+        bundle.add(save_adapter(folder / name, folder / "model", lora), name=name, quantize=quantize)
+    drawn, vocab, dim = Drawn(linear_shapes(spec), spec.dim, spec.vocab_size), spec.vocab_size, spec.dim
+    added = [1, 7, *range(vocab, vocab + 3)]
+    own = drawn.layers(2, branches=True, affines=True) | drawn.affine("lm_head", vocab + 3)
+    own |= drawn.rows("lm_head", added) | drawn.rows("embed_tokens", added)
+    forge_adapter(bundle, "own", own, vocab=vocab + 3, layers=(1, 0), scheme="8w")
+    saved = {f"{place}.weight": drawn.floats(vocab + 1, dim) for place in ("lm_head", "embed_tokens")}
+    saved |= {"norm.weight": drawn.floats(dim), f"layers.0.{spec.norms[-1]}.weight": drawn.floats(dim)}
+    saved |= drawn.branch("lm_head", vocab + 1, dim)
+    saved["embed_tokens.lora_a.weight"] = drawn.floats(vocab + 1, 2)
+    saved["embed_tokens.lora_b.weight"] = drawn.floats(dim, 2)
+    forge_adapter(bundle, "saved", saved, vocab=vocab + 1)
+    return bundle.path
 
 
 if __name__ == "__main__":

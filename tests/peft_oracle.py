@@ -6,6 +6,7 @@ import copy
 import shutil
 import warnings
 import weakref
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
@@ -56,17 +57,47 @@ class Oracle:
             model = PeftModel.from_pretrained(copy.deepcopy(self.model), folder).eval()
             return self._logits(model)
 
+    def sum_of(self, folders: Mapping[str, Path], weights: Mapping[str, float]) -> Tensor:
+        """Logits float32 [T, vocab] of PEFT's weighted sum of adapters, by concatenated ranks."""
+        first, *others = folders
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(copy.deepcopy(self.model), folders[first], adapter_name=first)
+            for name in others:
+                model.load_adapter(folders[name], adapter_name=name)
+            ordered = [weights[name] for name in folders]
+            model.add_weighted_adapter(list(folders), ordered, "sum", combination_type="cat")
+            model.set_adapter("sum")
+            return self._logits(model.eval())
+
+    def merged_sum(self, folders: Mapping[str, Path], weights: Mapping[str, float]) -> Tensor:
+        """The same of a float bundle's `merge`."""
+        added = []
+        try:
+            for name, folder in folders.items():
+                self._bundle.add(folder, name=name, programs=False, allow_noop=True)
+                added.append(name)
+            self._bundle.merge(weights, name="sum", programs=False, allow_noop=True)
+            added.append("sum")
+            return self._with("sum")
+        finally:
+            for name in added:
+                self._bundle.remove(name)
+
     def read(self, folder: Path) -> Adapter:
         return read_adapter(folder, self.spec)
 
     def applied(self, adapter: Adapter) -> Tensor:
-        """Logits float32 [T, vocab] of a float bundle with an adapter, in a session: branches are added, as in PEFT."""
+        """Logits float32 [T, vocab] of an adapter in a float bundle, whose sessions add branches as PEFT does."""
         self._bundle.add(adapter.path, name="a", programs=False, allow_noop=True)
         try:
-            with bedplate.Engine(self._bundle, kv="float32") as engine:
-                return torch.from_numpy(engine.session("a").logits(TOKENS[0].tolist()))
+            return self._with("a")
         finally:
             self._bundle.remove("a")
+
+    def _with(self, adapter: str) -> Tensor:
+        with bedplate.Engine(self._bundle, kv="float32") as engine:
+            return torch.from_numpy(engine.session(adapter).logits(TOKENS[0].tolist()))
 
     @cached_property
     def _bundle(self) -> bedplate.Bundle:

@@ -24,6 +24,15 @@ TOKENS = [3, 7, *torch.randint(0, VOCABULARY, (LENGTH,), generator=torch.Generat
 # Tied, with norms of 1 + w, norms of q and k, a scaled embedding; and untied, with biases, joined linears, another
 # order of rows in q and k. The third is for biases of all linears.
 TOYS = {"gemma3_text": "first", "glm4": "first", "llama": "biases, untied"}
+# Where other rules of a family meet a feature: q, k and v in one linear; a capped head; a scaled embedding, scaled
+# residuals and logits; a scaled head after parallel blocks; norms with biases.
+OTHERS = {
+    "phi3": ("dora", "biases beside B", "lora on both"),
+    "gemma2": ("lora on both, tied", "dora on the head", "norms"),
+    "granite": ("dora", "lora on both", "tokens", "a head"),
+    "cohere2": ("dora on the head", "lora on both", "tokens of both"),
+    "stablelm": ("all biases", "norms"),
+}
 
 
 def all_linears(model: Path) -> list[str]:
@@ -78,7 +87,7 @@ NOT_FOR = {
 class Toy:
     def __init__(self, folder: Path, family: str) -> None:
         self.family, self.model = family, folder / "model"
-        save_toy(self.model, make_toy(family, TOYS[family], vocab_size=VOCABULARY))
+        save_toy(self.model, make_toy(family, TOYS.get(family, "first"), vocab_size=VOCABULARY))
         save_toy_tokenizer(self.model, VOCABULARY)
         self.exact, self.eight = (
             bedplate.build(self.model, folder / f"{name}.bundle", programs=False, quantize=name)
@@ -105,15 +114,30 @@ class Toy:
             return with_peft(self.model, adapter, TOKENS)
 
 
-@pytest.fixture(scope="module", params=TOYS)
+@pytest.fixture(scope="module")
 def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return Toy(tmp_path_factory.mktemp(request.param), request.param)
 
 
+@pytest.mark.parametrize("toy", TOYS, indirect=True, scope="module")
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_feature_is_what_peft_computes(feature: str, toy: Toy, tmp_path: Path) -> None:
     if feature in NOT_FOR.get(toy.family, ()):
         pytest.skip("this family has no such thing")
+    as_peft_does(feature, toy, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("toy", "feature"),
+    [(family, feature) for family, features in OTHERS.items() for feature in features],
+    indirect=["toy"],
+    scope="module",
+)
+def test_it_meets_the_rules_of_a_family(feature: str, toy: Toy, tmp_path: Path) -> None:
+    as_peft_does(feature, toy, tmp_path)
+
+
+def as_peft_does(feature: str, toy: Toy, tmp_path: Path) -> None:
     adapter = toy.save(tmp_path / "adapter", FEATURES[feature])
     expected = toy.peft(adapter)
     effect = rms(expected - toy.base)

@@ -289,8 +289,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
             UnsupportedError,
             "LOHA",
         ),
-        (config(CONFIG, use_dora=True), UnsupportedError, "DoRA"),
-        (config(CONFIG, modules_to_save=["lm_head"]), UnsupportedError, "modules_to_save"),
+        (config(CONFIG, use_dora=True), AdapterError, "no magnitude"),
+        (config(CONFIG, modules_to_save=["lm_head"]), AdapterError, "the weights do not hold it"),
         (config(CONFIG, rank_pattern={"q_proj": 2}), AdapterError, "rank_pattern"),
         (config(CONFIG, bias="some"), UnsupportedError, 'bias = "some"'),
         (config(CONFIG, init_lora_weights="pissa"), UnsupportedError, "pissa"),
@@ -497,12 +497,12 @@ def test_the_command_build_of_a_folder_without_a_config(
     command_fails(*args, says="there is no config.json", unchanged=tmp_path)
 
 
-def test_the_command_add_of_a_dora_adapter(
+def test_the_command_add_of_an_adapter_with_megatron(
     bundle: bedplate.Bundle, adapter: Path, unit_cache: Path, tmp_path: Path
 ) -> None:
-    config(CONFIG, use_dora=True)(adapter)
+    config(CONFIG, megatron_config={"a": 1})(adapter)
     args = ("add", bundle.path, adapter, "--name", "new", "--unit-cache", unit_cache)
-    command_fails(*args, says="use_dora = true (DoRA) is not supported", unchanged=tmp_path)
+    command_fails(*args, says="megatron_config", unchanged=tmp_path)
 
 
 def test_the_command_run_of_a_bundle_with_a_flipped_byte(bundle: bedplate.Bundle, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ LAYERS = (
 )
 # What a device that only runs bundles imports.
 RUN_ONLY = {
-    "bundle": {"constants", "errors", "hashing", "names"},
+    "bundle": {"constants", "errors", "hashing", "names", "spec"},
     "oracle": {"bundle", "errors", "quiet", "_oracle"},
     "runtime": {"background", "bundle", "constants", "errors", "names", "spec", "spec_check", "_native"},
 }

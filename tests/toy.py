@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import bedplate
+from bedplate.names import ROW_NORMS
 
 BuildToy = Callable[..., bedplate.Bundle]
 CHAT_TEMPLATE = (
@@ -102,3 +103,16 @@ def reference(model_folder: Path, adapter: Path | None = None) -> Any:
     """The transformers (and PEFT) model that everything is compared with, float32."""
     model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+
+
+def is_in_programs(name: str) -> bool:
+    """Whether a constant of a foundation is in programs that take any number of tokens. Of the others, one is in
+    programs of fixed shapes, and adapters with DoRA are made from the rest.
+    """
+    return name != "attention_scale" and not name.endswith(ROW_NORMS)
+
+
+def keys_in_programs(bundle: bedplate.Bundle) -> frozenset[str]:
+    """The keys of those constants of the foundation."""
+    constants = bundle.foundation_info.constants
+    return frozenset(constant.key for constant in constants if is_in_programs(constant.name))

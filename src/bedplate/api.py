@@ -88,6 +88,40 @@ class Bundle(store.Bundle):
         )
         return [self.adapters[name] for name in sources]
 
+    def merge(
+        self,
+        weights: Mapping[str, float],
+        *,
+        name: str,
+        quantize: AdapterScheme = "none",
+        exact_rank: bool = False,
+        allow_noop: bool = False,
+        programs: bool = True,
+        unit_cache: str | Path | None = None,
+        reporter: Reporter = SILENT,
+    ) -> store.AdapterEntry:
+        """Add the sum of adapters of this bundle, each by its weight, as `name`. They stay as they are.
+
+        The sum is exact: the ranks add up. An adapter that is more than a LoRA (DoRA, norms of its own …) is refused.
+
+        quantize: `none` stores the sum in float32, `8w` in 8 bits, which rounds it.
+        The other options are those of `add`. Raises a BedplateError if something does not fit.
+        """
+        from bedplate.assemble.merge import merge_adapters
+
+        merge_adapters(
+            self,
+            weights,
+            name=name,
+            quantize=quantize,
+            exact_rank=exact_rank,
+            allow_noop=allow_noop,
+            programs=programs,
+            cache=open_cache(unit_cache, reporter),
+            reporter=reporter,
+        )
+        return self.adapters[name]
+
     def export(
         self,
         out: str | Path,

@@ -36,8 +36,9 @@ from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
 from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary, serialize_pte_binary
 from executorch.exir._serialize.data_serializer import DataEntry
 from executorch.exir.backend.compile_spec_schema import CompileSpec
-from executorch.exir.backend.partitioner import DelegationSpec
+from executorch.exir.backend.partitioner import DelegationSpec, Partitioner
 from executorch.exir.delegate import executorch_call_delegate
+from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.schema import (
     Bool,
     Buffer,
@@ -65,9 +66,11 @@ __all__ = [
     "EValue",
     "ExecutionPlan",
     "Int",
+    "MemoryPlanningPass",
     "NamedDataStoreOutput",
     "Null",
     "PTEFile",
+    "Partitioner",
     "PerChannelGroupQuant",
     "TensorDataLocation",
     "XNNAdd",

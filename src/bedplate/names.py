@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 CODES, SCALES = "#codes", "#scales"
+# Of a linear, for adapters with DoRA: no program has it.
+ROW_NORMS = "row_norms"
 
 Way = Literal["+", "&"]
 ROWS: Way = "+"

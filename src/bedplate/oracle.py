@@ -6,12 +6,12 @@ for attention come with torch. ExecuTorch logs to stderr. A program is code: run
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bedplate.bundle.fit import program_keys
 from bedplate.bundle.ptd import read_ptd
@@ -152,9 +152,7 @@ class StockProgram(_Program):
 
 
 class StaticProgram(_Program):
-    """A program of fixed shapes, with the host's part: it keeps keys and values, makes masks, and fills up what is
-    too short (docs/static.md). See _Program.
-    """
+    """A program of fixed shapes (docs/static.md). See _Program."""
 
     _constants = ("get_prefill_len", "get_decode_len", "get_max_context_len", "get_windows")
     _methods = ("prefill", "decode")
@@ -163,37 +161,65 @@ class StaticProgram(_Program):
         return "decode" if count <= self.limits.max_logits_len else "prefill"
 
     def _read_limits(self) -> Limits:
-        import numpy as np
-
         prefill, decode, context = (self._program.constant(name) for name in self._constants[:3])
-        self._lengths = {"prefill": prefill, "decode": decode}
-        self._windows = [window or None for window in self._program.constants("get_windows")]
-        shapes = self._program.input_shapes("decode")[2 + len(self._windows) :]
-        self._caches = [np.zeros(shape, np.float32) for shape in shapes]
-        vocab = self._program.columns("decode")
-        longest = max(prefill, decode)
+        windows = [window or None for window in self._program.constants("get_windows")]
+        self._host = StaticHost(
+            self._program.call,
+            lengths={"prefill": prefill, "decode": decode},
+            windows=windows,
+            caches=self._program.input_shapes("decode")[2 + len(windows) :],
+            max_context=context,
+        )
+        vocab, longest = self._program.columns("decode"), max(prefill, decode)
         return Limits(max_seq_len=longest, max_logits_len=decode, max_context=context, vocab=vocab)
 
     def _run(self, method: str, token_ids: Sequence[int], position: int) -> NDArray[np.float32]:
+        self._filled = position
+        with _errors(self.path):
+            logits = self._host.run(method, token_ids, position)
+        self._filled += len(token_ids)
+        return logits
+
+
+class StaticHost:
+    """The host's part of a program of fixed shapes: keys and values of one text, masks, and what fills up a step.
+
+    call: runs a method. lengths: how many tokens its methods take. windows: of its masks. caches: their shapes.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[str, list[NDArray[Any]]], Sequence[NDArray[np.float32]]],
+        *,
+        lengths: Mapping[str, int],
+        windows: Sequence[int | None],
+        caches: Sequence[Sequence[int]],
+        max_context: int,
+    ) -> None:
         import numpy as np
 
-        count, length, context = len(token_ids), self._lengths[method], self.limits.max_context
+        self._call, self._lengths, self._windows, self._context = call, lengths, windows, max_context
+        self._caches = [np.zeros(shape, np.float32) for shape in caches]
+
+    def run(self, method: str, token_ids: Sequence[int], position: int) -> NDArray[np.float32]:
+        """Logits of the last of some tokens, [1, vocab] (`prefill`), or of each of them, [T, vocab] (`decode`)."""
+        import numpy as np
+
+        count, length = len(token_ids), self._lengths[method]
         # What fills up a step is no text: nobody sees it, and its keys and values are not kept.
         tokens = np.zeros((1, length), np.int64)
         tokens[0, :count] = token_ids
-        positions = np.minimum(np.arange(position, position + length), context - 1)
-        masks = [static_mask(window, position, length, context) for window in self._windows]
+        positions = np.minimum(np.arange(position, position + length), self._context - 1)
+        masks = [static_mask(window, position, length, self._context) for window in self._windows]
         row = [np.array([count - 1])] if method == "prefill" else []
-        self._filled = position
-        with _errors(self.path):
-            logits, *given = self._program.call(method, [tokens, positions, *masks, *self._caches, *row])
+        logits, *given = self._call(method, [tokens, positions, *masks, *self._caches, *row])
         for index, (cache, part) in enumerate(zip(self._caches, given, strict=True)):
             if index % 2:
                 cache[..., position : position + count, :] = part[..., :count, :]
             else:  # keys stand in columns
                 cache[..., position : position + count] = part[..., :count]
-        self._filled += count
-        return logits[0, :count]
+        found: NDArray[np.float32] = logits[0, :count]
+        return found
 
 
 def static_mask(window: int | None, position: int, length: int, max_context: int) -> NDArray[np.float32]:

@@ -156,6 +156,11 @@ def narrow_windows(spec: ModelSpec, max_context: int) -> list[int]:
     return sorted(window for window in windows if window is not None)
 
 
+def mask_windows(spec: ModelSpec, max_context: int) -> tuple[int | None, ...]:
+    """The windows that programs of fixed shapes have masks for, in order. None: of layers that see all before."""
+    return tuple(dict.fromkeys(narrow_window(layer, max_context) for layer in spec.layers))
+
+
 def linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     """(rows, columns) of each linear of a layer, by its name in the layer, in the order of the model."""
     q_width, kv_width = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim

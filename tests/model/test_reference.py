@@ -10,7 +10,8 @@ import torch
 from toy import reference, save_toy_model, toy_config
 
 from bedplate.model.checkpoint import open_checkpoint
-from bedplate.model.reference import head_weight, hidden_states, logits, sequences
+from bedplate.model.reference import head_weight, hidden_states, logits
+from bedplate.model.texts import sequences
 
 LLAMA3 = {
     "rope_type": "llama3",

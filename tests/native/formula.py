@@ -142,27 +142,37 @@ class Model:
         return _native.Decoder(**{**fields, **changes})
 
     def logits(
-        self, tokens: Sequence[int], adapter: Adapter | None = None, scale: float = 1.0, *, half: bool = False
+        self,
+        tokens: Sequence[int],
+        adapter: Adapter | None = None,
+        scale: float = 1.0,
+        *,
+        half: bool = False,
+        rounded: bool = False,
     ) -> Doubles:
-        """float64 [T, vocab] of a text from position 0 on; half: keys and values are kept in float16."""
+        """float64 [T, vocab] of a text from position 0 on; half: keys and values are kept in float16.
+
+        rounded: what passes from one product to the next is rounded to float32.
+        """
         rules, adapter = self.rules, adapter or self.base()
+        kept = _single if rounded else _same
         table = (self.embedding or self.head).dense()
         x = adapter.embedding.read(table, adapter.head.linear, tokens, scale) * rules.embedding_scale
         for own in adapter.layers:
             layer = self.layers[own.base]
             first, second, third, fourth = zip(layer.places, own.places, strict=True)
             norms = [replaced(norm, new) for norm, new in zip(layer.norms, own.norms, strict=True)]
-            read = self._normed(x, norms[0])
-            q, k, v = first[0].apply(read, first[1], scale)
-            attended = self._attention(layer, own.head_norms, q, k, v, half)
+            read = kept(self._normed(x, norms[0]))
+            q, k, v = map(kept, first[0].apply(read, first[1], scale))
+            attended = kept(self._attention(layer, own.head_norms, q, k, v, half))
             given = second[0].apply(attended, second[1], scale)[0]
-            x = x + rules.residual_scale * self._normed(given, norms[1])
+            x = kept(x + rules.residual_scale * self._normed(kept(given), norms[1]))
             if not rules.parallel:
-                read = self._normed(x, norms[2])
-            outputs = third[0].apply(read, third[1], scale)
-            hidden = activated(rules.activation, outputs[0]) * (outputs[1] if rules.gated else 1)
-            given = fourth[0].apply(hidden, fourth[1], scale)[0]
-            x = x + rules.residual_scale * self._normed(given, norms[3])
+                read = kept(self._normed(x, norms[2]))
+            outputs = [kept(y) for y in third[0].apply(read, third[1], scale)]
+            hidden = kept(activated(rules.activation, outputs[0])) * (outputs[1] if rules.gated else 1)
+            given = fourth[0].apply(kept(hidden), fourth[1], scale)[0]
+            x = kept(x + rules.residual_scale * self._normed(kept(given), norms[3]))
         x = self._normed(x, replaced(self.norm, adapter.norm))
         logits = adapter.head.apply(self.head, x, adapter.vocab, scale)
         return capped(logits * rules.logit_scale, rules.logit_cap)
@@ -237,6 +247,14 @@ def replaced(norm: Norm | None, own: NormPair) -> Norm | None:
         return None
     weight, bias = own
     return Norm(weight=norm.weight if weight is None else weight, bias=norm.bias if bias is None else bias)
+
+
+def _single(x: Doubles) -> Doubles:
+    return x.astype(np.float32).astype(np.float64)
+
+
+def _same(x: Doubles) -> Doubles:
+    return x
 
 
 def activated(name: str, x: Doubles) -> Doubles:

@@ -215,8 +215,10 @@ def test_any_rules(
     )
     text = LONG[:80]
     expected = model.logits(text)
-    # Without norms a residual grows, and relu² squares it: then the terms of a sum are larger than it.
-    tolerance = 2e-4 * expected.std()
+    # Without norms a residual grows, and relu² squares it: then the terms of a sum are larger than it, and rounding
+    # what passes between the products alone loses as much. The sums within them are rounded too.
+    lost = np.abs(model.logits(text, rounded=True) - expected).max()
+    tolerance = 2e-4 * expected.std() + 8 * lost
     np.testing.assert_allclose(
         run(model.decoder(threads), text, chunk=chunk), expected, rtol=0, atol=tolerance
     )

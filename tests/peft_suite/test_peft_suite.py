@@ -69,3 +69,34 @@ def test_options_of_peft(
     )
     print(dict(results))
     assert results["equal"] >= 10
+
+
+def test_sums_of_peft(all_options: list[dict[str, Any]], oracle: Oracle, tmp_path: Path) -> None:
+    """PEFT's own weighted sums of its options, by concatenated ranks: bedplate's `merge` of the same two adapters."""
+    other = oracle.save(
+        tmp_path / "other", LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"])
+    )
+    results: Counter[str] = Counter()
+    for number, options in enumerate(all_options[:: len(all_options) // 40]):
+        # PEFT multiplies a sum by the square root of its rank, if its first adapter is rank-stabilized.
+        if not options.get("use_rslora"):
+            results[of_sum(options, other, oracle, tmp_path / str(number))] += 1
+    print(dict(results))
+    assert results["equal"] >= 8
+
+
+def of_sum(options: dict[str, Any], other: Path, oracle: Oracle, folder: Path) -> str:
+    weights = {"one": 0.6, "other": -0.4}
+    try:
+        oracle.save(folder, LoraConfig(**options))
+        expected = oracle.sum_of({"one": folder, "other": other}, weights)
+    except Exception:
+        return "PEFT makes none"
+    try:
+        found = oracle.merged_sum({"one": folder, "other": other}, weights)
+    except BedplateError as error:
+        named = [name for name in (*ALSO_NAMED, *(options.keys() - {"r"})) if name in str(error)]
+        assert named or "which cannot be summed" in str(error), (options, str(error))
+        return "refused"
+    assert float((found - expected).abs().max()) < TOLERANCE, options
+    return "equal"

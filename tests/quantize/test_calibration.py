@@ -12,7 +12,7 @@ from bedplate.errors import CalibrationError, NotFoundError
 from bedplate.model.checkpoint import open_checkpoint
 from bedplate.model.decoder import register_operators
 from bedplate.model.load import float_decoder
-from bedplate.quantize.calibration import FEW_TOKENS, SHIPPED_TEXT, calibration_tokens, input_statistics
+from bedplate.quantize.calibration import FEW_TOKENS, SHIPPED_TEXT, calibration_texts, input_statistics
 
 INPUTS = {
     "self_attn.q_proj": "self_attn.input_correction",
@@ -40,28 +40,30 @@ def test_statistics_are_those_of_the_linears_inputs(toy_model: Path) -> None:
     with torch.no_grad():
         decoder(torch.tensor([tokens]), torch.tensor([0]), torch.tensor([0]))
     steps: list[tuple[int, int]] = []
-    found = input_statistics(checkpoint, tokens, lambda done, total: steps.append((done, total)))
+    found = input_statistics(checkpoint, [tokens], lambda done, total: steps.append((done, total)))
     assert found.keys() == seen.keys()
     for path, expected in seen.items():
         torch.testing.assert_close(found[path], expected, rtol=1e-4, atol=1e-6)
     assert steps == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
-def tokens_of(toy_model: Path, file: Path | None) -> tuple[list[int], list[str]]:
+def texts_of(toy_model: Path, file: Path | None) -> tuple[list[list[int]], list[str]]:
     notices: list[str] = []
-    return calibration_tokens(file, (toy_model / "tokenizer.json").read_bytes(), notices.append), notices
+    tokenizer = (toy_model / "tokenizer.json").read_bytes()
+    return calibration_texts(file, tokenizer, 256, notices.append), notices
 
 
 def test_the_text_that_comes_with_bedplate_is_enough(toy_model: Path) -> None:
-    tokens, notices = tokens_of(toy_model, None)
-    assert len(tokens) >= 2 * FEW_TOKENS and notices == []
+    texts, notices = texts_of(toy_model, None)
+    assert sum(map(len, texts)) >= 2 * FEW_TOKENS and notices == []
+    assert {len(text) for text in texts[:-1]} == {256}, "no more than the model has positions"
     assert SHIPPED_TEXT.read_text("utf-8").count("\n\n") > 10
 
 
 def test_few_tokens_are_told(toy_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "short.txt"
     file.write_text("the quick brown fox")
-    tokens, notices = tokens_of(toy_model, file)
+    (tokens,), notices = texts_of(toy_model, file)
     assert len(notices) == 1 and f"has {len(tokens)} tokens" in notices[0] and str(FEW_TOKENS) in notices[0]
 
 
@@ -69,7 +71,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(toy_model: Path, tmp_path: Pat
     plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
     plain.write_text("the quick brown fox")
     marked.write_text("the quick brown fox", encoding="utf-8-sig")
-    assert tokens_of(toy_model, plain) == tokens_of(toy_model, marked)
+    assert texts_of(toy_model, plain) == texts_of(toy_model, marked)
 
 
 @pytest.mark.parametrize(
@@ -85,10 +87,10 @@ def test_what_is_no_text_is_refused(toy_model: Path, tmp_path: Path, content: by
     file = tmp_path / "text.txt"
     file.write_bytes(content)
     with pytest.raises(CalibrationError) as caught:
-        tokens_of(toy_model, file)
+        texts_of(toy_model, file)
     assert says in str(caught.value) and str(caught.value.where) == str(file) and caught.value.hint
 
 
 def test_a_file_that_is_not_there(toy_model: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
-        tokens_of(toy_model, tmp_path / "none.txt")
+        texts_of(toy_model, tmp_path / "none.txt")

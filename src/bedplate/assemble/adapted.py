@@ -120,7 +120,9 @@ class Adapted:
         if self._values.has(f"{table}.weight"):
             return torch.from_numpy(self._values.matrix(f"{table}.weight"))
         tied = self._checkpoint.spec.tied_head
-        return self._base("embed_tokens.weight" if tied else f"{table}.weight")
+        weight = self._base("embed_tokens.weight" if tied else f"{table}.weight")
+        # The rows of further tokens come after.
+        return torch.nn.functional.pad(weight, (0, 0, 0, self.spec.vocab_size - len(weight)))
 
     def _embedding(self) -> Tensor:
         weight = self._table("embed_tokens")

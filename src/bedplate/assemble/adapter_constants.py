@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 
 import numpy as np
@@ -18,12 +18,14 @@ from bedplate.model.adapter.types import (
     Adapter,
     LoraPair,
     Place,
+    TokenRows,
     folded_b,
     folded_bias,
     module_of,
 )
+from bedplate.names import ROW_NORMS
 from bedplate.quantize.packing import pack_float
-from bedplate.quantize.recipe import Recipe
+from bedplate.quantize.recipe import Recipe, Scheme
 from bedplate.quantize.rows import pack_branch
 from bedplate.quantize.tables import pack_table
 from bedplate.spec import ModelSpec
@@ -38,7 +40,7 @@ def pack_adapter(
 
     recipe: the bundle's, with the adapter's scheme. ranks: of the branches at the linears of layers. A higher one than
     the adapter's gets rows of zeros below A and columns of zeros beside B: they add nothing.
-    base: the keys of the foundation's constants, by name. What is the base's is left out.
+    base: the keys of the foundation's constants, by names in the adapter's model. What is the base's is left out.
     Raises AdapterError for magnitudes (DoRA) of rows that are zero.
     """
     scheme = recipe.adapter
@@ -52,23 +54,49 @@ def pack_adapter(
             a = np.ascontiguousarray(pair.a.T) if table == EMBEDDING else pair.a  # a row for each token
             yield from pack_branch(f"{table}.lora_a.weight", a, scheme)
             yield from pack_branch(f"{table}.lora_b.weight", folded_b(pair), scheme)
-    for constants in chain(_tables(adapter, recipe), _norms(adapter)):
+    rows = _few_rows(adapter, recipe, foundation)
+    for constants in chain(_tables(adapter, recipe, rows), _norms(adapter)):
         if any(base.get(constant.name) != constant.key for constant in constants):
             yield from constants
     for place in _affine_places(adapter):
         yield from _affine(place, adapter, foundation)
-    for table, rows in adapter.rows.items():
-        ids = rows.ids.view(np.uint8)
-        yield Constant.of(f"{table}.rows.ids", "int64", rows.ids.shape, TENSOR, ids)
-        yield from pack_float(f"{table}.rows.weight", rows.values, is_tensor=False)
+    for table, of_table in ({**adapter.rows, **rows}).items():
+        ids = of_table.ids.view(np.uint8)
+        yield Constant.of(f"{table}.rows.ids", "int64", of_table.ids.shape, TENSOR, ids)
+        yield from pack_float(f"{table}.rows.weight", of_table.values, is_tensor=False)
 
 
-def _tables(adapter: Adapter, recipe: Recipe) -> Iterator[list[Constant]]:
-    schemes = {EMBEDDING: recipe.embedding, HEAD: recipe.head_scheme()}
-    for table, scheme in schemes.items():
+def _schemes(recipe: Recipe) -> dict[str, Scheme]:
+    return {EMBEDDING: recipe.embedding, HEAD: recipe.head_scheme()}
+
+
+def _tables(adapter: Adapter, recipe: Recipe, as_rows: Collection[str]) -> Iterator[list[Constant]]:
+    for table, scheme in _schemes(recipe).items():
         value = adapter.parameters.get(f"{table}.weight")
-        if value is not None:
+        if value is not None and table not in as_rows:
             yield pack_table(f"{table}.weight", value, scheme, is_embedding=table == EMBEDDING)
+
+
+def _few_rows(adapter: Adapter, recipe: Recipe, foundation: Values) -> dict[str, TokenRows]:
+    """The rows of a grown table, if most others are the base's: a copy of the table would take more bytes."""
+    found = {}
+    for table, scheme in _schemes(recipe).items():
+        name, value = f"{table}.weight", adapter.parameters.get(f"{table}.weight")
+        if value is None or (None, table) in adapter.pairs:
+            continue
+        before = foundation.rows(name)
+        if before == len(value):  # in the table of its own it keeps its program
+            continue
+        like_base = pack_table(name, value[:before], scheme, is_embedding=table == EMBEDDING)
+        own = np.ones(len(value), bool)
+        own[:before] = foundation.rows_differ(like_base)
+        if rows := adapter.rows.get(table):
+            value = value.copy()
+            value[rows.ids] = rows.values
+            own[rows.ids] = True
+        if 4 * own.sum() <= len(value):
+            found[table] = TokenRows(ids=np.flatnonzero(own).astype(np.int64), values=value[own])
+    return found
 
 
 def _norms(adapter: Adapter) -> Iterator[list[Constant]]:
@@ -124,9 +152,9 @@ def _factor(
     """
     assert pair.magnitude is not None
     weight = adapter.parameters.get(f"{module_of(place)}.weight")
-    exact = weight is not None or not foundation.has(f"{base}.row_norms")
+    exact = weight is not None or not foundation.has(f"{base}.{ROW_NORMS}")
     weight = foundation.linear(base) if weight is None else weight
-    squares = None if exact else foundation.floats(f"{base}.row_norms", len(weight)).astype(np.float64)
+    squares = None if exact else foundation.floats(f"{base}.{ROW_NORMS}", len(weight)).astype(np.float64)
     b, lengths = folded_b(pair), np.empty(len(weight))
     step = max(1, _BLOCK_NUMBERS // weight.shape[1])
     for first in range(0, len(weight), step):
@@ -156,7 +184,6 @@ def no_program(adapter: Adapter, spec: ModelSpec) -> str | None:
     """
     pairs = adapter.pairs
     parts = {
-        "layers that are used more than once": adapter.layers is not None,
         "more tokens than the base": adapter.spec.vocab_size != spec.vocab_size,
         "DoRA": any(pair.magnitude is not None for pair in pairs.values()),
         "trained biases": any(name.endswith("_proj.bias") for name in adapter.parameters),

@@ -242,7 +242,7 @@ def _measure(
     calibration: Path | None,
     reporter: Reporter,
 ) -> _Measured:
-    from bedplate.quantize.calibration import calibration_tokens, input_statistics
+    from bedplate.quantize.calibration import calibration_texts, input_statistics
     from bedplate.quantize.choice import choose_bits
 
     corrected = bool(recipe.corrections(checkpoint.spec))
@@ -251,13 +251,14 @@ def _measure(
         if calibration is not None:
             reporter.notice("the calibration text has no effect: nothing in this recipe uses it")
         return _Measured(recipe=recipe, statistics={})
-    tokens = calibration_tokens(calibration, tokenizer.tokenizer_json, reporter.notice)
+    positions = checkpoint.spec.max_positions
+    texts = calibration_texts(calibration, tokenizer.tokenizer_json, positions, reporter.notice)
     statistics: Statistics = {}
     if learns:
-        statistics = input_statistics(checkpoint, tokens, partial(reporter.progress, "calibrate"))
+        statistics = input_statistics(checkpoint, texts, partial(reporter.progress, "calibrate"))
     if goal is None:
         return _Measured(recipe=recipe, statistics=statistics)
-    choice = choose_bits(checkpoint, recipe, goal, tokens, statistics, reporter.progress)
+    choice = choose_bits(checkpoint, recipe, goal, texts, statistics, reporter.progress)
     reached = "" if choice.mean_kl is None else f", mean KL {choice.mean_kl:.4f} on the calibration text"
     eight = ", ".join(choice.eight) or "none"
     reporter.notice(f"8 bits: {eight}; {choice.bytes_per_weight:.3f} bytes a weight{reached}")

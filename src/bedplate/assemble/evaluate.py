@@ -17,9 +17,11 @@ from bedplate.assemble.report import Reporter, load_torch
 from bedplate.bundle.store import Bundle
 from bedplate.bundle.usage import BASE
 from bedplate.errors import CheckpointError, NotFoundError, RunError
+from bedplate.model.texts import texts_of
 from bedplate.oracle import stock_program
 from bedplate.runtime.effect import log_softmax
 from bedplate.runtime.engine import Engine
+from bedplate.runtime.tokenizer import open_backend
 from bedplate.runtime.weights import Precision
 
 if TYPE_CHECKING:
@@ -80,12 +82,12 @@ def evaluate_bundle(
             engine.check_adapter(name)
             if programs:
                 bundle.program(name)
-        tokens = engine.tokenizer.encode(_read(text_file))
-        if len(tokens) < 2:
+        text = _read(text_file)
+        tokenizers = {name: open_backend(bundle.tokenizer_of(name)) for name in (None, *names)}
+        if not all(texts_of(tokenizer, text, SEQUENCE) for tokenizer in tokenizers.values()):
             raise RunError("holds no text", where=text_file, hint="give some thousand words of prose")
         load_torch(reporter)
         from bedplate.model.checkpoint import fingerprint, open_checkpoint
-        from bedplate.model.reference import sequences
 
         checkpoint = open_checkpoint(model)
         if fingerprint(checkpoint) != bundle.manifest.model["fingerprint"]:
@@ -100,11 +102,8 @@ def evaluate_bundle(
             if programs:
                 program = stock_program(bundle, name or BASE)
                 length, logits = program.limits.max_context, program.logits
-            found.append(
-                _evaluate(
-                    bundle, checkpoint, name, sequences(tokens, min(SEQUENCE, length)), logits, reporter
-                )
-            )
+            texts = texts_of(tokenizers[name], text, min(SEQUENCE, length))
+            found.append(_evaluate(bundle, checkpoint, name, texts, logits, reporter))
         return found
 
 
@@ -112,7 +111,7 @@ def _evaluate(
     bundle: Bundle,
     checkpoint: Checkpoint,
     name: str | None,
-    pieces: Sequence[list[int]],
+    texts: Sequence[list[int]],
     ours_of: Callable[[list[int]], NDArray[np.float32]],
     reporter: Reporter,
 ) -> Evaluation:
@@ -121,8 +120,6 @@ def _evaluate(
     from bedplate.model.reference import head_bias, head_weight, hidden_states, logits
 
     label = name or "base"
-    # A last piece of one token has no next token to be asked for.
-    texts = [text for text in pieces if len(text) > 1]
     progress = partial(reporter.progress, f"{label}: float model")
     with ExitStack() as stack:
         model = checkpoint

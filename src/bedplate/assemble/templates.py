@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,7 @@ from bedplate.compile.units import StaticShapes, Structure
 from bedplate.link.linker import Metadata, Template
 from bedplate.link.static import is_static_compiled, load_static_template, make_static_template
 from bedplate.link.template import is_compiled, load_template, make_template
-from bedplate.spec import narrow_window
+from bedplate.spec import mask_windows
 
 # The program that takes any number of tokens a call, and the one of fixed shapes.
 ProgramKind = Literal["program", "static"]
@@ -68,6 +69,7 @@ class Templates:
             load_exporter(self._reporter)
             self._reporter.progress("compile", 0, None)
             template = make_template(structure, metadata, self._cache, self._reporter.notice)
+            gc.collect()  # graphs of the exporter hold each other, and weights: before the largest tensor is read
             self._reporter.progress("compile", 1, 1)
         return template
 
@@ -78,6 +80,7 @@ class Templates:
             load_exporter(self._reporter)
             self._reporter.progress("compile fixed shapes", 0, None)
             template = make_static_template(structure, shapes, metadata, self._cache)
+            gc.collect()
             self._reporter.progress("compile fixed shapes", 1, 1)
         return template
 
@@ -90,8 +93,7 @@ class Templates:
         }
 
     def _static_metadata(self, structure: Structure, shapes: StaticShapes) -> Metadata:
-        spec = structure.spec
-        windows = dict.fromkeys(narrow_window(layer, structure.max_context) for layer in spec.layers)
+        windows = mask_windows(structure.spec, structure.max_context)
         return {
             **self._of_text(structure),
             "get_prefill_len": shapes.prefill,

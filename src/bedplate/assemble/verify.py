@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bedplate.bundle import proof, usage
 from bedplate.bundle.ptd import read_ptd
@@ -12,12 +14,16 @@ from bedplate.bundle.usage import BASE, Sharing
 from bedplate.runtime.effect import Effect, compare, measure_effects, text_of_effects
 from bedplate.runtime.engine import Engine
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, kw_only=True)
 class StockEffect:
-    """The program of `base` or of an adapter, in ExecuTorch's own runtime.
+    """A program of `base` or of an adapter, in ExecuTorch's own runtime. name: see `usage.ProgramUse`.
 
-    effect: what it changes beside the base's program; None: it is the base's.
+    effect: what it changes beside the base's program of the same kind; None: it is the base's.
     from_ours: how it differs from what bedplate computes of the same constants.
     """
 
@@ -49,35 +55,47 @@ def verify_bundle(bundle: Bundle, *, programs: bool, threads: int | None) -> Ver
     BundleError: a constant is not what its key says, or a program does not find one.  NotFoundError: `programs`, and
     one is missing.  UnsupportedError: `programs`, and this installation has no oracle.
     """
-    if programs:
+    kinds = _program_kinds(bundle) if programs else []
+    for static in kinds:
         for name in (None, *bundle.adapters):
-            bundle.program(name)
+            bundle.program(name, static=static)
     proof.check_keys(bundle)
     sharing = usage.sharing(bundle)
     with Engine(bundle, threads=threads) as engine:
         ids = text_of_effects(engine)
         ours = {name: engine.session(name).logits(ids) for name in (None, *bundle.adapters)}
-    found = None
-    if programs:
-        from bedplate.oracle import stock_programs
-
-        loaded = stock_programs(bundle)
-        room = min(program.limits.max_context for program in loaded.values())
-        stock = {name: loaded[name or BASE].logits(ids[:room]) for name in ours}
-        found = [
-            StockEffect(
-                name=name or BASE,
-                effect=None if name is None else compare(name, stock[None], logits),
-                from_ours=compare(name or BASE, ours[name][:room], logits),
-            )
-            for name, logits in stock.items()
-        ]
+    found = [effect for static in kinds for effect in _run_programs(bundle, ids, ours, static=static)]
     return Verdict(
         sharing=sharing,
         own={name: _nbytes(entry.weights) for name, entry in bundle.adapters.items()},
         effects=measure_effects(bundle.adapters, ours.__getitem__),
-        programs=found,
+        programs=found if programs else None,
     )
+
+
+def _program_kinds(bundle: Bundle) -> list[bool]:
+    """Of which kinds the bundle should have programs: False for the usual ones, True for those of fixed shapes."""
+    has_static = bundle.static_program is not None
+    usual = [False] if bundle.base_program is not None or not has_static else []
+    return [*usual, *([True] if has_static else [])]
+
+
+def _run_programs(
+    bundle: Bundle, ids: Sequence[int], ours: Mapping[str | None, NDArray[np.float32]], *, static: bool
+) -> Iterator[StockEffect]:
+    from bedplate.oracle import static_program, stock_program
+
+    load, label = (static_program, usage.static_name) if static else (stock_program, str)
+    loaded = {name: load(bundle, name or BASE) for name in ours}
+    room = min(program.limits.max_context for program in loaded.values())
+    stock = {name: program.logits(ids[:room]) for name, program in loaded.items()}
+    for name, logits in stock.items():
+        called = label(name or BASE)
+        yield StockEffect(
+            name=called,
+            effect=None if name is None else compare(called, stock[None], logits),
+            from_ours=compare(called, ours[name][:room], logits),
+        )
 
 
 def _nbytes(file: Path) -> int:

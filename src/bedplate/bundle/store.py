@@ -116,12 +116,19 @@ class Bundle:
         if static and of_base is None:
             what, how = "no program of fixed shapes", "make it again with --static-shapes"
         else:
-            what, how = "no program: it was made without programs", "make it again without --no-programs"
+            made = "it was made without" if adapter is None else "made without, or it is more than a LoRA"
+            what, how = f"no program: {made}", "make it again without --no-programs"
         return NotFoundError(f"{who} has {what}", where=self.path, hint=f"{how}: {again}")
 
     @property
     def tokenizer_file(self) -> Path:
         return self.path / manifest.TOKENIZER
+
+    def tokenizer_of(self, adapter: str | None) -> Path:
+        """The `tokenizer.json` of an adapter that has further tokens; of others (and of None) the base's."""
+        if adapter is not None and manifest.TOKENIZER in self.manifest.adapters[adapter].files:
+            return self.adapters[adapter].folder / manifest.TOKENIZER
+        return self.tokenizer_file
 
     @property
     def chat_template_file(self) -> Path | None:
@@ -157,7 +164,7 @@ class Bundle:
         check: Callable[[Bundle], None] = lambda drafts: None,
     ) -> None:
         """Add adapters, all or none. Each writer puts `weights.ptd` into the folder that it gets, and, if the adapter
-        has them, its programs and its own `chat_template.jinja`.
+        has them, its programs and its own `chat_template.jinja` and `tokenizer.json`.
 
         check: gets this bundle with only the new adapters, before anybody else can see them. If it raises an error,
         they are not added. The lock is held only to publish, so several processes can write adapters at the same

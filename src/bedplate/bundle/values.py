@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bedplate.bundle.named import NamedConstants, Part, Source
+from bedplate.constants import Constant
 from bedplate.errors import BundleError
+from bedplate.names import CODES
 from bedplate.spec import ModelSpec, correction_places, linear_shapes
 
 _EMBEDDING = "embed_tokens.weight"
@@ -60,6 +62,19 @@ class Values:
             return own
         before = sum(self._rank_of(one) for one in self._constants.before_on_diagonal(name))
         return own[:, before : before + self._rank_of(name)]
+
+    def rows(self, name: str) -> int:
+        """How many rows a matrix has."""
+        return self._constants.matrix(name).rows
+
+    def rows_differ(self, constants: Sequence[Constant]) -> NDArray[np.bool_]:
+        """Which rows of a matrix of the same scheme have other bytes, bool [rows]. constants: its codes and scales."""
+        part = self._constants.matrix(constants[0].name.removesuffix(CODES))
+        differ = np.zeros(part.rows, bool)
+        for source, other in zip((part.codes, part.scales), constants, strict=False):
+            ours, theirs = (data.reshape(part.rows, -1) for data in (_read(source), other.data))
+            differ |= (ours != theirs).any(axis=1)
+        return differ
 
     def linear(self, path: str) -> NDArray[np.float32]:
         """What a linear of a foundation computes with, its correction included: float32 [rows, columns]."""

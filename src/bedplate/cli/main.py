@@ -24,6 +24,7 @@ app.add_typer(cache, name="cache")
 
 app.command("build")(making.build)
 app.command("add")(making.add)
+app.command("merge")(making.merge)
 app.command("remove")(making.remove)
 app.command("export")(making.export)
 app.command("list")(showing.list_adapters)

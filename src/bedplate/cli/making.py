@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +24,23 @@ CacheFolder = Annotated[
 KvPrecision = Annotated[
     Literal["float16", "float32"],
     typer.Option(help="How to keep keys and values: float32 takes twice the memory."),
+]
+ExactRank = Annotated[
+    bool,
+    typer.Option(
+        "--exact-rank",
+        help="Compile for the rank of the adapter itself. Without this option, compiled units of a higher "
+        "rank are used if there are some.",
+    ),
+]
+AllowNoop = Annotated[bool, typer.Option("--allow-noop", help="Add an adapter even if it changes nothing.")]
+NoPrograms = Annotated[
+    bool,
+    typer.Option(
+        "--no-programs",
+        help="Leave out the programs for ExecuTorch. Nothing is compiled. If the base has no program, the "
+        "adapters get none in any case.",
+    ),
 ]
 Scheme = Literal["8da4w", "8da8w", "none"]
 
@@ -175,25 +193,9 @@ def add(
             "none if the base is float32, otherwise 8w."
         ),
     ] = None,
-    exact_rank: Annotated[
-        bool,
-        typer.Option(
-            "--exact-rank",
-            help="Compile for the rank of the adapter itself. Without this option, compiled units of a higher "
-            "rank are used if there are some.",
-        ),
-    ] = False,
-    allow_noop: Annotated[
-        bool, typer.Option("--allow-noop", help="Add an adapter even if it changes nothing.")
-    ] = False,
-    no_programs: Annotated[
-        bool,
-        typer.Option(
-            "--no-programs",
-            help="Leave out the programs for ExecuTorch. Nothing is compiled. If the base has no program, the "
-            "adapters get none in any case.",
-        ),
-    ] = False,
+    exact_rank: ExactRank = False,
+    allow_noop: AllowNoop = False,
+    no_programs: NoPrograms = False,
     unit_cache: CacheFolder = None,
 ) -> None:
     """Add LoRA adapters to a bundle. If one of several does not fit, none is added."""
@@ -211,8 +213,7 @@ def add(
             reporter=bars,
         )
     for entry in entries:
-        filled = f", filled up to {entry.info.unit_rank}" if entry.info.unit_rank != entry.info.rank else ""
-        stderr.print(f"added {entry.name}: rank {entry.info.rank}{filled}, {size(entry.nbytes)}")
+        _print_added(entry)
     count = "1 adapter" if len(entries) == 1 else f"{len(entries)} adapters"
     stderr.print(f"{count} in {time.perf_counter() - start:.1f} s")
 
@@ -234,6 +235,62 @@ def _named(adapters: list[Path], names: list[str]) -> dict[str, Path]:
 def _own_name(adapter: Path) -> str:
     path = adapter.resolve()
     return path.stem if path.suffix == ".gguf" else path.name
+
+
+def merge(
+    bundle: BundlePath,
+    weights: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER=WEIGHT...", help="Adapters of the bundle, each with its weight: a=0.7 b=0.3."
+        ),
+    ],
+    name: Annotated[str, typer.Option(metavar="NAME", help="Name of the sum in the bundle.")],
+    quantize: Annotated[
+        AdapterScheme,
+        typer.Option(help="How to store the sum: none (float32), or 8w (8 bits), which rounds it."),
+    ] = "none",
+    exact_rank: ExactRank = False,
+    allow_noop: AllowNoop = False,
+    no_programs: NoPrograms = False,
+    unit_cache: CacheFolder = None,
+) -> None:
+    """Add the weighted sum of LoRA adapters of a bundle. It is exact: their ranks add up."""
+    start = time.perf_counter()
+    opened = api.Bundle.open(bundle)
+    with progress_bars() as bars:
+        entry = opened.merge(
+            _weights(weights),
+            name=name,
+            quantize=quantize,
+            exact_rank=exact_rank,
+            allow_noop=allow_noop,
+            programs=not no_programs,
+            unit_cache=unit_cache,
+            reporter=bars,
+        )
+    _print_added(entry)
+    stderr.print(f"{len(weights)} adapters merged in {time.perf_counter() - start:.1f} s")
+
+
+def _weights(options: list[str]) -> dict[str, float]:
+    weights = {}
+    for option in options:
+        name, found, weight = option.partition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            found, value = "", 0.0
+        if not found or name in weights:
+            what = f"{name} is named twice" if found else f"{option!r} is no adapter with its weight"
+            raise AdapterError(what, hint="write ADAPTER=WEIGHT once for each, e.g. a=0.7 b=0.3")
+        weights[name] = value
+    return weights
+
+
+def _print_added(entry: store.AdapterEntry) -> None:
+    filled = f", filled up to {entry.info.unit_rank}" if entry.info.unit_rank > entry.info.rank else ""
+    stderr.print(f"added {entry.name}: rank {entry.info.rank}{filled}, {size(entry.nbytes)}")
 
 
 def remove(
@@ -300,13 +357,13 @@ def cache_clear(unit_cache: CacheFolder = None) -> None:
 
 
 def _lengths(option: str) -> tuple[int, int]:
-    prefill, found, decode = option.partition(",")
-    if not found or not all(number.isascii() and number.isdecimal() for number in (prefill, decode)):
+    match = re.fullmatch(r"([0-9]{1,9}),([0-9]{1,9})", option)
+    if match is None:
         raise RecipeError(
             f"--static-shapes {option} is not two numbers",
             hint="write PREFILL,DECODE, e.g. --static-shapes 64,1",
         )
-    return int(prefill), int(decode)
+    return int(match[1]), int(match[2])
 
 
 def _overrides(options: list[str]) -> dict[str, str]:

@@ -224,6 +224,8 @@ def _show_verdict(opened: Bundle, verdict: Verdict, idle: list[str]) -> None:
         row += ["–", "–"] if use is None else [str(use.keys), size(use.from_foundation)]
         row += ["", ""] if effect is None else [f"{effect.mean_kl:.4f}", f"{effect.top1_changed:.0%}"]
         rows.append(row)
+        if (use := programs.get(usage.static_name(name))) is not None:
+            rows.append([use.name, "", str(use.keys), size(use.from_foundation), "", ""])
     columns = [
         "name",
         ">own",

@@ -8,6 +8,7 @@ from bedplate.compile.cache import Entry, UnitCache
 from bedplate.compile.stand_in import fixed_buffers, stand_in_decoder, structure_schemes
 from bedplate.compile.symbols import executorch_keys, symbolize
 from bedplate.compile.units import LayersDifferError, Lowered, Structure, versions
+from bedplate.compile.vocabulary import few_rows
 from bedplate.compile.xnnpack import lower
 from bedplate.executorch_1_5 import PTEFile, deserialize_pte_binary, serialize_pte_binary
 from bedplate.quantize.foundation import fixed_constants
@@ -36,8 +37,11 @@ def lowered_units(structure: Structure, cache: UnitCache) -> Lowered:
 
 def compile_structure(structure: Structure, layers: Sequence[LayerSpec]) -> Lowered:
     """Lower the structure with these layers: about 10 s, and some seconds for each layer. Raises LoweringError."""
-    decoder, constants = stand_in_decoder(structure, layers)
+    vocabulary = few_rows(structure)
+    decoder, constants = stand_in_decoder(vocabulary.structure, layers)
     fixed = fixed_constants(structure.spec, structure.max_context, structure.max_chunk)
     symbol_of = executorch_keys({**constants, **fixed})
-    raw = lower(decoder, max_chunk=structure.max_chunk, symbol_of=symbol_of)
+    with vocabulary.in_delegates():
+        raw = lower(decoder, max_chunk=structure.max_chunk, symbol_of=symbol_of)
+    vocabulary.widen_program(raw.program)
     return symbolize(raw, constants, fixed, fixed_buffers(decoder))

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
-from executorch.exir.backend.partitioner import Partitioner
-from executorch.exir.passes import MemoryPlanningPass
 from torch.export import ExportedProgram
 
 from bedplate.compile.delegate_graph import lean_delegates
@@ -20,7 +18,7 @@ from bedplate.compile.stand_in import fixed_buffers, stand_in_decoder
 from bedplate.compile.symbols import executorch_keys, symbolize
 from bedplate.compile.units import Lowered, StaticShapes, Structure
 from bedplate.compile.xnnpack import RawProgram, quiet_exporter
-from bedplate.executorch_1_5 import EDGE_CONFIG, emitted, partitioner
+from bedplate.executorch_1_5 import EDGE_CONFIG, MemoryPlanningPass, Partitioner, emitted, partitioner
 from bedplate.model.decoder import Decoder
 from bedplate.model.static_attention import StaticDecoder
 from bedplate.quantize.foundation import fixed_constants

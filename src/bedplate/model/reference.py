@@ -16,11 +16,6 @@ from bedplate.spec import ModelSpec
 Note = Callable[[int, str, Tensor], None]
 
 
-def sequences(tokens: Sequence[int], length: int) -> list[list[int]]:
-    """Tokens cut into runs of `length`, each a text of its own."""
-    return [list(tokens[at : at + length]) for at in range(0, len(tokens), length)]
-
-
 def hidden_states(
     checkpoint: Checkpoint,
     texts: Sequence[Sequence[int]],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bedplate.model.decoder import Attention, Decoder, Layer, Places
 from bedplate.model.parts import Cap, Scale
-from bedplate.spec import ModelSpec, narrow_window
+from bedplate.spec import mask_windows
 
 _MOST_JOINED = 4  # XNNPACK's concatenation takes five values at most
 
@@ -123,7 +123,7 @@ class StaticDecoder(nn.Module):
             StaticAttention(layer.self_attn, length=length, slots=slots, split_heads=split_heads)  # type: ignore[arg-type]
             for layer in ordinary.layers
         )
-        self.windows = windows(spec, slots)
+        self.windows = mask_windows(spec, slots)
         self.caches_of_layer = 2 * (spec.n_kv_heads if split_heads else 1)
 
     def forward(
@@ -169,19 +169,18 @@ class StaticDecoder(nn.Module):
             cap=self.score_cap,
         )
 
-    def example(self) -> tuple[Tensor | tuple[Tensor, ...] | None, ...]:
-        """Inputs of the form that `forward` takes."""
+    def example(self) -> tuple[Tensor | tuple[Tensor, ...], ...]:
+        """Inputs of the form that `forward` takes. All are different tensors: torch.export takes one for one input."""
         spec, length, slots = self._ordinary[0].spec, self.length, self.slots
         head = (1,) if self.split_heads else (1, spec.n_kv_heads)
-        mask = torch.zeros(1, length, slots + length)
-        k, v = torch.zeros(*head, spec.head_dim, slots), torch.zeros(*head, slots, spec.head_dim)
-        caches = (k, v) * (self.caches_of_layer // 2 * spec.n_layers)
+        of_cache = ((*head, spec.head_dim, slots), (*head, slots, spec.head_dim))
+        shapes = of_cache * (self.caches_of_layer // 2 * spec.n_layers)
         return (
             torch.zeros(1, length, dtype=torch.int64),
             torch.arange(length),
-            (mask,) * len(self.windows),
-            caches,
-            torch.zeros(1, dtype=torch.int64) if self.one_row else None,
+            tuple(torch.zeros(1, length, slots + length) for _ in self.windows),
+            tuple(torch.zeros(shape) for shape in shapes),
+            *([torch.zeros(1, dtype=torch.int64)] if self.one_row else []),
         )
 
 
@@ -189,8 +188,3 @@ def _without_caches(layer: nn.Module) -> nn.Module:
     layer = copy.copy(layer)
     layer._buffers = {}
     return layer
-
-
-def windows(spec: ModelSpec, max_context: int) -> tuple[int | None, ...]:
-    """The windows that a step has masks for, in their order. None: of layers that see all before."""
-    return tuple(dict.fromkeys(narrow_window(layer, max_context) for layer in spec.layers))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tokenizers import Tokenizer
 
 from bedplate.errors import CheckpointError
 from bedplate.model.config import check_exists
 from bedplate.model.folder_tokenizer import read_folder
 from bedplate.model.gguf_file import gguf_fields, open_gguf
 from bedplate.model.gguf_tokenizer import read_fields
+from bedplate.model.tokenizer_source import written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +48,13 @@ def read_tokenizer(model: Path, fields: Mapping[str, Any] | None = None) -> Toke
     else:
         source = read_fields(fields or gguf_fields(open_gguf(model), model), model)
     tokenizer = source.tokenizer
-    # Some checkpoints carry the truncation and padding of their training run, which would cut prompts in silence.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    written_json = written(tokenizer)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if not vocabulary:
         raise CheckpointError("the tokenizer has no tokens", where=model, hint="download it again")
     last = max(vocabulary, key=vocabulary.__getitem__)
     return TokenizerFiles(
-        tokenizer_json=_written(tokenizer).encode(),
+        tokenizer_json=written_json,
         chat_template=source.chat_template,
         bos_id=source.bos_id,
         eos_ids=source.eos_ids,
@@ -78,16 +74,3 @@ def check_ids(tokenizer: TokenizerFiles, vocab_size: int, *, where: Path) -> Non
             hint="remove these tokens from the tokenizer's files, or add rows to the model: "
             "model.resize_token_embeddings(len(tokenizer))",
         )
-
-
-def _written(tokenizer: Tokenizer) -> str:
-    """Its JSON. Each merge is one string where that is clear: older readers want it so, and newer ones read it sooner.
-    A vocabulary is in the order of its tokens, which is read sooner than the order of their ids.
-    """
-    data = json.loads(tokenizer.to_str())
-    merges, vocabulary = data["model"].get("merges"), data["model"].get("vocab")
-    if merges and not any(" " in part for merge in merges for part in merge):
-        data["model"]["merges"] = [" ".join(merge) for merge in merges]
-    if isinstance(vocabulary, dict):
-        data["model"]["vocab"] = dict(sorted(vocabulary.items()))
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))

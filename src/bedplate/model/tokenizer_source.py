@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,3 +41,21 @@ def token_ids(values: Iterable[Any], tokenizer: Tokenizer, where: Path) -> tuple
                 hint="check bos_token_id and eos_token_id in generation_config.json and config.json",
             )
     return tuple(dict.fromkeys(item for item in flat if item is not None))
+
+
+def written(tokenizer: Tokenizer) -> bytes:
+    """Its `tokenizer.json`, without truncation and padding. Equal tokenizers are equal bytes.
+
+    Some checkpoints carry the truncation and padding of their training run, which would cut prompts in silence.
+    Each merge is one string where that is clear: older readers want it so, and newer ones read it sooner.
+    A vocabulary is in the order of its tokens, which is read sooner than the order of their ids.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    data = json.loads(tokenizer.to_str())
+    merges, vocabulary = data["model"].get("merges"), data["model"].get("vocab")
+    if merges and not any(" " in part for merge in merges for part in merge):
+        data["model"]["merges"] = [" ".join(merge) for merge in merges]
+    if isinstance(vocabulary, dict):
+        data["model"]["vocab"] = dict(sorted(vocabulary.items()))
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()

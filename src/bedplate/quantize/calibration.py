@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bedplate.errors import CalibrationError, NotFoundError
 from bedplate.model.checkpoint import Checkpoint
-from bedplate.model.reference import hidden_states, sequences
+from bedplate.model.reference import hidden_states
+from bedplate.model.texts import texts_of
 
 SHIPPED_TEXT = Path(__file__).with_name("calibration.txt")
 FEW_TOKENS = 512  # fewer than this are said to be few
@@ -22,10 +23,11 @@ SEQUENCE = 512
 Statistics = Mapping[str, Tensor]
 
 
-def calibration_tokens(
-    text_file: Path | None, tokenizer_json: bytes, notice: Callable[[str], None]
-) -> list[int]:
-    """Tokens of a calibration text; None: of the one that comes with bedplate. `notice` is told if they are few.
+def calibration_texts(
+    text_file: Path | None, tokenizer_json: bytes, max_positions: int, notice: Callable[[str], None]
+) -> list[list[int]]:
+    """A calibration text (None: the one that comes with bedplate) in sequences of tokens that a model of so many
+    positions can read. `notice` is told if they are few.
 
     NotFoundError: there is no such file.  CalibrationError: it is empty, or no text in UTF-8.
     """
@@ -41,18 +43,21 @@ def calibration_tokens(
         raise CalibrationError(f"is not text in UTF-8 (byte {error.start})", where=path, hint=hint) from None
     if "\0" in text:
         raise CalibrationError("holds NUL bytes: it is binary data, not text", where=path, hint=hint)
-    tokens = list(Tokenizer.from_str(tokenizer_json.decode()).encode(text, add_special_tokens=False).ids)
-    if not text.strip() or len(tokens) < 2:
+    texts = texts_of(
+        Tokenizer.from_str(tokenizer_json.decode()), text, min(SEQUENCE, max_positions), most=MOST_TOKENS
+    )
+    count = sum(map(len, texts))
+    if not text.strip() or not texts:
         raise CalibrationError("holds no text", where=path, hint=hint)
-    if len(tokens) < FEW_TOKENS:
+    if count < FEW_TOKENS:
         notice(
-            f"the calibration text has {len(tokens)} tokens: with fewer than {FEW_TOKENS}, what it measures is rough"
+            f"the calibration text has {count} tokens: with fewer than {FEW_TOKENS}, what it measures is rough"
         )
-    return tokens[:MOST_TOKENS]
+    return texts
 
 
 def input_statistics(
-    checkpoint: Checkpoint, tokens: list[int], progress: Callable[[int, int], None]
+    checkpoint: Checkpoint, texts: Sequence[Sequence[int]], progress: Callable[[int, int], None]
 ) -> dict[str, Tensor]:
     """Statistics of every layer. progress(done, total) counts layers. Raises CheckpointError."""
     sums: dict[str, Tensor] = {}
@@ -61,5 +66,6 @@ def input_statistics(
         path = f"layers.{layer}.{place}"
         sums[path] = sums.get(path, torch.zeros(x_SD.shape[1])) + x_SD.square().sum(0)
 
-    hidden_states(checkpoint, sequences(tokens, SEQUENCE), note=note, progress=progress)
-    return {path: (total / len(tokens)).sqrt() for path, total in sums.items()}
+    hidden_states(checkpoint, texts, note=note, progress=progress)
+    count = sum(map(len, texts))
+    return {path: (total / count).sqrt() for path, total in sums.items()}

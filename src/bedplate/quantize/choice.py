@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from bedplate.errors import RecipeError
 from bedplate.model.checkpoint import Checkpoint
-from bedplate.model.reference import HiddenStates, head_weight, layer_weights, logits, sequences
+from bedplate.model.reference import HiddenStates, head_weight, layer_weights, logits
 from bedplate.quantize.activations import eight_bit_rows
-from bedplate.quantize.calibration import SEQUENCE, Statistics
+from bedplate.quantize.calibration import Statistics
 from bedplate.quantize.correction import quantize_corrected
 from bedplate.quantize.plan import correction_scheme
 from bedplate.quantize.recipe import EIGHT_BIT, WEIGHT_ONLY, Goal, Recipe, Scheme
@@ -26,7 +27,7 @@ from bedplate.quantize.weights import quantize_weight
 from bedplate.spec import ModelSpec, correction_places, linear_shapes
 
 HEAD = "lm_head"
-_TOKENS = 2048  # of the text: a mean over so many positions tells linears apart, and more takes long
+_TOKENS = 2048  # of the texts: a mean over so many positions tells linears apart, and more takes long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ def choose_bits(
     checkpoint: Checkpoint,
     recipe: Recipe,
     goal: Goal,
-    tokens: Sequence[int],
+    texts: Sequence[Sequence[int]],
     statistics: Statistics,
     progress: Callable[[str, int, int], None],
 ) -> Choice:
@@ -60,7 +61,7 @@ def choose_bits(
         raise RecipeError(
             "there is no linear whose bits can be chosen", hint="use --quantize 8da4w and fewer overrides"
         )
-    measure = partial(_divergences, checkpoint, recipe, tokens[:_TOKENS], statistics)
+    measure = partial(_divergences, checkpoint, recipe, _beginning(texts), statistics)
     *alone, none = measure([*({name} for name in names), ()], partial(progress, "measure each linear"))
     least = linear_bytes(recipe, checkpoint.spec)
     more = [linear_bytes(_with_eight(recipe, [name]), checkpoint.spec) - least for name in names]
@@ -78,6 +79,13 @@ def choose_bits(
         f"no choice of 4 and 8 bits has a mean KL of at most {goal.target_kl:g}: the smallest is {min(reached):.4f}",
         hint="raise the target, or build with --quantize none",
     )
+
+
+def _beginning(texts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Their first tokens, as many as are measured."""
+    before = accumulate(map(len, texts), initial=0)
+    cut = [text[: max(0, _TOKENS - count)] for text, count in zip(texts, before, strict=False)]
+    return [text for text in cut if text]
 
 
 def candidates(recipe: Recipe, spec: ModelSpec) -> list[str]:
@@ -151,7 +159,7 @@ def _choice(recipe: Recipe, spec: ModelSpec, eight: Sequence[str], mean_kl: floa
 def _divergences(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    tokens: Sequence[int],
+    texts: Sequence[Sequence[int]],
     statistics: Statistics,
     fours: Sequence[Collection[str]],
     progress: Callable[[int, int], None],
@@ -160,7 +168,6 @@ def _divergences(
 
     All go through a layer together, so its weights are read and quantized once.
     """
-    texts = sequences(tokens, SEQUENCE)
     exact = HiddenStates(checkpoint, texts)
     rounded = [HiddenStates(checkpoint, texts, activations=eight_bit_rows) for _ in fours]
     for layer in range(checkpoint.spec.n_layers):

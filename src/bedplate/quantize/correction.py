@@ -88,13 +88,14 @@ def _correct(
     ones = (
         torch.eye(groups).repeat_interleave(columns // groups, dim=1) if groups else torch.empty(0, columns)
     )
+    learned = rank - groups if rms is not None else 0
     errors = {
         name: weights[name].float() - quantized[name].dequantize() - _spread(offsets.get(name), columns)
         for name in weights
-        if schemes[name].bits == 4
+        if learned and schemes[name].bits == 4
     }
     found = torch.zeros(rank - groups, columns)
-    if len(found) and rms is not None and errors:
+    if errors and rms is not None:
         group_size = max(columns // max(groups, 1), 1)
         found = _directions(torch.cat(list(errors.values())), rms, len(found), group_size)
     directions = quantize_weight(torch.cat((ones, found)), correction_scheme("directions", columns))

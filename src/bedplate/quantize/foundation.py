@@ -11,6 +11,7 @@ from torch import Tensor
 from bedplate.constants import Constant
 from bedplate.model.masks import window_mask
 from bedplate.model.parts import Cap, RMSNorm, Rope, Scale, activation, query_factors, scaled
+from bedplate.names import ROW_NORMS
 from bedplate.quantize.correction import Corrected
 from bedplate.quantize.packing import pack_embedding, pack_float, pack_linear
 from bedplate.quantize.recipe import Scheme
@@ -47,7 +48,7 @@ def row_norms(path: str, weight: Tensor) -> Constant:
     squares = np.empty(len(weight), np.float32)
     for block in row_blocks(weight):
         squares[block] = np.square(weight[block].double().numpy()).sum(axis=1)
-    return pack_float(f"{path}.row_norms", squares, is_tensor=False)[0]
+    return pack_float(f"{path}.{ROW_NORMS}", squares, is_tensor=False)[0]
 
 
 def fixed_constants(spec: ModelSpec, max_context: int, max_chunk: int) -> dict[str, Constant]:

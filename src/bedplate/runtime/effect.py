@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from bedplate.bundle.store import Bundle
+from bedplate.bundle.named import NamedConstants
+from bedplate.bundle.store import AdapterEntry, Bundle
 from bedplate.runtime.weights import Weights, load_adapter
 from bedplate.spec import ModelSpec
 
@@ -29,7 +31,8 @@ class Effect:
     """What an adapter changes over `positions` positions of a fixed text.
 
     mean_kl: KL divergence of its next-token distribution from the base's, nats. top1_changed: share of positions
-    whose most likely token is another one. max_difference: the largest difference of a logit.
+    whose most likely token is another one. max_difference: the largest difference of a logit. further_tokens: how
+    many the adapter has that the base has not. All else leaves these out.
     """
 
     name: str
@@ -37,15 +40,33 @@ class Effect:
     mean_kl: float
     top1_changed: float
     max_difference: float
+    further_tokens: int
 
     @property
     def took_effect(self) -> bool:
-        return self.max_difference > 0.0
+        return self.max_difference > 0.0 or self.further_tokens > 0
 
 
 def text_of_effects(engine: Engine) -> list[int]:
-    """The fixed text, as far as it fits."""
-    return engine.tokenizer.encode(_TEXT)[: min(engine.limits.max_context, 64)]
+    """The fixed text in the tokens of the base, as far as it fits; first, tokens that adapters have rows of."""
+    rows = [
+        token
+        for entry in engine.bundle.adapters.values()
+        for token in _own_tokens(entry, engine.limits.vocab)
+    ]
+    text = engine.tokenizer.encode(_TEXT)
+    return [*rows[:_FEW], *text][: min(engine.limits.max_context, 64)]
+
+
+def _own_tokens(entry: AdapterEntry, vocab: int) -> list[int]:
+    """Some of the tokens that only the embedding has other rows of. vocab: of the base."""
+    info, name = entry.read_info(), "embed_tokens.rows.ids"
+    if not any(constant.name == name for constant in info.constants):
+        return []
+    with NamedConstants(entry.weights, info.constants) as constants:
+        source = constants.ids(name)
+        ids = np.frombuffer(os.pread(source.file, 8 * _FEW, source.offset), np.int64)
+    return [int(token) for token in ids[: source.size // 8] if token < vocab]
 
 
 def measure_effects(
@@ -62,10 +83,14 @@ def without_effect(base: Weights, bundle: Bundle, spec: ModelSpec) -> list[str]:
     BundleError: an adapter's file is damaged.
     """
     # With one token alone, q and k would change nothing.
-    ids = [spec.vocab_size * number // _FEW for number in range(min(_FEW, spec.max_positions))]
-    expected = _last_logits(base, ids)
-    found = ((name, load_adapter(base, bundle, name, spec)) for name in bundle.adapters)
-    return [name for name, weights in found if np.array_equal(_last_logits(weights, ids), expected)]
+    few = [spec.vocab_size * number // _FEW for number in range(_FEW)]
+    idle = []
+    for name, entry in bundle.adapters.items():
+        ids = [*_own_tokens(entry, spec.vocab_size), *few][: spec.max_positions]
+        weights = load_adapter(base, bundle, name, spec)
+        if np.array_equal(_last_logits(weights, ids), _last_logits(base, ids)):
+            idle.append(name)
+    return idle
 
 
 def _last_logits(weights: Weights, ids: list[int]) -> NDArray[np.float32]:
@@ -75,9 +100,8 @@ def _last_logits(weights: Weights, ids: list[int]) -> NDArray[np.float32]:
 
 
 def compare(name: str, base: NDArray[np.float32], adapted: NDArray[np.float32]) -> Effect:
-    """The effect of an adapter, from logits float32 [T, vocab] of the base and of the adapter. Tokens that only the
-    adapter has are left out.
-    """
+    """The effect of an adapter, from logits float32 [T, vocab] of the base and of the adapter."""
+    further = adapted.shape[1] - base.shape[1]
     adapted = adapted[:, : base.shape[1]]
     log_p, log_q = log_softmax(adapted), log_softmax(base)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
@@ -87,6 +111,7 @@ def compare(name: str, base: NDArray[np.float32], adapted: NDArray[np.float32]) 
         mean_kl=float(kl.mean()),
         top1_changed=float((base.argmax(axis=1) != adapted.argmax(axis=1)).mean()),
         max_difference=float(np.abs(base - adapted).max()),
+        further_tokens=further,
     )
 
 

@@ -8,10 +8,9 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError, NotFoundError, RunError
@@ -48,11 +47,13 @@ class MemoryUse:
     kv: int
 
 
-class _Adapter(NamedTuple):
-    """state: of the file that its weights were read from."""
+@dataclass(kw_only=True)
+class _Adapter:
+    """What is loaded of an adapter. state: of the file of its weights, by which it is known."""
 
-    weights: Weights
     state: _State
+    weights: Weights | None = None
+    tokenizer: Tokenizer | None = None
 
 
 class Engine:
@@ -88,7 +89,6 @@ class Engine:
         )
         self.bundle = bundle
         self.tokenizer = Tokenizer.of_bundle(bundle)
-        self._tokenizers: dict[str | None, Tokenizer] = {None: self.tokenizer}
         self._foundation = bundle.foundation_sha256
         self._base: Weights | None = None
         self._adapters: dict[str, _Adapter] = {}
@@ -117,10 +117,9 @@ class Engine:
         self.check_adapter(adapter)
         host = Host(
             load=self.load,
-            load_for_text=partial(self._load, meanwhile=self.tokenizer.open),
+            load_for_text=self._load_for_text,
             tokenizer_of=self.tokenizer_of,
             limits=self.limits,
-            end_ids=self.bundle.manifest.tokenizer.eos_ids,
         )
         session = Session(host, adapter)
         with self._lock:
@@ -136,15 +135,18 @@ class Engine:
             raise NotFoundError(f"no adapter {name!r}", where=self.bundle.path, hint=hint)
 
     def tokenizer_of(self, name: str | None) -> Tokenizer:
-        """The tokenizer of the base (None) or of an adapter, which can have a chat template of its own.
+        """The tokenizer of the base (None) or of an adapter, which can have further tokens and its own chat template.
 
         NotFoundError: there is no such adapter.  RunError: its chat template cannot be read.
         """
         self.check_adapter(name)
+        if name is None:
+            return self.tokenizer
         with self._lock:
-            if name not in self._tokenizers:
-                self._tokenizers[name] = self.tokenizer.of_adapter(self.bundle, name)
-            return self._tokenizers[name]
+            adapter = self._adapter(name)
+            if adapter.tokenizer is None:
+                adapter.tokenizer = self.tokenizer.of_adapter(self.bundle, name)
+            return adapter.tokenizer
 
     def load(self, name: str | None = None) -> Weights:
         """Load the weights of the base (None) or of an adapter, if they are not loaded, and return them.
@@ -153,6 +155,16 @@ class Engine:
         another one. All other adapters still work after a damaged file.
         """
         return self._load(name, meanwhile=None)
+
+    def _load_for_text(self, name: str | None) -> tuple[Weights, Tokenizer]:
+        """Weights and tokenizer of one adapter, also where another takes its name meanwhile."""
+        with self._lock:
+            while True:
+                weights = self._load(name, meanwhile=self.tokenizer.open)
+                tokenizer = self.tokenizer_of(name)
+                tokenizer.open()
+                if name is None or self._adapter(name).weights is weights:
+                    return weights, tokenizer
 
     def _load(self, name: str | None, meanwhile: Callable[[], None] | None) -> Weights:
         """meanwhile: what else to do while the base is read, if it is not there yet."""
@@ -171,18 +183,26 @@ class Engine:
             return self._base if name is None else self._load_adapter(self._base, name)
 
     def _load_adapter(self, base: Weights, name: str) -> Weights:
+        adapter = self._adapter(name)
+        if adapter.weights is None:
+            self._check_foundation()
+            adapter.weights = load_adapter(base, self.bundle, name, self._spec)
+        return adapter.weights
+
+    def _adapter(self, name: str) -> _Adapter:
+        """What is loaded of an adapter: nothing, if the file behind its name has changed since then.
+
+        NotFoundError: it is gone.
+        """
         there = self._adapters.get(name)
         if there is not None and there.state == _state(self.bundle.adapters[name].weights):
-            return there.weights
-        if there is not None:  # the file behind the name has changed since it was loaded, or is gone
+            return there
+        if there is not None:
             self.unload(name)
             self.bundle.refresh()
             self.check_adapter(name)
-        self._check_foundation()
-        state = _state(self.bundle.adapters[name].weights)
-        weights = load_adapter(base, self.bundle, name, self._spec)
-        self._adapters[name] = _Adapter(weights=weights, state=state)
-        return weights
+        self._adapters[name] = _Adapter(state=_state(self.bundle.adapters[name].weights))
+        return self._adapters[name]
 
     def _check_foundation(self) -> None:
         if self.bundle.foundation_sha256 != self._foundation:
@@ -234,7 +254,6 @@ class Engine:
                 self._base = None
             else:
                 self._adapters.pop(name, None)
-                self._tokenizers.pop(name, None)
 
     def memory(self) -> MemoryUse:
         """How much memory is in use now."""
@@ -242,7 +261,11 @@ class Engine:
             return MemoryUse(
                 process=resident_bytes(),
                 foundation=0 if self._base is None else self._base.decoder.nbytes,
-                adapters={name: adapter.weights.nbytes for name, adapter in self._adapters.items()},
+                adapters={
+                    name: adapter.weights.nbytes
+                    for name, adapter in self._adapters.items()
+                    if adapter.weights is not None
+                },
                 kv=sum(session.kv_bytes for session in self._sessions),
             )
 

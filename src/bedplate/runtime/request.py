@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 from bedplate.errors import RunError
 from bedplate.runtime import arguments
 from bedplate.runtime.sampling import MaskFunction, Sampler, Sampling
+from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.runtime.weights import Weights
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -127,10 +128,13 @@ class Wish(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A generation in progress: the session's `_running` as long as it may go on."""
+    """A generation in progress: the session's `_running` as long as it may go on. Weights and tokenizer are of one
+    adapter, as it was when the generation began.
+    """
 
     prompt: list[int]
     weights: Weights
+    tokenizer: Tokenizer
     wish: Wish
     sampler: Sampler
     stats: Statistics

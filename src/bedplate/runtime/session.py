@@ -31,14 +31,13 @@ _LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions 
 class Host(NamedTuple):
     """What a session needs of its engine, by the name of an adapter (None: of the base).
 
-    load_for_text: opens the tokenizer at the same time.
+    load_for_text: what makes an answer, of the same files.
     """
 
     load: Callable[[str | None], Weights]
-    load_for_text: Callable[[str | None], Weights]
+    load_for_text: Callable[[str | None], tuple[Weights, Tokenizer]]
     tokenizer_of: Callable[[str | None], Tokenizer]
     limits: Limits
-    end_ids: Sequence[int]
 
 
 class Session:
@@ -213,15 +212,17 @@ class Session:
         allow_special = arguments.flag("allow_special", options.pop("allow_special", False))
         wish = Wish.of(max_tokens=max_tokens, logprobs=logprobs, **options)
         with self._lock:
-            weights = self._host.load_for_text(self._adapter)
+            weights, tokenizer = self._host.load_for_text(self._adapter)
             start = time.perf_counter()
-            ids = _ids(self._encode(prompt, allow_special))
+            ids = _ids(_encode(tokenizer, prompt, allow_special))
             self._check_room(len(ids))
             _check_known(ids, weights)
             _check_known(wish.sampling.tokens, weights)
-            sampler = Sampler(wish.sampling, prompt=ids, ends=self._host.end_ids, mask=wish.mask)
+            sampler = Sampler(wish.sampling, prompt=ids, ends=tokenizer.end_ids, mask=wish.mask)
             stats = Statistics(prompt_tokens=len(ids), seed=sampler.seed)
-            request = Request(prompt=ids, weights=weights, wish=wish, sampler=sampler, stats=stats)
+            request = Request(
+                prompt=ids, weights=weights, tokenizer=tokenizer, wish=wish, sampler=sampler, stats=stats
+            )
             self._begin(weights, len(ids))
             self._running, self.last = request, request.stats
             stats.prefill_seconds = time.perf_counter() - start
@@ -229,22 +230,12 @@ class Session:
             prefill=self._prefill,
             go_on=self._go_on,
             ended=self._ended,
-            decode=self._host.tokenizer_of(None).decode,
-            end_ids=self._host.end_ids,
+            decode=tokenizer.decode,
+            end_ids=tokenizer.end_ids,
             # The keys and values of the last token are not needed: it may stand just beyond the context.
             room=self._host.limits.max_context - len(ids) + 1,
         )
         return events(request, source)
-
-    def _encode(self, prompt: Prompt, allow_special: bool) -> list[int]:
-        tokenizer = self._host.tokenizer_of(self._adapter)
-        if isinstance(prompt, str):
-            return tokenizer.encode(prompt)
-        if _are_ids(prompt):
-            return arguments.token_ids(prompt, "prompt")
-        hint = 'give text, token ids, or a list of messages: [{"role": "user", "content": "…"}]'
-        messages = cast("Sequence[Message]", arguments.instance("prompt", prompt, Sequence, hint))
-        return tokenizer.encode_chat(messages, allow_special=allow_special)
 
     def _ended(self, request: Request) -> None:
         with self._lock:
@@ -327,6 +318,16 @@ def _are_ids(prompt: object) -> bool:
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
         return bool(prompt) and isinstance(prompt[0], Integral)
     return hasattr(prompt, "__array__")
+
+
+def _encode(tokenizer: Tokenizer, prompt: Prompt, allow_special: bool) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    if _are_ids(prompt):
+        return arguments.token_ids(prompt, "prompt")
+    hint = 'give text, token ids, or a list of messages: [{"role": "user", "content": "…"}]'
+    messages = cast("Sequence[Message]", arguments.instance("prompt", prompt, Sequence, hint))
+    return tokenizer.encode_chat(messages, allow_special=allow_special)
 
 
 def _ids(token_ids: object) -> list[int]:

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 
 class Tokenizer:
-    """The tokenizer of the base or of an adapter, which can have a chat template of its own.
+    """The tokenizer of the base or of an adapter, which can have further tokens and a chat template of its own.
 
     backend: or the `tokenizer.json`, which is then opened when it is first used. RunError: it is not a tokenizer.
     chat_template: Jinja source. None: there is no template.  special_tokens: `bos_token`, `eos_token` … as text, for
-    the chat template.  end_ids: tokens that end an answer. No text of a message becomes a special or an end token.
+    the chat template.  end_ids, end_token: what ends an answer: ids, and the text of a token of this tokenizer. No
+    text of a message becomes a special or an end token.
     """
 
     def __init__(
@@ -34,11 +35,12 @@ class Tokenizer:
         chat_template: str | None,
         special_tokens: Mapping[str, str],
         end_ids: Collection[int] = (),
+        end_token: str | None = None,
     ) -> None:
         self._source = backend
         self._chat_template = chat_template
         self._special_tokens = special_tokens
-        self._end_ids = end_ids
+        self._end_ids, self._end_token = end_ids, end_token
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Tokenizer:
@@ -46,25 +48,36 @@ class Tokenizer:
         return cls._of(bundle, bundle.tokenizer_file, None)
 
     def of_adapter(self, bundle: Bundle, adapter: str | None) -> Tokenizer:
-        """The tokenizer of an adapter of the same bundle. It has the same tokens, and maybe another chat template.
+        """The tokenizer of an adapter of the same bundle. It may have further tokens and another chat template.
 
         RunError: its chat template cannot be read.
         """
-        return self if adapter is None else self._of(bundle, self._backend, adapter)
+        if adapter is None:
+            return self
+        file = bundle.tokenizer_of(adapter)
+        return self._of(bundle, self._backend if file == bundle.tokenizer_file else file, adapter)
 
     @classmethod
     def _of(cls, bundle: Bundle, backend: Backend | Path, adapter: str | None) -> Tokenizer:
         chat = bundle.chat_settings(adapter)
+        has_own = bundle.tokenizer_of(adapter) != bundle.tokenizer_file
         return cls(
             backend,
             chat_template=None if chat.template_file is None else _read(chat.template_file),
             special_tokens=chat.special_tokens,
             end_ids=bundle.manifest.tokenizer.eos_ids,
+            end_token=chat.special_tokens.get("eos_token") if has_own else None,
         )
 
     def open(self) -> None:
         """Open the `tokenizer.json` now. RunError: it is not a tokenizer."""
         _ = self._backend
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        own = None if self._end_token is None else self._backend.token_to_id(self._end_token)
+        return frozenset(self._end_ids if own is None else (*self._end_ids, own))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the tokens of a plain text, with the tokens that the tokenizer adds (`bos`, for some models).
@@ -117,9 +130,7 @@ class Tokenizer:
         from bedplate.runtime.user_text import UserText
 
         named = map(self._backend.token_to_id, self._special_tokens.values())
-        return UserText(
-            self._backend, frozenset({*self._end_ids, *(one for one in named if one is not None)})
-        )
+        return UserText(self._backend, frozenset({*self.end_ids, *(one for one in named if one is not None)}))
 
 
 def open_backend(file: Path) -> Backend:

@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/gguf-py", str(HERE.parents[1])]
+sys.path[:0] = [
+    sys.argv[1],
+    f"{sys.argv[1]}/gguf-py",
+    str(HERE.parents[1]),
+    str(HERE.parents[2] / "benchmarks"),
+]
 
-import gguf  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from conversion import get_model_class  # noqa: E402
+from converter import convert  # noqa: E402
 from families import FULL, LLAMA3, SLIDING, YARN, save_toy, theirs  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
@@ -130,17 +134,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def toy_vocabulary(converter: Any) -> None:
-    """llama.cpp loads no model without one."""
-    writer, size = converter.gguf_writer, converter.hparams["vocab_size"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(["a"] + [f"t{number}" for number in range(1, size)])
-    writer.add_token_types([gguf.TokenType.NORMAL] * size)
-    writer.add_token_merges(["a a"])
-
-
-def convert(folder: Path, out: Path) -> None:
+def prepare(folder: Path) -> None:
+    """What the converter wants of a folder, and toys do not have."""
     if not (folder / "tokenizer.json").exists():  # which is read to count rows of the embedding
         vocabulary = {f"t{number}": number for number in range(TINY["vocab_size"])}
         (folder / "tokenizer.json").write_text(
@@ -152,11 +147,6 @@ def convert(folder: Path, out: Path) -> None:
     if config["model_type"] == "granitemoehybrid":
         config["layer_types"] = ["attention"] * config["num_hidden_layers"]
     (folder / "config.json").write_text(json.dumps(config))
-    kind = get_model_class(config["architectures"][0])
-    for one in [kind, *kind.__mro__, *vars(kind).values()]:
-        if isinstance(one, type) and "set_vocab" in vars(one):
-            one.set_vocab = toy_vocabulary  # type: ignore[attr-defined]
-    kind(folder, gguf.LlamaFileType.ALL_F32, out, eager=True).write()
 
 
 def main() -> None:
@@ -169,7 +159,8 @@ def main() -> None:
             with torch.no_grad():
                 logits[name] = theirs(folder, tokens).numpy()
             configs[name] = json.loads((folder / "config.json").read_text())
-            convert(folder, HERE / f"{name}.gguf")
+            prepare(folder)
+            convert(Path(sys.argv[1]), folder, HERE / f"{name}.gguf", "ALL_F32", eager=True)
     np.savez_compressed(HERE / "logits.npz", **logits)
     (HERE / "configs.json").write_text(json.dumps(configs, indent=1, sort_keys=True) + "\n")
 

@@ -174,7 +174,7 @@ def _vocab(raw: RawAdapter, spec: ModelSpec) -> int:
             f"its vocabulary has {size} tokens, the model's {spec.vocab_size}, but the weights do not hold both "
             "the embedding and the head",
             where=raw.weights,
-            hint="save it with save_embedding_layers=True",
+            hint="train it with both of them in target_modules, or with none: PEFT then saves both",
         )
     return size
 

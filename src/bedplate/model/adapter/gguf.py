@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bedplate.errors import AdapterError, UnsupportedError
-from bedplate.model.adapter.peft_config import MERGE, short
+from bedplate.model.adapter.config_fields import short
+from bedplate.model.adapter.peft_config import MERGE
 from bedplate.model.adapter.peft_keys import Half, Key, NotTaken
 from bedplate.model.adapter.peft_targets import Target
 from bedplate.model.adapter.peft_weights import make_pair, pair_up

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bedplate.errors import AdapterError, UnsupportedError
-from bedplate.model.adapter.peft_config import CONFIG, MERGE, short
+from bedplate.model.adapter.config_fields import short
+from bedplate.model.adapter.peft_config import CONFIG, MERGE
 from bedplate.model.adapter.peft_keys import Half, Key, meaning_of
 from bedplate.model.adapter.peft_targets import Target
 from bedplate.model.adapter.peft_weights import make_pair, pair_up

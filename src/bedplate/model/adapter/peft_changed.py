@@ -23,6 +23,7 @@ from bedplate.spec import ModelSpec
 
 _ONE = "use the config and the weights of one adapter"
 _TABLES = (EMBEDDING, HEAD)
+_ORIGINAL = "original_module"
 
 
 def replicated(config: PeftConfig, spec: ModelSpec, where: Path) -> tuple[int, ...] | None:
@@ -59,6 +60,7 @@ class Changed:
 
     def parameters(self) -> dict[str, NDArray[np.float32]]:
         """New values of parameters, by their names in the model's files."""
+        self._refuse_linears()
         self._refuse_unknown()
         values = {name: value for name, (_, value) in self._found.values.items()}
         for name, (inside, _) in self._found.values.items():
@@ -70,6 +72,7 @@ class Changed:
                     hint=_ONE,
                 )
         self._check_saved(values)
+        self._check_copies(values)
         tables = {table: values.pop(f"{table}.weight", None) for table in _TABLES}
         return values | self._tables(tables[EMBEDDING], tables[HEAD])
 
@@ -98,10 +101,10 @@ class Changed:
         return found
 
     def _rows_of(self, table: str) -> NDArray[np.float32]:
-        """Of a head that goes with the embedding, there are none in the file."""
+        """Of a head that goes with the embedding, they are those of the embedding."""
         rows = self._found.rows
         if table == HEAD and self._tied_tokens:
-            if HEAD in rows:
+            if HEAD in rows and not np.array_equal(rows[HEAD], rows.get(EMBEDDING, rows[HEAD])):
                 raise AdapterError(
                     f"the weights hold {self._found.names[HEAD]}, but the head goes with the embedding",
                     where=self._weights,
@@ -159,8 +162,12 @@ class Changed:
     ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
         """What each of the two is, given what is in the file of each."""
         own = {table: self._is_saved(_path(table)) for table in _TABLES}
-        if self._config.keeps_tied and saves_tables(self._config):
-            own = {EMBEDDING: False, HEAD: False}  # one weight, which has both names in the file
+        originals = [value for (_, inside), value in self._found.copies.items() if inside == _ORIGINAL]
+        if self._saves_one_table():
+            own, originals = (
+                {EMBEDDING: False, HEAD: False},
+                [],
+            )  # one weight, which has both names in the file
             if embedding is None or head is None:
                 raise self._missing(EMBEDDING if embedding is None else HEAD)
         copies = [
@@ -168,7 +175,8 @@ class Changed:
             for table, value in ((EMBEDDING, embedding), (HEAD, head))
             if value is not None and not own[table]
         ]
-        if len(copies) == 2 and not np.array_equal(copies[0], copies[1]):
+        copies += originals
+        if not all(np.array_equal(copies[0], other) for other in copies[1:]):
             raise AdapterError(
                 "its embedding and its head share one weight, but the file has different numbers for them",
                 where=self._weights,
@@ -177,12 +185,45 @@ class Changed:
         shared = copies[0] if copies else None
         return (embedding if own[EMBEDDING] else shared), (head if own[HEAD] else shared)
 
+    def _saves_one_table(self) -> bool:
+        return self._spec.tied_head and self._config.keeps_tied and saves_tables(self._config)
+
+    def _check_copies(self, values: dict[str, NDArray[np.float32]]) -> None:
+        """They stand beside what is trained in full, and are as large; one of it is the same."""
+        for (module, inside), value in self._found.copies.items():
+            trained = values.get(f"{module}.weight")
+            is_saved = self._is_saved(_path(module)) or self._saves_one_table()
+            if (
+                not is_saved
+                or trained is None
+                or trained.shape != value.shape
+                or (inside != _ORIGINAL and not np.array_equal(trained, value))
+            ):
+                raise AdapterError(
+                    f"the weights hold {module}.{inside}.weight, which PEFT would drop or not take",
+                    where=self._weights,
+                    hint=_ONE,
+                )
+
     def _inside(self, module: str) -> str:
         """The name of PEFT's module that the parameters of a module are in."""
         layer, linear = _place(module)
         if module in self._tokens:
             return "token_adapter.base_layer"
         return "base_layer" if (layer, linear) in self._found.halves else ""
+
+    def _refuse_linears(self) -> None:
+        """What the config trains in full may be no linear of a layer."""
+        linears = stored_linears(self._spec)
+        for layer in range(self._spec.n_layers):
+            if found := next(
+                (name for name in linears if self._is_saved(f"model.layers.{layer}.{name}")), None
+            ):
+                raise UnsupportedError(
+                    f"modules_to_save names layers.{layer}.{found}: a linear that is trained in full is not supported",
+                    where=self._config_file,
+                    hint=MERGE,
+                )
 
     def _refuse_unknown(self) -> None:
         shapes = stored_shapes(self._spec)

@@ -19,6 +19,8 @@ _VALUE = re.compile(
     r"^(?P<module>embed_tokens|lm_head|norm|layers\.[0-9]{1,6}\.[^.]+(?:\.[^.]+)*?)"
     r"(?P<inside>\.base_layer|\.token_adapter\.base_layer)?\.(?P<leaf>weight|bias)$"
 )
+# PEFT saves all that is in the embedding and the head of a model whose vocabulary grew.
+_COPY = re.compile(r"^(?P<module>embed_tokens|lm_head)\.(?P<inside>modules_to_save|original_module)\.weight$")
 # Parts of an adapter that only training needs.
 _TRAINING_ONLY = re.compile(r"\.(?:lora_velora_embed|lora_monteclora_sampler)(?:\.|$)")
 
@@ -68,6 +70,17 @@ class Value:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Copy:
+    """What PEFT saves beside the embedding or the head that is trained in full.
+
+    inside: `modules_to_save`, once more what is trained; or `original_module`, the base model's.
+    """
+
+    module: str
+    inside: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rows:
     """Rows of tokens in place of those of `embed_tokens` or `lm_head`."""
 
@@ -82,7 +95,7 @@ class NotTaken:
     weight: int
 
 
-Key = Half | Value | Rows | NotTaken | None
+Key = Half | Value | Copy | Rows | NotTaken | None
 
 
 def parse_key(name: str) -> Key:
@@ -95,6 +108,8 @@ def parse_key(name: str) -> Key:
             return half
     if found := _ROWS.match(bare):
         return Rows(module=found["module"])
+    if found := _COPY.match(bare):
+        return Copy(module=found["module"], inside=found["inside"])
     found = _VALUE.match(bare)
     if found and "base_layer" not in found["module"]:
         inside = (found["inside"] or "").removeprefix(".")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bedplate.errors import AdapterError
-from bedplate.model.adapter.peft_config import CONFIG, PeftConfig, layers_form, pattern_form
+from bedplate.model.adapter.config_fields import layers_form, pattern_form
+from bedplate.model.adapter.peft_config import CONFIG, PeftConfig
 from bedplate.model.adapter.types import AGAIN, EMBEDDING, HEAD
 
 # The first number behind two names or more, as in `model.layers.0.`.

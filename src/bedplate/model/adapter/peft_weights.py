@@ -12,12 +12,22 @@ from numpy.typing import NDArray
 
 from bedplate.errors import AdapterError, UnsupportedError
 from bedplate.model.adapter.peft_config import MERGE
-from bedplate.model.adapter.peft_keys import Half, Key, NotTaken, Rows, Value, meaning_of, parse_key
+from bedplate.model.adapter.peft_keys import (
+    Copy,
+    Half,
+    Key,
+    NotTaken,
+    Rows,
+    Value,
+    meaning_of,
+    parse_key,
+)
 from bedplate.model.adapter.peft_targets import Target
 from bedplate.model.adapter.types import AGAIN, LoraPair, Place, module_of
 
 Tensors = Mapping[str, NDArray[np.float32]]
 Halves = dict[str, NDArray[np.float32]]
+_K = TypeVar("_K")
 _T = TypeVar("_T")
 
 
@@ -27,12 +37,14 @@ class Sorted:
 
     halves: `A` and `B` of each linear, and `magnitude` and `bias` where they are.
     values: of the base model's parameters, and PEFT's modules that each is in, by name in the model's files.
+    copies: of the embedding and the head, by module and by what they are in.
     rows: of tokens, by module.
     names: of values and rows in the file, by their keys here.
     """
 
     halves: dict[Place, Halves] = field(default_factory=dict)
     values: dict[str, tuple[str, NDArray[np.float32]]] = field(default_factory=dict)
+    copies: dict[tuple[str, str], NDArray[np.float32]] = field(default_factory=dict)
     rows: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
 
@@ -52,6 +64,8 @@ def sort_tensors(tensors: Tensors, where: Path, parse: Callable[[str], Key] = pa
         elif isinstance(key, Value):
             there = _put(found.values, key.name, (key.inside, value))
             found.names[key.name] = name
+        elif isinstance(key, Copy):
+            there = _put(found.copies, (key.module, key.inside), value)
         elif isinstance(key, Rows):
             there = _put(found.rows, key.module, value)
             found.names[key.module] = name
@@ -80,12 +94,12 @@ def pair_up(tensors: Tensors, where: Path, parse: Callable[[str], Key]) -> dict[
 
     def only_halves(name: str) -> Key:
         found = parse(name)
-        return meaning_of(name) if isinstance(found, Value | Rows) else found
+        return meaning_of(name) if isinstance(found, Value | Copy | Rows) else found
 
     return sort_tensors(tensors, where, only_halves).halves
 
 
-def _put(into: dict[str, _T], key: str, value: _T) -> bool:
+def _put(into: dict[_K, _T], key: _K, value: _T) -> bool:
     """True: something is there already."""
     if key in into:
         return True

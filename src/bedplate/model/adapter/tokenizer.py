@@ -1,4 +1,4 @@
-"""Whether an adapter's tokenizer gives the same ids for every text as the bundle's."""
+"""Whether an adapter's tokenizer gives the same ids for every text as the bundle's, or has further tokens beside."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from bedplate.errors import AdapterError
-from bedplate.model.adapter.tensors import read_file
 from bedplate.model.adapter.types import AGAIN
 from bedplate.model.tokenizer_settings import Token
 
@@ -43,16 +42,19 @@ class BaseTokenizer:
         found: int | None = self._parts["vocab"].get(text)
         return found
 
-    def check_same(self, file: Path) -> None:
-        """AdapterError: another `tokenizer.json` differs in more than what no id depends on, or is damaged."""
-        data = read_file(file)
+    def further_tokens(self, file: Path, data: bytes, *, vocab: int) -> bool:
+        """Whether another `tokenizer.json` has tokens that the bundle's has not. In all else it must be the same.
+
+        data: its content, with the tokens that other files add to it. vocab: how many tokens the adapter's model has.
+        AdapterError: it differs in more than what no id depends on, a token has no row, or the file is damaged.
+        """
         if data == self._file.read_bytes():
-            return
+            return False
         try:
             ours = _canonical(data.decode())
         except Exception as error:  # tokenizers raises nothing narrower
             raise AdapterError(f"not a tokenizer: {error}", where=file, hint=AGAIN) from None
-        _check_vocabulary(ours["vocab"], self._parts["vocab"], file)
+        further = _further_tokens(ours, self._parts, vocab, file)
         for part, does in _PARTS.items():
             if ours[part] != self._parts[part]:
                 raise AdapterError(
@@ -62,9 +64,10 @@ class BaseTokenizer:
                     hint=_SAME,
                 )
         added = self._parts["added"]
-        for text in sorted(ours["added"].keys() | added.keys()):
+        for text in sorted((ours["added"].keys() | added.keys()) - further):
             if ours["added"].get(text) != added.get(text):
                 raise _looked_for(text, file)
+        return bool(further)
 
     def check_tokens(self, special: Collection[str], added: Mapping[int, Token], folder: Path) -> None:
         """AdapterError: a token is not the bundle's, or is looked for in text in another way.
@@ -92,8 +95,8 @@ def _further(text: str, where: Path) -> AdapterError:
     return AdapterError(
         f"its tokenizer has the token {text!r}, which the bundle's does not have",
         where=where,
-        hint="a new token needs a new row in the embedding, and bedplate takes no adapter with such a row; "
-        + _SAME,
+        hint="a new token needs a row in the embedding (resize_token_embeddings, save_embedding_layers=True) and a "
+        "tokenizer.json beside the adapter; " + _SAME,
     )
 
 
@@ -102,14 +105,21 @@ def _looked_for(text: str, where: Path) -> AdapterError:
     return AdapterError(what, where=where, hint=_SAME)
 
 
-def _check_vocabulary(ours: Mapping[str, int], theirs: Mapping[str, int], file: Path) -> None:
-    if further := sorted(ours.keys() - theirs.keys(), key=lambda text: (ours[text], text)):
-        raise _further(further[0], file)
-    if missing := sorted(theirs.keys() - ours.keys(), key=lambda text: (theirs[text], text)):
+def _further_tokens(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], vocab: int, file: Path
+) -> frozenset[str]:
+    """The tokens that only ours has, which the model has rows for. All others are the same."""
+    if missing := sorted(theirs["vocab"].keys() - ours["vocab"].keys(), key=theirs["vocab"].__getitem__):
         what = f"its tokenizer lacks {len(missing)} tokens of the bundle's, {missing[0]!r} among them"
         raise AdapterError(what, where=file, hint=_OTHER_IDS)
-    for text, number in ours.items():
-        _check_id(text, number, theirs[text], file)
+    further = ours["vocab"].keys() - theirs["vocab"].keys()
+    for text, number in sorted(ours["vocab"].items(), key=lambda token: (token[1], token[0])):
+        if text in further:
+            if number >= vocab or text not in ours["added"]:
+                raise _further(text, file)
+        else:
+            _check_id(text, number, theirs["vocab"][text], file)
+    return frozenset(further)
 
 
 def _check_id(text: str, number: int, own: int, where: Path) -> None:
