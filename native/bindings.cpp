@@ -285,14 +285,6 @@ void bind_kv(nb::module_& m) {
         .def(nb::new_([] { return std::make_shared<Meter>(); }))
         .def_prop_ro("nbytes", [](const Meter& self) { return self.bytes.load(); });
     nb::class_<KvBlock>(m, "KvBlock")
-        .def(nb::new_([](const Kv& like, const nb::bytes& data) {
-                 const std::size_t size = like.shape().block_bytes();
-                 require(data.size() == size, "a block of keys and values has another size");
-                 auto block = std::make_shared<KvBlock>(like.shape(), like.meter());
-                 std::copy_n(static_cast<const std::uint8_t*>(data.data()), size, block->data());
-                 return block;
-             }),
-             "like"_a, "data"_a)
         .def_prop_ro("nbytes", [](const KvBlock& self) { return self.shape().block_bytes(); })
         // Python holds it once, however many names it has there.
         .def_prop_ro("is_shared", [](const KvBlock& self) { return self.weak_from_this().use_count() > 1; })
@@ -312,6 +304,18 @@ void bind_kv(nb::module_& m) {
             "reserve",
             [](Kv& self, std::int64_t begin, std::int64_t end) { self.reserve(positions(begin, end)); },
             "begin"_a, "end"_a)
+        .def(
+            "write",
+            [](Kv& self, std::int64_t end, const nb::bytes& data) {
+                const std::int64_t block = (positions(1, end).end - 1) / kPositions;
+                require(data.size() == self.shape().block_bytes(),
+                        "a block of keys and values has another size");
+                self.reserve({block * kPositions, end});
+                std::copy_n(static_cast<const std::uint8_t*>(data.data()), data.size(),
+                            static_cast<std::uint8_t*>(self.keys(0, 0, block)));
+                self.hold(end);
+            },
+            "end"_a, "data"_a)
         .def("fork", &Kv::fork, "positions"_a)
         .def("block", &Kv::block, "index"_a);
 }

@@ -165,12 +165,8 @@ class Meter:
     def nbytes(self) -> int: ...
 
 class KvBlock:
-    """Keys and values of 64 positions. They never change while Python holds the block.
+    """Keys and values of 64 positions. They never change while Python holds the block."""
 
-    like: whose blocks have the same shape. data: as another's `data`. NativeError: it has another size.
-    """
-
-    def __init__(self, like: Kv, data: bytes) -> None: ...
     @property
     def nbytes(self) -> int: ...
     @property
@@ -196,6 +192,10 @@ class Kv:
         """How many bytes `reserve` takes."""
     def reserve(self, begin: int, end: int) -> None:
         """Make room for positions that are to be written, as a step does otherwise."""
+    def write(self, end: int, data: bytes) -> None:
+        """Put what `KvBlock.data` was into the block that ends before position `end`, or holds it. NativeError: it has
+        another size.
+        """
     def fork(self, positions: int) -> Kv:
         """Another one that shares the first positions. NativeError: they are not written."""
     def block(self, index: int) -> KvBlock:

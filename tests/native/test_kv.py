@@ -97,8 +97,11 @@ class TestAFork:
     def test_a_block_that_goes_by_its_bytes(self, half: bool) -> None:
         """Also of one that is not full, beyond which are zeros."""
         kv = filled(half, 150)
-        blocks = [_native.KvBlock(kv, kv.block(i).data) for i in range(3)]
-        other = decoder().kv(half=half, blocks=blocks, positions=150)
+        blocks = [kv.block(i) for i in range(3)]
+        other = decoder().kv(half=half)
+        for block, end in zip(blocks, (64, 128, 150), strict=True):
+            other.write(end, block.data)
+        assert other.positions == 150
         np.testing.assert_array_equal(step(other, TEXT[150:], 150), expected(half)[150:])
         step(kv, TEXT[150:192], 150)
         cut = kv.fork(150)
@@ -152,7 +155,9 @@ def test_room_that_was_made_before() -> None:
         (lambda kv: kv.growth(-1, 5), "out of bounds"),
         (lambda kv: kv.growth(6, 5), "out of bounds"),
         (lambda kv: kv.reserve(0, 2**62), "out of bounds"),
-        (lambda kv: _native.KvBlock(kv, b"1234"), "another size"),
+        (lambda kv: kv.write(100, b"1234"), "another size"),
+        (lambda kv: kv.write(0, kv.block(0).data), "out of bounds"),
+        (lambda kv: kv.write(2**62, kv.block(0).data), "out of bounds"),
         (lambda kv: decoder().kv(half=True, positions=1), "more positions than blocks"),
         (lambda kv: decoder().kv(half=True, positions=-1), "out of bounds"),
         (lambda kv: decoder().kv(half=True, positions=2**62), "out of bounds"),

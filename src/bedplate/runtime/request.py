@@ -18,7 +18,7 @@ Progress = Callable[[int, int], None]
 class Statistics:
     """Statistics of one generation. They change while it goes on.
 
-    reused_tokens: tokens of the prompt whose keys and values the session already had.
+    reused_tokens: tokens of the prompt whose keys and values the session or the cache already had.
     finish_reason: None until the generation has ended. "stop": at an end token or a stop string. "length": at
         max_tokens or the end of the context. "cancelled": something else ended it.
     """
