@@ -1,4 +1,4 @@
-"""What the cache has is never computed again, and answers are the same to the bit: it is found by what it is made of."""
+"""What the cache has is never computed again. Answers are the same to the bit: it goes by content, not by names."""
 
 from __future__ import annotations
 
@@ -94,9 +94,7 @@ class TestOnePrompt:
         second = engine.session()
         kv = second._held
         assert kv.begin(engine.load(), list(held), len(held)) == len(held) // POSITIONS * POSITIONS
-        np.testing.assert_array_equal(
-            second.step([5]), without.session().step([*second.tokens[:-1], 5])
-        )
+        np.testing.assert_array_equal(second.step([5]), without.session().step([*second.tokens[:-1], 5]))
 
     def test_of_adapters_in_turns(self, engine: Engine, without: Engine) -> None:
         """A/B/A/B, in one session and in several."""
@@ -162,7 +160,9 @@ class TestNobodyMeets:
         bundle = Bundle.open(shutil.copytree(toy_bundle.path, tmp_path / "copy"))
         with Engine(bundle) as engine:
             prompt = prompt_of(engine)
-            expected = {name: without.session(name).generate(prompt, max_tokens=8) for name in ("all", "all2")}
+            expected = {
+                name: without.session(name).generate(prompt, max_tokens=8) for name in ("all", "all2")
+            }
             for name in ("all", "all2", "all", "all2"):
                 bundle.remove("all")
                 bundle.add(toy_adapters[name], name="all", quantize="none", programs=False)
@@ -342,7 +342,7 @@ def test_any_operations_on_any_sessions(
     toy_bundle: Bundle, without: Engine, blocks: int, data: st.DataObject
 ) -> None:
     """Each is as in an engine that keeps nothing, to the bit."""
-    with Engine(toy_bundle, threads=2, cache_bytes=blocks * 24_576) as engine:
+    with Engine(toy_bundle, threads=2, cache_bytes=blocks * 49_152) as engine:
         mirrors = [Mirror(engine.session(), None)]
         texts = [engine.tokenizer.decode(TEXT[:n]) for n in (40, 90, 140)]
         for _ in range(data.draw(st.integers(1, 14))):
@@ -360,7 +360,9 @@ def test_any_operations_on_any_sessions(
                     continue
                 chosen = data.draw(st.lists(st.sampled_from(mirrors), max_size=2, unique=True))
                 parts = [(session, ids)] + [
-                    (other.session, [4]) for other in chosen if other is not mirror and len(other.tokens) < 250
+                    (other.session, [4])
+                    for other in chosen
+                    if other is not mirror and len(other.tokens) < 250
                 ]
                 got = engine.step(parts)
                 mirror.tokens += ids
