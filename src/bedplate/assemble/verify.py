@@ -54,7 +54,7 @@ def verify_bundle(bundle: Bundle, *, programs: bool, threads: int | None) -> Ver
             bundle.program(name)
     proof.check_keys(bundle)
     sharing = usage.sharing(bundle)
-    with Engine(bundle, threads=threads) as engine:
+    with Engine(bundle, threads=threads, cache_bytes=0) as engine:
         ids = text_of_effects(engine)
         ours = {name: engine.session(name).logits(ids) for name in (None, *bundle.adapters)}
     found = None
