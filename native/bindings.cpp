@@ -104,6 +104,11 @@ void fill_places(Layer& layer, const std::vector<PlacePart>& places) {
     }
 }
 
+bedplate::Range positions(std::int64_t begin, std::int64_t end) {
+    require(begin >= 0 && begin <= end && end <= kMostTokens, "positions are out of bounds");
+    return {begin, end};
+}
+
 void require_threads(int threads) { require(threads >= 1 && threads <= 1024, "threads must be 1 to 1024"); }
 
 std::vector<std::int64_t> ids(const std::optional<Range>& range) {
@@ -267,20 +272,61 @@ void bind_adapter(nb::module_& m) {
     nb::class_<Adapter::Head>(m, "AdapterHead")
         .def(nb::new_(&make_head), nb::kw_only(), "matrix"_a = nb::none(), "change"_a = nothing,
              "ids"_a = nb::none(), "rows"_a = nb::none());
-    nb::class_<Adapter>(m, "Adapter")
+    nb::class_<Adapter>(m, "Adapter", nb::is_weak_referenceable())
         .def(nb::new_(&make_adapter), nb::kw_only(), "vocab"_a, "layers"_a, "norm"_a, "embedding"_a, "head"_a,
              "readers"_a)
         .def_prop_ro("nbytes", &Adapter::bytes);
 }
 
+// Each call comes with the GIL, so that no two touch a Kv or count who holds a block at once.
+void bind_kv(nb::module_& m) {
+    nb::class_<Meter>(m, "Meter")
+        .def(nb::new_([] { return std::make_shared<Meter>(); }))
+        .def_prop_ro("nbytes", [](const Meter& self) { return self.bytes.load(); });
+    nb::class_<KvBlock>(m, "KvBlock")
+        .def_prop_ro("nbytes", [](const KvBlock& self) { return self.shape().block_bytes(); })
+        // Python holds it once, however many names it has there.
+        .def_prop_ro("is_shared", [](const KvBlock& self) { return self.weak_from_this().use_count() > 1; })
+        .def_prop_ro("data",
+                     [](const KvBlock& self) { return nb::bytes(self.data(), self.shape().block_bytes()); });
+    nb::class_<Kv>(m, "Kv")
+        .def_prop_ro("nbytes", &Kv::bytes)
+        .def_prop_ro("block_nbytes", [](const Kv& self) { return self.shape().block_bytes(); })
+        .def_prop_ro("positions", &Kv::positions)
+        .def(
+            "growth",
+            [](const Kv& self, std::int64_t begin, std::int64_t end) {
+                return self.growth(positions(begin, end));
+            },
+            "begin"_a, "end"_a)
+        .def(
+            "reserve",
+            [](Kv& self, std::int64_t begin, std::int64_t end) { self.reserve(positions(begin, end)); },
+            "begin"_a, "end"_a)
+        .def(
+            "write",
+            [](Kv& self, std::int64_t end, const nb::bytes& data) {
+                const std::int64_t block = (positions(1, end).end - 1) / kPositions;
+                require(data.size() == self.shape().block_bytes(),
+                        "a block of keys and values has another size");
+                self.reserve({block * kPositions, end});
+                std::copy_n(static_cast<const std::uint8_t*>(data.data()), data.size(),
+                            static_cast<std::uint8_t*>(self.keys(0, 0, block)));
+                self.hold(end);
+            },
+            "end"_a, "data"_a)
+        .def("fork", &Kv::fork, "positions"_a)
+        .def("block", &Kv::block, "index"_a);
+}
+
 void bind_decoder(nb::module_& m) {
-    nb::class_<Kv>(m, "Kv").def_prop_ro("nbytes", &Kv::bytes);
     nb::class_<Decoder>(m, "Decoder")
         .def(nb::new_([](std::int64_t dim, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
                          std::int64_t hidden, std::int64_t vocab, std::int64_t max_positions,
                          const Rules& rules, const std::vector<RopePart>& ropes,
                          std::shared_ptr<Table> embedding, std::shared_ptr<Matrix> head, const NormPart& last,
-                         const std::vector<std::shared_ptr<Layer>>& layers, int threads, int readers) {
+                         const std::vector<std::shared_ptr<Layer>>& layers, int threads, int readers,
+                         std::shared_ptr<Meter> meter) {
                  Model model{dim,   heads,         kv_heads, head_dim, hidden,
                              vocab, max_positions, rules,    {},       std::move(embedding),
                              {},    norm(last),    {}};
@@ -293,24 +339,30 @@ void bind_decoder(nb::module_& m) {
                  }
                  require_threads(threads);
                  require_threads(readers);
+                 if (meter == nullptr) meter = std::make_shared<Meter>();
                  const nb::gil_scoped_release released;
                  read(model, readers);
-                 return std::make_shared<Decoder>(std::move(model), threads);
+                 return std::make_shared<Decoder>(std::move(model), threads, std::move(meter));
              }),
              nb::kw_only(), "dim"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "hidden"_a, "vocab"_a,
              "max_positions"_a, "rules"_a, "ropes"_a, "embedding"_a.none(), "head"_a, "norm"_a, "layers"_a,
-             "threads"_a, "readers"_a)
+             "threads"_a, "readers"_a, "meter"_a.none() = nb::none())
         .def(
             "kv",
-            [](const Decoder& self, bool half, const Adapter* adapter, bool of_long) {
-                return std::make_shared<Kv>(self.kv_shape(adapter, half, of_long));
+            [](const Decoder& self, bool half, const Adapter* adapter, bool of_long,
+               std::vector<std::shared_ptr<KvBlock>> blocks, std::int64_t count) {
+                for (const auto& block : blocks) require(block != nullptr, "a block that is none");
+                return std::make_shared<Kv>(self.kv_shape(adapter, half, of_long), self.meter(),
+                                            std::move(blocks), positions(0, count).end);
             },
-            "half"_a, "adapter"_a.none() = nb::none(), "of_long"_a = false)
+            "half"_a, "adapter"_a.none() = nb::none(), "of_long"_a = false, "blocks"_a = nb::list(),
+            "positions"_a = 0)
         .def(
             "check", [](const Decoder& self, const Adapter& adapter) { check(adapter, self.model()); },
             "adapter"_a)
         .def("step", &step, "rows"_a)
         .def_prop_ro("threads", &Decoder::threads)
+        .def_prop_ro("instruction_set", [](const Decoder& self) { return std::string(self.kernels().name); })
         .def_prop_ro("nbytes", [](const Decoder& self) { return self.model().bytes(); });
 }
 
@@ -329,6 +381,7 @@ NB_MODULE(_native, m) {
     });
     bind_weights(m);
     bind_adapter(m);
+    bind_kv(m);
     bind_decoder(m);
     bind_sampling(m);
     m.def("return_memory", [] {

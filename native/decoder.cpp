@@ -53,9 +53,10 @@ void Turns::reach(const std::vector<float>& frequencies, float scale, std::int64
         }
 }
 
-Decoder::Decoder(Model model, int threads)
+Decoder::Decoder(Model model, int threads, std::shared_ptr<Meter> meter)
     : model_(std::move(model)),
       kernels_(current_kernels()),
+      meter_(std::move(meter)),
       team_(threads),
       own_(static_cast<std::size_t>(threads)) {
     complete(model_);
@@ -120,8 +121,9 @@ void Decoder::prepare(const std::vector<Row>& rows) {
     for (std::size_t i = 0; i < rows.size(); ++i)
         if (rows[i].wanted) wanted.push_back(places[i]);
     prepare_logits(wanted);
-    for (const Row& row : all_.rows) row.kv->reserve(row.position + 1);
+    for (const Row& row : all_.rows) row.kv->reserve({row.position, row.position + 1});
     make_room(last);
+    for (const Row& row : all_.rows) row.kv->hold(row.position + 1);
 
     for (std::size_t i = 0; i < turns_.size(); ++i) {
         const Rope& rope = model_.ropes[i];

@@ -55,13 +55,15 @@ struct Turns {
 
 class Decoder {
   public:
-    // InvalidError: the model's sizes do not fit each other.
-    Decoder(Model model, int threads);
+    // meter: of its sessions' keys and values. InvalidError: the model's sizes do not fit each other.
+    Decoder(Model model, int threads, std::shared_ptr<Meter> meter);
 
     const Model& model() const { return model_; }
     int threads() const { return team_.size(); }
     // Of the logits of its steps.
     const std::shared_ptr<Spare>& spare() const { return spare_; }
+    const std::shared_ptr<Meter>& meter() const { return meter_; }
+    const Kernels& kernels() const { return kernels_; }
     // Of sessions with an adapter; null: with the base.
     KvShape kv_shape(const Adapter* adapter, bool half, bool of_long) const {
         const std::size_t layers = adapter == nullptr ? model_.layers.size() : adapter->layers.size();
@@ -190,6 +192,7 @@ class Decoder {
 
     Model model_;
     const Kernels& kernels_;
+    std::shared_ptr<Meter> meter_;
     Team team_;
     std::shared_ptr<Spare> spare_ = std::make_shared<Spare>();
     std::mutex mutex_;

@@ -1,9 +1,12 @@
-// Keys and values of one session: blocks of 64 positions, taken as they are needed.
+// Keys and values of sessions: blocks of 64 positions, taken as they are needed. Sessions share blocks; one
+// that writes to a block which somebody else holds copies it first.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -25,31 +28,77 @@ struct KvShape {
     }
 };
 
-class Kv {
+// The memory of all blocks that count with it.
+struct Meter : std::enable_shared_from_this<Meter> {
+    std::atomic<std::size_t> bytes{0};
+};
+
+// 64 positions, in all layers; zeros at first.
+class KvBlock : public std::enable_shared_from_this<KvBlock> {
   public:
-    explicit Kv(const KvShape& shape) : shape_(shape) {}
+    KvBlock(const KvShape& shape, std::shared_ptr<Meter> meter);
+    ~KvBlock() { meter_->bytes -= shape_.block_bytes(); }
+    KvBlock(const KvBlock&) = delete;
+    KvBlock& operator=(const KvBlock&) = delete;
 
     const KvShape& shape() const { return shape_; }
-    std::size_t bytes() const { return taken_ * shape_.block_bytes(); }
-    // Makes room for so many positions. What is there stays as it is.
-    void reserve(std::int64_t positions) {
-        const auto wanted = static_cast<std::size_t>((positions + kPositions - 1) / kPositions);
-        while (blocks_.size() < wanted)
-            blocks_.push_back(std::make_unique<const Region>(shape_.block_bytes(), false));
-        taken_ = blocks_.size();
+    std::uint8_t* data() const { return memory_.data(); }
+    std::uint8_t* keys(std::int64_t layer, std::int64_t head) const {
+        return data() + static_cast<std::size_t>(layer * shape_.heads + head) * 2 * shape_.head_bytes();
     }
-    void* keys(std::int64_t layer, std::int64_t head, std::int64_t block) {
-        return blocks_[static_cast<std::size_t>(block)]->data() +
-               static_cast<std::size_t>(layer * shape_.heads + head) * 2 * shape_.head_bytes();
+    std::uint8_t* values(std::int64_t layer, std::int64_t head) const {
+        return keys(layer, head) + shape_.head_bytes();
     }
-    void* values(std::int64_t layer, std::int64_t head, std::int64_t block) {
-        return static_cast<std::uint8_t*>(keys(layer, head, block)) + shape_.head_bytes();
-    }
+    // Another one with the first positions of this, and zeros after.
+    std::shared_ptr<KvBlock> copy(std::int64_t positions) const;
 
   private:
     KvShape shape_;
-    std::vector<std::unique_ptr<const Region>> blocks_;
-    std::atomic<std::size_t> taken_{0};
+    std::shared_ptr<Meter> meter_;
+    Region memory_;
+};
+
+// For one thread at a time, apart from `bytes`.
+class Kv {
+  public:
+    Kv(const KvShape& shape, std::shared_ptr<Meter> meter) : shape_(shape), meter_(std::move(meter)) {}
+    // What blocks hold already. InvalidError: they are of another shape, or hold not so many positions.
+    Kv(const KvShape& shape, std::shared_ptr<Meter> meter, std::vector<std::shared_ptr<KvBlock>> blocks,
+       std::int64_t positions);
+
+    const KvShape& shape() const { return shape_; }
+    const std::shared_ptr<Meter>& meter() const { return meter_; }
+    std::int64_t positions() const { return positions_; }
+    // Of its blocks, also of those that others hold.
+    std::size_t bytes() const { return count_ * shape_.block_bytes(); }
+
+    // How many bytes `reserve` takes.
+    std::size_t growth(Range positions) const;
+    // Makes room for positions to write. What is there stays as it is.
+    void reserve(Range positions);
+    // Positions before `end` are written.
+    void hold(std::int64_t end) { positions_ = std::max(positions_, end); }
+    // Another with the first positions of this, in the same blocks.
+    std::shared_ptr<Kv> fork(std::int64_t positions) const;
+    // A block as it is now, which never changes: one that is not full is copied.
+    std::shared_ptr<KvBlock> block(std::int64_t index) const;
+
+    void* keys(std::int64_t layer, std::int64_t head, std::int64_t block) {
+        return blocks_[static_cast<std::size_t>(block)]->keys(layer, head);
+    }
+    void* values(std::int64_t layer, std::int64_t head, std::int64_t block) {
+        return blocks_[static_cast<std::size_t>(block)]->values(layer, head);
+    }
+
+  private:
+    bool is_alone(std::int64_t block) const;
+    std::shared_ptr<KvBlock> block_copy(std::int64_t index) const;
+
+    KvShape shape_;
+    std::shared_ptr<Meter> meter_;
+    std::vector<std::shared_ptr<KvBlock>> blocks_;
+    std::atomic<std::size_t> count_{0};  // of blocks
+    std::int64_t positions_ = 0;         // that are written
 };
 
 }  // namespace bedplate

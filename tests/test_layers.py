@@ -32,7 +32,17 @@ LAYERS = (
 RUN_ONLY = {
     "bundle": {"constants", "errors", "hashing", "names", "spec"},
     "oracle": {"bundle", "errors", "quiet", "_oracle"},
-    "runtime": {"background", "bundle", "constants", "errors", "names", "spec", "spec_check", "_native"},
+    "runtime": {
+        "background",
+        "bundle",
+        "constants",
+        "errors",
+        "hashing",
+        "names",
+        "spec",
+        "spec_check",
+        "_native",
+    },
 }
 
 

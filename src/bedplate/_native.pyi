@@ -157,12 +157,49 @@ class Adapter:
     @property
     def nbytes(self) -> int: ...
 
+class Meter:
+    """Counts the memory of keys and values of all decoders that were made with it."""
+
+    def __init__(self) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class KvBlock:
+    """Keys and values of 64 positions. They never change while Python holds the block."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def is_shared(self) -> bool:
+        """Whether a Kv holds it too."""
+    @property
+    def data(self) -> bytes: ...
+
 class Kv:
-    """Keys and values of one session, in blocks that come as they are needed."""
+    """Keys and values of one session, in blocks that come as they are needed. It can share them: before it writes to a
+    block that something else holds, it copies that. For one thread at a time, apart from `nbytes`.
+    """
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes now."""
+        """Memory of its blocks, shared ones too."""
+    @property
+    def block_nbytes(self) -> int: ...
+    @property
+    def positions(self) -> int:
+        """How many have been written."""
+    def growth(self, begin: int, end: int) -> int:
+        """How many bytes `reserve` takes."""
+    def reserve(self, begin: int, end: int) -> None:
+        """Make room for positions that are to be written, as a step does otherwise."""
+    def write(self, end: int, data: bytes) -> None:
+        """Put what `KvBlock.data` was into the block that ends before position `end`, or holds it. NativeError: it has
+        another size.
+        """
+    def fork(self, positions: int) -> Kv:
+        """Another one that shares the first positions. NativeError: they are not written."""
+    def block(self, index: int) -> KvBlock:
+        """A block that never changes: of one that is not full, a copy. NativeError: nothing is written there."""
 
 Row = tuple[int, int, Kv, Adapter | None, float, bool]
 """token, position, session, adapter (None: the base), the scale of its branches, whether its logits are wanted."""
@@ -209,7 +246,8 @@ class Sampler:
 
 class Decoder:
     """A model. ropes: of each rotary embedding, frequencies [head_dim / 2], those of long texts (empty: the same), and
-    the scale. embedding None: its rows are the head's. threads compute its steps, readers read it.
+    the scale. embedding None: its rows are the head's. threads compute its steps, readers read it. meter: of its
+    sessions' keys and values.
 
     Raises NativeError if sizes do not fit each other, or a file ends too early.
     """
@@ -232,10 +270,18 @@ class Decoder:
         layers: Sequence[Layer],
         threads: int,
         readers: int,
+        meter: Meter | None = None,
     ) -> None: ...
-    def kv(self, half: bool, adapter: Adapter | None = None, of_long: bool = False) -> Kv:
-        """An empty session, for the layers of an adapter; half: float16, else float32. of_long: its text is a long
-        one, see `ropes`.
+    def kv(
+        self,
+        half: bool,
+        adapter: Adapter | None = None,
+        of_long: bool = False,
+        blocks: Sequence[KvBlock] = (),
+        positions: int = 0,
+    ) -> Kv:
+        """A session for the layers of an adapter; half: float16, else float32. of_long: its text is a long one, see
+        `ropes`. blocks: what holds its first positions. NativeError: they do not fit.
         """
     def check(self, adapter: Adapter) -> None:
         """NativeError: it is of another model."""
@@ -246,6 +292,8 @@ class Decoder:
         """
     @property
     def threads(self) -> int: ...
+    @property
+    def instruction_set(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
 

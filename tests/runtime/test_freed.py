@@ -132,7 +132,7 @@ class TestASession:
         with Engine(toy_bundle) as engine:
             session = engine.session()
             session.step(TEXT)
-            kv = session._kv
+            kv = session._held.kv
             assert session.kv_bytes > 0 and holders(kv) == 1
             session.reset()
             assert (session.tokens, session.kv_bytes, holders(kv)) == ((), 0, 0)

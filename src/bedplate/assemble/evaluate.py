@@ -77,7 +77,7 @@ def evaluate_bundle(
     RunError: the text is empty or not UTF-8.
     """
     names = list(bundle.adapters) if adapters is None else list(adapters)
-    with Engine(bundle, threads=threads, kv=kv) as engine:
+    with Engine(bundle, threads=threads, kv=kv, cache_bytes=0) as engine:
         for name in (None, *names):
             engine.check_adapter(name)
             if programs:

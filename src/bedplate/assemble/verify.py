@@ -61,7 +61,7 @@ def verify_bundle(bundle: Bundle, *, programs: bool, threads: int | None) -> Ver
             bundle.program(name, static=static)
     proof.check_keys(bundle)
     sharing = usage.sharing(bundle)
-    with Engine(bundle, threads=threads) as engine:
+    with Engine(bundle, threads=threads, cache_bytes=0) as engine:
         ids = text_of_effects(engine)
         ours = {name: engine.session(name).logits(ids) for name in (None, *bundle.adapters)}
     found = [effect for static in kinds for effect in _run_programs(bundle, ids, ours, static=static)]

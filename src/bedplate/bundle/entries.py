@@ -85,8 +85,16 @@ class AdapterEntry:
 
         BundleError: it is damaged, or describes another adapter, or one that was packed against another foundation.
         """
+        return self.decode_info(self.read_info_bytes())
+
+    def read_info_bytes(self) -> bytes:
+        """The bytes of `adapter.json`."""
+        return (self.folder / manifest.ADAPTER_INFO).read_bytes()
+
+    def decode_info(self, data: bytes) -> AdapterInfo:
+        """What the bytes of `adapter.json` say. BundleError: see `read_info`."""
         where = self.folder / manifest.ADAPTER_INFO
-        info = manifest.load(AdapterInfo, where.read_bytes(), str(where))
+        info = manifest.load(AdapterInfo, data, str(where))
         if info.name != self.name:
             hint = f"add {self.name!r} again"
             raise BundleError(f"it describes the adapter {info.name!r}", where=where, hint=hint)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NoReturn, TypeVar
@@ -41,6 +42,19 @@ def real(name: str, value: Any, hint: str) -> float:
     if not math.isfinite(number):
         _refuse(name, value, hint)
     return number
+
+
+def scale(value: Any, *, of_base: bool) -> float:
+    """What an adapter's branches are multiplied by: a finite number of 32 bits."""
+    hint = "give a finite number: 1.0 is the adapter as it is"
+    number = real("scale", value, hint)
+    try:
+        struct.pack("<f", number)
+    except OverflowError:
+        _refuse("scale", value, hint)
+    if of_base and number != 1:
+        raise RunError(f"scale is {shown(value)}, and the base has nothing to scale", hint="name an adapter")
+    return number + 0.0  # 0 has no sign
 
 
 def instance(name: str, value: Any, kind: type[_T] | tuple[type[_T], ...], hint: str) -> _T:

@@ -94,7 +94,7 @@ def without_effect(base: Weights, bundle: Bundle, spec: ModelSpec) -> list[str]:
 
 
 def _last_logits(weights: Weights, ids: list[int]) -> NDArray[np.float32]:
-    kv, last = weights.new_kv(len(ids)), len(ids) - 1
+    kv, last = weights.new_kv(weights.is_long(len(ids))), len(ids) - 1
     rows = [(token, at, kv, weights.adapter, 1.0, at == last) for at, token in enumerate(ids)]
     return weights.decoder.step(rows).array
 

@@ -12,11 +12,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from bedplate import _native
 from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError, NotFoundError, RunError
-from bedplate.runtime import arguments
+from bedplate.runtime import arguments, session_file
 from bedplate.runtime.cores import physical_cores
+from bedplate.runtime.held import Held
 from bedplate.runtime.model_spec import read_spec
+from bedplate.runtime.prefix_cache import PrefixCache
 from bedplate.runtime.session import Host, Session
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.runtime.weights import PRECISIONS, Limits, Precision, Weights, load_adapter, load_foundation
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 _MOST_THREADS = 1024  # no processor has more; of a number out of all reason the system would make what it can
 # The longest run of rows that one step takes. Longer prompts go in several; more than this gains no speed.
 MAX_ROWS = 256
+CACHE_BYTES = 256 << 20
 # What tells a file from any that stood, or will stand, under its name. None: there is none.
 _State = tuple[int, int, int, int] | None
 
@@ -38,13 +42,15 @@ class MemoryUse:
     """Memory in bytes.
 
     process: resident memory of the process.  foundation: its weights, 0 if they are not loaded.  adapters: by name,
-    the weights of each loaded adapter.  kv: keys and values of all sessions.
+    the weights of each loaded adapter.  kv: keys and values of all sessions, shared ones once.  cache: those that only
+    the cache holds.
     """
 
     process: int
     foundation: int
     adapters: dict[str, int]
     kv: int
+    cache: int
 
 
 @dataclass(kw_only=True)
@@ -63,6 +69,9 @@ class Engine:
     kv: how keys and values are stored: `float16`, or `float32`, which is exact and takes twice the memory.
     max_context: how many positions a session can hold. None: as many as the model has. A session takes memory only for
         the positions that it holds.
+    cache_bytes: how many bytes of keys and values the engine keeps for prompts that begin alike. 0: none.
+    memory_bytes: how many bytes adapters, keys and values may take together. None: no limit. When all are taken,
+        cached keys and values are dropped first, then adapters that no session uses. After that, calls are refused.
 
     The steps of all sessions take turns. You can call a session from any thread.
     The foundation and the tokenizer are loaded when they are first used.
@@ -77,6 +86,8 @@ class Engine:
         threads: int | None = None,
         kv: Precision = "float16",
         max_context: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        memory_bytes: int | None = None,
     ) -> None:
         arguments.instance("bundle", bundle, Bundle, "give an open bundle: Bundle.open(path)")
         self._threads = _thread_count(threads)
@@ -87,11 +98,19 @@ class Engine:
             max_context=_context(self._spec, max_context),
             vocab=self._spec.vocab_size,
         )
+        self._cache_bytes = arguments.integer("cache_bytes", cache_bytes, least=0)
+        self._memory_bytes = None
+        if memory_bytes is not None:
+            self._memory_bytes = arguments.integer("memory_bytes", memory_bytes, least=0)
         self.bundle = bundle
         self.tokenizer = Tokenizer.of_bundle(bundle)
         self._foundation = bundle.foundation_sha256
         self._base: Weights | None = None
-        self._adapters: dict[str, _Adapter] = {}
+        self._adapters: dict[str, _Adapter] = {}  # least recently used first
+        self._alive: weakref.WeakSet[_native.Adapter] = (
+            weakref.WeakSet()
+        )  # also those that only generations use
+        self._meter = _native.Meter()  # of keys and values
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._lock = threading.RLock()
 
@@ -112,19 +131,44 @@ class Engine:
             session.reset()
         self.unload()
 
-    def session(self, adapter: str | None = None) -> Session:
-        """Start a new conversation with the base (None) or an adapter. NotFoundError: there is no such adapter."""
+    def session(self, adapter: str | None = None, *, cache_salt: str = "") -> Session:
+        """Start a new conversation with the base (None) or an adapter. NotFoundError: there is no such adapter.
+
+        cache_salt: sessions share cached keys and values only if they have the same. Then nobody else can learn from
+        the time that an answer takes what they have asked.
+        """
         self.check_adapter(adapter)
-        host = Host(
+        session = Session(self._host(), adapter, Held(arguments.text("cache_salt", cache_salt)))
+        self._adopt(session)
+        return session
+
+    def load_session(self, path: str | Path) -> Session:
+        """A session that `Session.save` wrote: it goes on where that one was.
+
+        Only load files that you trust. Each byte is checked against a hash, but whoever makes a file can make its
+        hash too. What a file holds never gets into other sessions.
+        NotFoundError: there is no such file, or its adapter is not in the bundle.  RunError: the file is damaged, or
+        another foundation, another adapter or another form of keys and values computed it.
+        """
+        host = self._host()
+        saved = session_file.load(path, host.load, host.reserve, self.limits.max_context)
+        session = Session(host, saved.adapter, saved.held, saved.scale)
+        self._adopt(session)
+        return session
+
+    def _host(self) -> Host:
+        return Host(
             load=self.load,
             load_for_text=self._load_for_text,
             tokenizer_of=self.tokenizer_of,
+            adopt=self._adopt,
+            reserve=self._reserve,
             limits=self.limits,
         )
-        session = Session(host, adapter)
+
+    def _adopt(self, session: Session) -> None:
         with self._lock:
             self._sessions.add(session)
-        return session
 
     def check_adapter(self, name: str | None) -> None:
         """NotFoundError: the bundle has no adapter of this name (None is the base). RunError: the name is not text."""
@@ -178,6 +222,8 @@ class Engine:
                     threads=self._threads,
                     max_context=self.limits.max_context,
                     precision=self._kv,
+                    meter=self._meter,
+                    cache_bytes=self._cache_bytes,
                     meanwhile=meanwhile,
                 )
             return self._base if name is None else self._load_adapter(self._base, name)
@@ -186,7 +232,13 @@ class Engine:
         adapter = self._adapter(name)
         if adapter.weights is None:
             self._check_foundation()
-            adapter.weights = load_adapter(base, self.bundle, name, self._spec)
+            if adapter.state is not None:
+                self._make_room(adapter.state[2])  # about what it will take
+            weights = load_adapter(base, self.bundle, name, self._spec)
+            self._make_room(weights.nbytes)
+            assert weights.adapter is not None
+            self._alive.add(weights.adapter)
+            adapter.weights = weights
         return adapter.weights
 
     def _adapter(self, name: str) -> _Adapter:
@@ -196,6 +248,7 @@ class Engine:
         """
         there = self._adapters.get(name)
         if there is not None and there.state == _state(self.bundle.adapters[name].weights):
+            self._adapters[name] = self._adapters.pop(name)
             return there
         if there is not None:
             self.unload(name)
@@ -203,6 +256,43 @@ class Engine:
             self.check_adapter(name)
         self._adapters[name] = _Adapter(state=_state(self.bundle.adapters[name].weights))
         return self._adapters[name]
+
+    def _reserve(self, parts: Sequence[tuple[_native.Kv, int, int]]) -> None:
+        """Take memory for positions [begin, end) of keys and values. RunError: there is none."""
+        if self._memory_bytes is None or not any(kv.growth(begin, end) for kv, begin, end in parts):
+            return
+        with self._lock:
+            self._make_room(sum(kv.growth(begin, end) for kv, begin, end in parts))
+            for kv, begin, end in parts:
+                kv.reserve(begin, end)
+
+    def _make_room(self, nbytes: int) -> None:
+        """Drop what is needed least, if there is no room. The caller holds the lock. RunError: not enough is left."""
+        if self._memory_bytes is None:
+            return
+        cache = PrefixCache(0) if self._base is None else self._base.cache
+        used = {session.adapter for session in self._sessions}
+        idle = {
+            name: one.weights.nbytes
+            for name, one in self._adapters.items()
+            if one.weights is not None and name not in used
+        }
+        over = self._taken() + nbytes - self._memory_bytes
+        if over > cache.own_nbytes + sum(idle.values()):
+            raise RunError(
+                f"the engine's memory is full: {nbytes:,} bytes more than the {self._taken():,} that are in use would "
+                f"be more than memory_bytes, {self._memory_bytes:,}",
+                hint="reset sessions that you no longer need, or give the engine more memory_bytes",
+            )
+        if over > 0:
+            over -= cache.evict(over)
+        for name, size in idle.items():
+            if over > 0:
+                self.unload(name)
+                over -= size
+
+    def _taken(self) -> int:
+        return self._meter.nbytes + sum(adapter.nbytes for adapter in self._alive)
 
     def _check_foundation(self) -> None:
         if self.bundle.foundation_sha256 != self._foundation:
@@ -256,18 +346,16 @@ class Engine:
                 self._adapters.pop(name, None)
 
     def memory(self) -> MemoryUse:
-        """How much memory is in use now."""
-        with self._lock:
-            return MemoryUse(
-                process=resident_bytes(),
-                foundation=0 if self._base is None else self._base.decoder.nbytes,
-                adapters={
-                    name: adapter.weights.nbytes
-                    for name, adapter in self._adapters.items()
-                    if adapter.weights is not None
-                },
-                kv=sum(session.kv_bytes for session in self._sessions),
-            )
+        """How much memory is in use now. You can ask at any time: it waits for no step and no load."""
+        base, adapters = self._base, self._adapters.copy()
+        cache = 0 if base is None else base.cache.own_nbytes
+        return MemoryUse(
+            process=resident_bytes(),
+            foundation=0 if base is None else base.decoder.nbytes,
+            adapters={name: one.weights.nbytes for name, one in adapters.items() if one.weights is not None},
+            kv=max(0, self._meter.nbytes - cache),
+            cache=cache,
+        )
 
 
 def _state(file: Path) -> _State:

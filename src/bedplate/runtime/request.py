@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 class Statistics:
     """Statistics of one generation. They change while it goes on.
 
-    reused_tokens: tokens of the prompt whose keys and values the session already had.
+    reused_tokens: tokens of the prompt whose keys and values the session or the cache already had.
     prefill_seconds: until the first token is chosen, without loading.  decode_seconds: from there on, with everything
         but what the caller does between events.
     seed: the random numbers follow from it.

@@ -6,18 +6,21 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import groupby
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, Unpack, cast, overload
 
 from bedplate import _native
 from bedplate.errors import RunError
-from bedplate.runtime import arguments
+from bedplate.runtime import arguments, session_file
 from bedplate.runtime.generation import Source, events, texts
+from bedplate.runtime.held import Held
 from bedplate.runtime.messages import Message
 from bedplate.runtime.request import Event, Options, Request, Statistics, Wish
 from bedplate.runtime.sampling import Sampler
 from bedplate.runtime.tokenizer import Tokenizer
-from bedplate.runtime.weights import Content, Limits, Weights
+from bedplate.runtime.weights import Limits, Weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,11 +35,15 @@ class Host(NamedTuple):
     """What a session needs of its engine, by the name of an adapter (None: of the base).
 
     load_for_text: what makes an answer, of the same files.
+    adopt: takes in a session that was made of another.
+    reserve: takes memory for positions [begin, end) of keys and values. RunError: there is none.
     """
 
     load: Callable[[str | None], Weights]
     load_for_text: Callable[[str | None], tuple[Weights, Tokenizer]]
     tokenizer_of: Callable[[str | None], Tokenizer]
+    adopt: Callable[[Session], None]
+    reserve: Callable[[Sequence[tuple[_native.Kv, int, int]]], None]
     limits: Limits
 
 
@@ -46,13 +53,10 @@ class Session:
     last: statistics of the latest generation. None before the first. You can call `cancel` from any thread.
     """
 
-    def __init__(self, host: Host, adapter: str | None) -> None:
+    def __init__(self, host: Host, adapter: str | None, held: Held, scale: float = 1.0) -> None:
         self._host = host
-        self._adapter = adapter
-        self._kv: _native.Kv | None = None
-        self._tokens: list[int] = []  # what the keys and values stand for
-        # What the weights are that computed them, and whether as those of a long text.
-        self._computed_by: tuple[Content, bool] | None = None
+        self._adapter, self._scale = adapter, scale
+        self._held = held
         self._running: Request | None = None
         self._lock = threading.RLock()
         self.last: Statistics | None = None
@@ -64,30 +68,55 @@ class Session:
     @property
     def tokens(self) -> tuple[int, ...]:
         """The tokens whose keys and values the session holds."""
-        return tuple(self._tokens)
+        return tuple(self._held.tokens)
 
     @property
     def kv_bytes(self) -> int:
-        """How many bytes its keys and values take now."""
-        kv = self._kv
+        """How many bytes its keys and values take now, also those that it shares."""
+        kv = self._held.kv
         return 0 if kv is None else kv.nbytes
 
-    def use(self, adapter: str | None) -> None:
+    @property
+    def scale(self) -> float:
+        """What the adapter's A and B are multiplied by."""
+        return self._scale
+
+    def use(self, adapter: str | None, *, scale: float = 1.0) -> None:
         """Switch to another adapter, or to the base (None). The keys and values so far are dropped, because another
-        program computed them. NotFoundError: the bundle has no such adapter.
+        program computed them.
+
+        scale: multiplies what A and B of the adapter add, as PEFT's `set_scale` does. It may be 0 or negative.
+        NotFoundError: the bundle has no such adapter.  RunError: the scale is not a number.  UnsupportedError: the
+        adapter has something that no scale fits.
         """
         self._host.tokenizer_of(adapter)
+        factor = arguments.scale(scale, of_base=adapter is None)
+        if factor != 1:
+            self._host.load(adapter).scaled(factor)
         with self._lock:
-            if adapter != self._adapter:
+            if (adapter, factor) != (self._adapter, self._scale):
                 self.reset()
-                self._adapter = adapter
+                self._adapter, self._scale = adapter, factor
+
+    def fork(self) -> Session:
+        """Another session that has come as far as this one. From there, each goes on alone. What they have in common
+        takes memory once.
+        """
+        with self._lock:
+            other = Session(self._host, self._adapter, self._held.fork(), self._scale)
+        self._host.adopt(other)
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to a file, for `Engine.load_session`. The file is there as a whole or not at all."""
+        with self._lock:
+            session_file.save(path, self._held, self._load(), self._adapter)
 
     def reset(self) -> None:
         """Forget the conversation and free its memory."""
         with self._lock:
             self._running = None
-            self._tokens.clear()
-            self._kv = self._computed_by = None
+            self._held = Held(self._held.salt)
 
     def cancel(self) -> None:
         """End the running generation after its current step."""
@@ -114,25 +143,31 @@ class Session:
         # All parts are checked and loaded before any session changes.
         wanted = [(session, _ids(token_ids)) for session, token_ids in parts]
         for session, ids in wanted:
-            session._check_room(len(session._tokens) + len(ids))
+            session._check_room(len(session._held.tokens) + len(ids))
         loaded = [session._load() for session, _ in wanted]
         for (_, ids), weights in zip(wanted, loaded, strict=True):
             _check_known(ids, weights)
-        before = [list(session._tokens) for session, _ in wanted]
+        before = [session._held.state for session, _ in wanted]
+        host = parts[0][0]._host
         try:
-            rows = [
-                _Row(session, weights, token, wanted=at == len(ids) - 1)
-                for (session, new), weights, held in zip(wanted, loaded, before, strict=True)
-                # Keys and values that other weights computed are computed again.
-                for ids in [held[session._begin(weights, len(held) + len(new)) :] + new]
-                for at, token in enumerate(ids)
+            texts = [
+                session._held.extend(weights, ids, len(session._held.tokens) + len(ids))
+                for (session, ids), weights in zip(wanted, loaded, strict=True)
             ]
-            logits = _steps(rows, parts[0][0]._host.limits.max_rows)
+            _reserve([(session, len(text)) for (session, _), text in zip(wanted, texts, strict=True)])
+            for session, _ in wanted:
+                session._running = None
+            rows = [
+                _Row(session, weights, token, wanted=at == len(text) - 1)
+                for (session, _), weights, text in zip(wanted, loaded, texts, strict=True)
+                for at, token in enumerate(text)
+            ]
+            logits = _steps(rows, host.limits.max_rows)
             width = max(map(len, logits.values()))
             return np.stack([_widened(logits[id(session)], width) for session, _ in wanted])
         except BaseException:
-            for (session, _), tokens in zip(wanted, before, strict=True):
-                session._restore(tokens)
+            for (session, _), state in zip(wanted, before, strict=True):
+                session._held.restore(state)
             raise
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -146,17 +181,18 @@ class Session:
         with self.held():
             ids = _ids(token_ids)
             self._check_room(len(ids))
-            weights, before = self._load(), list(self._tokens)
+            weights, before = self._load(), self._held.state
             _check_known(ids, weights)
             try:
-                self._begin(weights, len(ids))
-                self._tokens.clear()
+                self._held.clear(weights, len(ids))
+                _reserve([(self, len(ids))])
+                self._running = None
                 rows = [
                     self._append(weights, chunk, every=True).array for chunk in _chunks(ids, _LOGITS_ROWS)
                 ]
                 return np.concatenate(rows)
             except BaseException:
-                self._restore(before)
+                self._held.restore(before)
                 raise
 
     @overload
@@ -212,18 +248,26 @@ class Session:
         allow_special = arguments.flag("allow_special", options.pop("allow_special", False))
         wish = Wish.of(max_tokens=max_tokens, logprobs=logprobs, **options)
         with self._lock:
-            weights, tokenizer = self._host.load_for_text(self._adapter)
+            loaded, tokenizer = self._host.load_for_text(self._adapter)
+            weights = loaded.scaled(self._scale)
             start = time.perf_counter()
             ids = _ids(_encode(tokenizer, prompt, allow_special))
             self._check_room(len(ids))
             _check_known(ids, weights)
             _check_known(wish.sampling.tokens, weights)
-            sampler = Sampler(wish.sampling, prompt=ids, ends=tokenizer.end_ids, mask=wish.mask)
+            sampler = Sampler(wish.sampling, prompt=ids, ends=sorted(tokenizer.end_ids), mask=wish.mask)
             stats = Statistics(prompt_tokens=len(ids), seed=sampler.seed)
             request = Request(
                 prompt=ids, weights=weights, tokenizer=tokenizer, wish=wish, sampler=sampler, stats=stats
             )
-            self._begin(weights, len(ids))
+            before = self._held.state
+            try:
+                # The last token is computed in any case: its logits are what is asked for.
+                stats.reused_tokens = self._held.begin(weights, ids, len(ids))
+                _reserve([(self, len(ids) - stats.reused_tokens)])
+            except BaseException:
+                self._held.restore(before)
+                raise
             self._running, self.last = request, request.stats
             stats.prefill_seconds = time.perf_counter() - start
         source = Source(
@@ -244,15 +288,8 @@ class Session:
 
     def _prefill(self, request: Request) -> _native.Logits | None:
         """Logits of the prompt's last position; None: cancelled."""
-        with self._lock:
-            if self._running is not request:
-                return None
-            # The last token is computed in any case: its logits are what is asked for.
-            shared = min(_common_prefix(self._tokens, request.prompt), len(request.prompt) - 1)
-            del self._tokens[shared:]
-        request.stats.reused_tokens = shared
-        logits, done = None, shared
-        for chunk in _chunks(request.prompt[shared:], self._host.limits.max_rows):
+        logits, done = None, request.stats.reused_tokens
+        for chunk in _chunks(request.prompt[done:], self._host.limits.max_rows):
             logits = self._continue(request, chunk, length=len(request.prompt))
             if logits is None:
                 return None
@@ -270,36 +307,20 @@ class Session:
         with self._lock:
             if self._running is not request:
                 return None
-            held = list(self._tokens)
-            again = held[self._prepare(request.weights, length) :]
-            for chunk in _chunks([*again, *ids], self._host.limits.max_rows):
-                logits = self._append(request.weights, chunk)
+            before = self._held.state
+            try:
+                text = self._held.extend(request.weights, ids, length)
+                _reserve([(self, len(text))])
+                for chunk in _chunks(text, self._host.limits.max_rows):
+                    logits = self._append(request.weights, chunk)
+            except BaseException:
+                self._held.restore(before)
+                raise
             return logits
 
     def _load(self) -> Weights:
         """The weights that compute the next tokens of the session."""
-        return self._host.load(self._adapter)
-
-    def _begin(self, weights: Weights, length: int) -> int:
-        """End the running generation, and see `_prepare`."""
-        self._running = None
-        return self._prepare(weights, length)
-
-    def _prepare(self, weights: Weights, length: int) -> int:
-        """Drop keys and values that do not serve a text of `length` tokens: those of other weights, and at the length
-        from which a text is a long one, all. Returns how many positions remain.
-        """
-        wanted = weights.content, weights.is_long(length)
-        if self._kv is None or self._computed_by != wanted:
-            self._tokens.clear()
-            self._kv, self._computed_by = weights.new_kv(length), wanted
-        return len(self._tokens)
-
-    def _restore(self, tokens: list[int]) -> None:
-        """Hold these tokens again, as before the step that failed."""
-        if self._tokens[: len(tokens)] != tokens:
-            self._computed_by = None  # their keys and values are gone: the next step computes them
-        self._tokens[:] = tokens
+        return self._host.load(self._adapter).scaled(self._scale)
 
     def _append(self, weights: Weights, ids: Sequence[int], *, every: bool = False) -> _native.Logits:
         """Compute tokens after those that the session holds. Returns the logits of the last one, or of every one."""
@@ -376,24 +397,34 @@ def _step(rows: Sequence[_Row]) -> _native.Logits:
     position: dict[int, int] = {}
     native: list[_native.Row] = []
     for session, weights, token, wanted in rows:
-        at = position.get(id(session), len(session._tokens))
+        at = position.get(id(session), len(session._held.tokens))
         position[id(session)] = at + 1
-        assert session._kv is not None, "_prepare() comes first"
-        native.append((token, at, session._kv, weights.adapter, 1.0, wanted))
+        native.append((token, at, _kv(session), weights.adapter, weights.scale, wanted))
     try:
         logits = rows[0].weights.decoder.step(native)
     except (_native.NativeError, MemoryError) as error:
         hint = "reset sessions to free their memory"
         raise RunError(f"the step cannot be computed: {error}", hint=hint) from error
-    for row in rows:
-        row.session._tokens.append(row.token)
+    for _, own in groupby(rows, key=lambda row: id(row.session)):
+        some = list(own)
+        some[0].session._held.append(some[0].weights, [row.token for row in some])
     return logits
+
+
+def _reserve(parts: Sequence[tuple[Session, int]]) -> None:
+    """Take memory for so many more positions of each session. RunError: there is none."""
+    wanted = [
+        (_kv(session), len(session._held.tokens), len(session._held.tokens) + count)
+        for session, count in parts
+    ]
+    parts[0][0]._host.reserve(wanted)
+
+
+def _kv(session: Session) -> _native.Kv:
+    kv = session._held.kv
+    assert kv is not None, "Held.begin() comes first"
+    return kv
 
 
 def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
     return (items[at : at + size] for at in range(0, len(items), size))
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the beginning that both share."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

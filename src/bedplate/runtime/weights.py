@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,19 +11,42 @@ from typing import Literal, NamedTuple, TypeVar
 
 from bedplate import _native
 from bedplate.background import Background
+from bedplate.bundle import strict_json
+from bedplate.bundle.manifest import FOUNDATION, FOUNDATION_INFO
 from bedplate.bundle.named import NamedConstants
 from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError, UnsupportedError
 from bedplate.runtime.adapter_weights import AdapterReader
 from bedplate.runtime.places import EMBEDDING, HEAD, Reader
+from bedplate.runtime.prefix_cache import PrefixCache, digest
 from bedplate.spec import NORMS, ModelSpec
 
 _T = TypeVar("_T")
 
 Precision = Literal["float16", "float32"]
 PRECISIONS: tuple[Precision, ...] = ("float16", "float32")
-# What computes the tokens of a session: one load of the foundation, and the SHA-256 of the adapter or "base".
-Content = tuple[object, str]
+
+
+class Content(NamedTuple):
+    """What weights are. load: one load of the foundation. foundation, adapter ("base": none): digests of all that
+    their files say. instruction_set: of the kernels, which can give other bits.
+    """
+
+    load: object
+    foundation: str
+    adapter: str
+    instruction_set: str
+
+
+class Computed(NamedTuple):
+    """What computed keys and values: only the same goes on with them. scale: of the adapter's branches.
+
+    is_long: as those of a long text.
+    """
+
+    content: Content
+    scale: float
+    is_long: bool
 
 
 class Limits(NamedTuple):
@@ -39,19 +63,25 @@ class Weights(NamedTuple):
     """The weights that compute the tokens of a session. adapter None: the base.
 
     content: what they are. They do not use keys and values that other content computed.
+    cache: of the keys and values that they, and all weights of the same foundation, computed.
     precision: of the keys and values of a session.
     long_above: a text with more tokens is a long one. All its tokens turn by other frequencies. None: no text is.
     vocab: how many tokens they know.  layers: the base's layers that tokens go through. None: each once. Tokens of one
         native step have the same.
+    scale: what the adapter's branches are multiplied by.  unscalable: what the adapter has that has no scale. None: it
+        can be scaled.
     """
 
     decoder: _native.Decoder
     adapter: _native.Adapter | None
     content: Content
+    cache: PrefixCache
     precision: Precision
     long_above: int | None
     vocab: int
     layers: tuple[int, ...] | None
+    scale: float = 1.0
+    unscalable: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -62,10 +92,33 @@ class Weights(NamedTuple):
         """Whether a text of so many tokens is a long one."""
         return self.long_above is not None and length > self.long_above
 
-    def new_kv(self, length: int) -> _native.Kv:
-        """For a text of so many tokens."""
-        half, of_long = self.precision == "float16", self.is_long(length)
-        return self.decoder.kv(half=half, adapter=self.adapter, of_long=of_long)
+    def new_kv(self, is_long: bool, blocks: Sequence[_native.KvBlock] = (), positions: int = 0) -> _native.Kv:
+        """For a text, which is a long one or not. blocks: what holds its first `positions`."""
+        return self.decoder.kv(self.precision == "float16", self.adapter, is_long, blocks, positions)
+
+    def computed(self, length: int) -> Computed:
+        """What the keys and values of a text of so many tokens are computed by."""
+        return Computed(self.content, self.scale, self.is_long(length))
+
+    def root(self, length: int, salt: str) -> str:
+        """The digest of all that the keys and values of a text of so many tokens depend on, but for the tokens."""
+        return digest(
+            foundation=self.content.foundation,
+            adapter=self.content.adapter,
+            scale=struct.pack("<f", self.scale),
+            precision=self.precision,
+            text="long" if self.is_long(length) else "short",
+            salt=salt,
+        )
+
+    def scaled(self, scale: float) -> Weights:
+        """With the adapter's branches times `scale`. UnsupportedError: it has something that no scale is known for."""
+        if scale != 1 and self.unscalable is not None:
+            raise UnsupportedError(
+                f"the adapter has {self.unscalable}, which a scale does not fit",
+                hint="use it without a scale; adapters of A and B alone can have one",
+            )
+        return self._replace(scale=scale)
 
 
 def load_foundation(
@@ -75,10 +128,13 @@ def load_foundation(
     threads: int,
     max_context: int,
     precision: Precision,
+    meter: _native.Meter | None = None,
+    cache_bytes: int = 0,
     meanwhile: Callable[[], None] | None = None,
 ) -> Weights:
     """Load the foundation. BundleError: a constant is missing or has a wrong size.
 
+    meter: counts the memory of keys and values.  cache_bytes: of those that its cache keeps.
     meanwhile: what else to do while the native layer reads. It takes one of the threads. Its errors are raised too.
     """
     check_native(spec, bundle.path)
@@ -120,6 +176,7 @@ def load_foundation(
             layers=layers,
             threads=threads,
             readers=threads if meanwhile is None else max(1, threads - 1),
+            meter=meter,
         )
         decoder = read() if meanwhile is None else _beside(read, meanwhile)
     _native.return_memory()  # what the lists of constants, and the tokenizer's file, took
@@ -127,11 +184,21 @@ def load_foundation(
     return Weights(
         decoder=decoder,
         adapter=None,
-        content=(object(), "base"),
+        content=Content(object(), _digest_of_foundation(bundle, spec), "base", decoder.instruction_set),
+        cache=PrefixCache(cache_bytes),
         precision=precision,
         long_above=next(iter(_long_above(spec)), None),
         vocab=spec.vocab_size,
         layers=None,
+    )
+
+
+def _digest_of_foundation(bundle: Bundle, spec: ModelSpec) -> str:
+    files = bundle.manifest.files
+    return digest(
+        constants=files[FOUNDATION].sha256,
+        names=files[FOUNDATION_INFO].sha256,
+        model=strict_json.dump(vars(spec)),
     )
 
 
@@ -175,7 +242,8 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
     BundleError: the file has another SHA-256, or a constant is missing, unknown or has a wrong size.
     """
     entry = bundle.adapters[name]
-    info, file = entry.read_info(), entry.weights  # not kept: the lists take 0.3 MB
+    said, file = entry.read_info_bytes(), entry.weights
+    info = entry.decode_info(said)  # not kept: the lists take 0.3 MB
     sha256 = bundle.manifest.adapters[name].files[file.name].sha256
     with ExitStack() as stack:
         foundation = None
@@ -190,10 +258,26 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
         read = partial(_native.Adapter, **parts, readers=max(1, base.decoder.threads - 1))
         adapter = _beside(read, partial(constants.check, sha256))
         base.decoder.check(adapter)
-    loaded, _ = base.content
+    # What the file of constants does not say, how they are named and which layers they are for, `adapter.json` does.
+    content = base.content._replace(adapter=digest(constants=sha256, info=said))
     return base._replace(
-        adapter=adapter, content=(loaded, sha256), vocab=info.vocab, layers=reader.replicated
+        adapter=adapter,
+        content=content,
+        vocab=info.vocab,
+        layers=reader.replicated,
+        unscalable=_unscalable([constant.name for constant in named]),
     )
+
+
+def _unscalable(names: Sequence[str]) -> str | None:
+    """What an adapter has beside A and B that would have to change with their scale. As in PEFT, what it has in place
+    of weights of the base stays.
+    """
+    if any(name.endswith(".factor") for name in names):
+        return "magnitudes (DoRA)"
+    if any(name.endswith(".shift") for name in names):
+        return "biases"
+    return None
 
 
 def _beside(read: Callable[[], _T], meanwhile: Callable[[], None]) -> _T:

@@ -1,0 +1,117 @@
+"""What a session holds: tokens, and the keys and values that stand for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bedplate import _native
+from bedplate.runtime.prefix_cache import POSITIONS, digests
+from bedplate.runtime.weights import Computed, Weights
+
+
+class State(NamedTuple):
+    """What a session held. Its lists are still there: they only grow, or others take their place."""
+
+    tokens: list[int]
+    length: int
+    kv: _native.Kv | None
+    computed_by: Computed | None
+    root: str
+    chain: list[str]
+
+
+class Held:
+    """salt: what the cache keeps is found only by sessions that have the same."""
+
+    def __init__(self, salt: str) -> None:
+        self.salt = salt
+        self.tokens: list[int] = []
+        self.kv: _native.Kv | None = None
+        self.computed_by: Computed | None = None
+        self._root = ""  # the digest of what computes the tokens
+        self._chain: list[str] = []  # digests of the full blocks
+
+    def fork(self) -> Held:
+        """The same, in the same memory."""
+        other = Held(self.salt)
+        other.tokens, other._chain = list(self.tokens), list(self._chain)
+        if self.kv is not None and self.computed_by is not None:
+            other.kv, other.computed_by = self.kv.fork(len(self.tokens)), self.computed_by
+            other._root = self._root
+        return other
+
+    @property
+    def state(self) -> State:
+        return State(self.tokens, len(self.tokens), self.kv, self.computed_by, self._root, list(self._chain))
+
+    def restore(self, state: State) -> None:
+        """Hold what was held then. Steps that failed since have written beyond that at most."""
+        del state.tokens[state.length :]
+        self.tokens, _, self.kv, self.computed_by, self._root, self._chain = state
+
+    def serves(self, weights: Weights, length: int) -> bool:
+        """Whether the keys and values are those of a text of `length` tokens with these weights."""
+        return self.kv is not None and self.computed_by == weights.computed(length)
+
+    def clear(self, weights: Weights, length: int) -> None:
+        """Hold nothing, to compute a text of `length` tokens from its beginning."""
+        self.take(weights.computed(length), weights.new_kv(weights.is_long(length)), [])
+        self._root = weights.root(length, self.salt)
+
+    def take(self, computed_by: Computed, kv: _native.Kv, tokens: list[int]) -> None:
+        """Hold what was computed elsewhere."""
+        self.tokens, self.kv, self.computed_by, self._chain = tokens, kv, computed_by, []
+
+    def extend(self, weights: Weights, ids: Sequence[int], length: int) -> list[int]:
+        """Make ready to append tokens to a text that is to have `length`. Returns those that are to be computed: also
+        what other weights computed before, and nothing that the cache has.
+        """
+        count = len(self.tokens) + len(ids)
+        if self.serves(weights, length) and count // POSITIONS == len(self.tokens) // POSITIONS:
+            return list(ids)  # they fill no block, and the cache has only full ones
+        text = [*self.tokens, *ids]
+        return text[self.begin(weights, text, length) :]
+
+    def begin(self, weights: Weights, text: list[int], length: int) -> int:
+        """Hold the longest beginning of a text that is known, here or in the cache, but never its last token. Returns
+        how many tokens that is.
+        """
+        most = len(text) - 1
+        own = min(_common_prefix(self.tokens, text), most) if self.serves(weights, length) else 0
+        if not own:
+            self.clear(weights, length)
+        elif own < len(self.tokens):
+            assert self.kv is not None
+            self.tokens, self.kv, self._chain = text[:own], self.kv.fork(own), self._chain[: own // POSITIONS]
+        return self._find(weights, text, length)
+
+    def _find(self, weights: Weights, text: list[int], length: int) -> int:
+        """Hold more of a text if the cache has it. Returns how many tokens are held then."""
+        chain = self._chain
+        found = weights.cache.find(digests(chain[-1] if chain else self._root, text, len(chain)))
+        count = min((len(chain) + len(found)) * POSITIONS, len(text) - 1)
+        if not found or count <= len(self.tokens):
+            return len(self.tokens)
+        assert self.kv is not None
+        blocks = [*map(self.kv.block, range(len(chain))), *found.values()]
+        self.kv = weights.new_kv(weights.is_long(length), blocks, count)
+        self.tokens, self._chain = text[:count], [*chain, *found][: count // POSITIONS]
+        return count
+
+    def append(self, weights: Weights, tokens: Sequence[int]) -> None:
+        """Hold tokens whose keys and values are there now. The cache gets the blocks that are full."""
+        self.tokens += tokens
+        first = len(self._chain)
+        if len(self.tokens) // POSITIONS == first or not weights.cache.budget:
+            return
+        assert self.kv is not None
+        self._chain += digests(self._chain[-1] if first else self._root, self.tokens, first)
+        weights.cache.put(self._chain, self.kv)
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the beginning that both share."""
+    if b[: len(a)] == a:
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
