@@ -356,8 +356,8 @@ def theirs_of(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def save_adapter(folder: Path, model: Path, config: LoraConfig) -> Path:
     """A random adapter, as PEFT saves it."""
-    adapted = get_peft_model(theirs_of(model), config)
     torch.manual_seed(3)
+    adapted = get_peft_model(theirs_of(model), config)
     return save_with_random_b(folder, adapted, spread=0.3)
 
 
@@ -366,8 +366,8 @@ def save_trained(folder: Path, model: Path, config: LoraConfig, *, tokens: int |
     base = theirs_of(model)
     if tokens is not None:
         quiet(lambda: base.resize_token_embeddings(tokens))
-    adapted = quiet(lambda: get_peft_model(base, config))
     torch.manual_seed(5)
+    adapted = quiet(lambda: get_peft_model(base, config))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if not parameter.requires_grad:

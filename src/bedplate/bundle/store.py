@@ -116,7 +116,9 @@ class Bundle:
         if static and of_base is None:
             what, how = "no program of fixed shapes", "make it again with --static-shapes"
         else:
-            made = "it was made without" if adapter is None else "made without, or it is more than a LoRA"
+            made = "it was made without programs"
+            if adapter is not None and of_base is not None:
+                made += ", or is more than a LoRA"
             what, how = f"no program: {made}", "make it again without --no-programs"
         return NotFoundError(f"{who} has {what}", where=self.path, hint=f"{how}: {again}")
 

@@ -163,7 +163,8 @@ def _table(section: _Section) -> tuple[RopeTable, RotaryRows]:
     kind = known[kind]
     _refuse_others(section, kind)
     try:
-        frequencies, scale, long = _TYPES[kind](section)
+        with np.errstate(divide="raise", over="raise", invalid="raise"):
+            frequencies, scale, long = _TYPES[kind](section)
     except (ArithmeticError, ValueError):
         raise CheckpointError(
             f"the numbers in {section.name} give no RoPE of the type {kind!r}",
