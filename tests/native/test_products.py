@@ -206,4 +206,3 @@ def test_an_input_that_is_no_number_is_no_zero(kind: Kind, column: int, value: f
     decoder = model.decoder()
     logits = decoder.step([(1, 0, decoder.kv(half=False), None, 1.0, True)])
     assert np.isnan(logits.array).all()
-    assert logits.likeliest() is None
