@@ -43,7 +43,10 @@ class Lookup:
         at = self._ends.get(tuple(self._tokens[-GRAM:]))
         if at is None or count < 1:
             return []
-        return self._tokens[at : at + count]
+        found = self._tokens[at : at + count]
+        while len(found) < count:  # a text that repeats itself at once goes on doing so
+            found += found[: count - len(found)]
+        return found
 
     def checked(self, proposed: int, right: int) -> None:
         """A token was chosen, and `right` of the proposed ones too."""

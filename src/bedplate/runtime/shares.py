@@ -38,9 +38,10 @@ class Shares:
         for one in sorted((one for one in generations if not one.is_reading), key=self._claim):
             if rows := min(one.wanted, most - kept - sum(given.values())):
                 self._count(given, one, rows)
+        quantum = max(1, min(QUANTUM, most // (len(reading) or 1)))
         while reading and (room := most - sum(given.values())) > 0:
             one = min(reading, key=self._claim)
-            self._count(given, one, min(QUANTUM, one.wanted - given.get(one, 0), room))
+            self._count(given, one, min(quantum, one.wanted - given.get(one, 0), room))
             if given[one] == one.wanted:
                 reading.remove(one)
         return given
