@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _MOST_THREADS = 1024  # no processor has more; of a number out of all reason the system would make what it can
 # The longest run of rows that one step takes. Longer prompts go in several; more than this gains no speed.
 MAX_ROWS = 256
-STEP_ROWS = 64  # of generations: who asks while a prompt is read waits for a step of so many
+STEP_ROWS = 48  # of generations: who asks while a prompt is read waits for a step of so many
 CACHE_BYTES = 256 << 20
 # What tells a file from any that stood, or will stand, under its name. None: there is none.
 _State = tuple[int, int, int, int] | None

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from bedplate.runtime.generation import Generation
 
 QUANTUM = 16  # rows of a prompt that are given at once: as many as kernels take side by side
+EVERY = 4  # steps, in one of which the oldest prompt gets some rows, however many short ones come after it
 
 
 class Shares:
@@ -16,6 +17,7 @@ class Shares:
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}  # of keys that have generations
+        self._steps = 0
 
     def enter(self, key: str) -> None:
         """A generation of this key begins."""
@@ -30,7 +32,8 @@ class Shares:
     def give(self, generations: Sequence[Generation], most: int) -> dict[Generation, int]:
         """How many of `most` rows each gets in the next step; none: it is not there. All of them want some.
 
-        Prompts get a quantum at least, so that those that generate cannot keep them waiting.
+        Prompts get a quantum at least, so that those that generate cannot keep them waiting. A prompt that is read to its
+        end is the last in its step.
         """
         reading = [one for one in generations if one.is_reading]
         kept = min(QUANTUM, most // 2) if reading else 0
@@ -39,11 +42,14 @@ class Shares:
             if rows := min(one.wanted, most - kept - sum(given.values())):
                 self._count(given, one, rows)
         quantum = max(1, min(QUANTUM, most // (len(reading) or 1)))
+        self._steps += 1
+        if len(reading) > 1 and self._steps % EVERY == 0:
+            self._count(given, reading[0], min(quantum, reading[0].wanted - 1))
         while reading and (room := most - sum(given.values())) > 0:
             one = min(reading, key=self._claim)
             self._count(given, one, min(quantum, one.wanted - given.get(one, 0), room))
             if given[one] == one.wanted:
-                reading.remove(one)
+                break  # its first token is next: no rows of others that make it wait
         return given
 
     def _claim(self, one: Generation) -> tuple[float, int]:
