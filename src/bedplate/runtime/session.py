@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
@@ -267,7 +268,7 @@ class Session:
         `contextlib.aclosing`) if you leave it before its end.
         """
         on_prefill = options.get("on_prefill")
-        generation = await asyncio.to_thread(self._start, prompt, max_tokens, logprobs, options)
+        generation = await self._start_async(prompt, max_tokens, logprobs, options)
         async with aclosing(asynchronous(self._host.scheduler, generation, on_prefill)) as events:
             async for event in events:
                 yield event
@@ -275,6 +276,28 @@ class Session:
     def _started(self, prompt: Prompt, max_tokens: int, logprobs: int | None, options: Options) -> Events:
         generation = self._start(prompt, max_tokens, logprobs, options)
         return Events(self._host.scheduler, generation, options.get("on_prefill"))
+
+    async def _start_async(
+        self, prompt: Prompt, max_tokens: int, logprobs: int | None, options: Options
+    ) -> Generation:
+        """In a thread, because it may load weights. If the task is cancelled, so is what the thread begins."""
+        begun: list[Generation] = []
+        left = threading.Event()
+
+        def start() -> Generation:
+            generation = self._start(prompt, max_tokens, logprobs, options)
+            begun.append(generation)
+            if left.is_set():
+                self._host.scheduler.end(generation)
+            return generation
+
+        try:
+            return await asyncio.to_thread(start)
+        except asyncio.CancelledError:
+            left.set()
+            for generation in begun:
+                self._host.scheduler.end(generation)
+            raise
 
     def _start(self, prompt: Prompt, max_tokens: int, logprobs: int | None, options: Options) -> Generation:
         """Everything is checked and loaded before the session changes."""
