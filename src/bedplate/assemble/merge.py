@@ -9,13 +9,13 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from bedplate.assemble.adding import Adding
 from bedplate.assemble.publish import Publisher
 from bedplate.assemble.report import Reporter
 from bedplate.bundle import manifest
 from bedplate.bundle.named import NamedConstants
 from bedplate.bundle.store import AdapterEntry, Bundle
 from bedplate.bundle.values import Values
-from bedplate.compile.cache import UnitCache
 from bedplate.errors import AdapterError, NotFoundError, UnsupportedError
 from bedplate.model.adapter import Adapter
 from bedplate.model.adapter.text import AdapterText
@@ -44,13 +44,9 @@ def merge_adapters(
     *,
     name: str,
     quantize: AdapterScheme,
-    exact_rank: bool,
-    allow_noop: bool,
-    programs: bool,
-    cache: UnitCache,
-    reporter: Reporter,
+    adding: Adding,
 ) -> None:
-    """Add the sum of adapters, each by its weight, as `name`. The other arguments: see `add_adapters`.
+    """Add the sum of adapters, each by its weight, as `name`.
 
     Raises AdapterError, UnsupportedError, NameTakenError, NotFoundError, LoweringError. After an error, the bundle is
     as it was before.
@@ -58,21 +54,13 @@ def merge_adapters(
     bundle.check_name(name)
     _check(bundle, weights)
     spec = read_spec(bundle)
-    publisher = Publisher(
-        bundle,
-        spec,
-        exact_rank=exact_rank,
-        allow_noop=allow_noop,
-        programs=programs,
-        cache=cache,
-        reporter=reporter,
-    )
+    publisher = Publisher(bundle, spec, adding)
     pairs: dict[Place, list[LoraPair]] = {}
     for one, weight in weights.items():
         for place, pair in _read(bundle, bundle.adapters[one], spec).items():
             pairs.setdefault(place, []).append(LoraPair(a=pair.a, b=pair.b, scale=weight))
     adapter = _adapter(bundle, {place: _side_by_side(found) for place, found in pairs.items()}, weights, spec)
-    publisher.publish({name: (adapter, _text(bundle, weights, reporter))}, quantize)
+    publisher.publish({name: (adapter, _text(bundle, weights, adding.reporter))}, quantize)
 
 
 def _check(bundle: Bundle, weights: Mapping[str, float]) -> None:
