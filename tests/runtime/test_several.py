@@ -110,7 +110,7 @@ def test_as_peft_adds_them(family: Family, scales: dict[str, float]) -> None:
 @pytest.mark.parametrize("family", FAMILIES, indirect=True, scope="module")
 @pytest.mark.parametrize("stored", [("none", "8w"), ("8da8w", "none"), ("8da8w", "8w")], ids="-".join)
 def test_in_8_bits(family: Family, stored: tuple[str, str]) -> None:
-    """What was rounded is off by as little as a single adapter is."""
+    """What was rounded is off by as little as a single adapter is. Products of codes: tests/native/test_sums.py."""
     scales, bundle = SUMS[0], family.bundles[stored]
     expected = family.expected(scales)
     off = rms(logits(bundle, scales) - expected)
@@ -122,7 +122,8 @@ def test_in_8_bits(family: Family, stored: tuple[str, str]) -> None:
         merged = logits(bundle, {"sum": 1.0})
     finally:
         bundle.remove("sum")
-    assert rms(logits(bundle, scales) - merged) < 0.02 * rms(merged)
+    # It has floats, and adapters in 8 bits round their inputs.
+    assert rms(logits(bundle, scales) - merged) < (0.05 if stored[1] == "8w" else 0.02) * rms(merged)
 
 
 def logits(bundle: Bundle, adapters: Mapping[str, float]) -> torch.Tensor:
@@ -191,16 +192,14 @@ def test_on_any_threads(toy_bundle: Bundle, engine: Engine, threads: int) -> Non
 
 def test_keys_and_values_are_those_of_the_same_sum(toy_bundle: Bundle, engine: Engine) -> None:
     choices: list[Any] = [None, "all", BOTH, {"all": 0.3, "all2": 0.7}, {**BOTH, "all8": 1.0}, {"all": 0.7}]
-    prompt = engine.tokenizer.decode(TEXT[:100])
-    count = len(engine.tokenizer.encode(prompt))
+    prompt = TEXT[:100]
     with Engine(toy_bundle, cache_bytes=0) as without:
         answers = [without.session(one).generate(prompt, max_tokens=6) for one in choices]
     for turn in range(2):
         for one, answer in zip(choices, answers, strict=True):
             session = engine.session(one)
             assert session.generate(prompt, max_tokens=6) == answer
-            assert session.last is not None and session.last.prompt_tokens == count
-            assert session.last.reused_tokens == 64 * turn
+            assert session.last is not None and session.last.reused_tokens == 64 * turn
     other = engine.session({"all2": 0.3, "all": 0.7, "all8": 0.0})
     other.generate(prompt, max_tokens=1)
     assert other.last is not None and other.last.reused_tokens == 64
@@ -266,7 +265,7 @@ def test_a_file(engine: Engine, toy_bundle: Bundle, tmp_path: Path) -> None:
     again = tmp_path / "again"
     engine.load_session(path).save(again)
     assert again.read_bytes() == path.read_bytes()
-    changed = Bundle.open(shutil.copytree(toy_bundle.path, tmp_path / "bundle"))
+    changed = bedplate.Bundle.open(shutil.copytree(toy_bundle.path, tmp_path / "bundle"))
     changed.remove("all2")
     with Engine(changed) as other, pytest.raises(NotFoundError, match="no adapter 'all2'"):
         other.load_session(path)
@@ -283,7 +282,7 @@ def changing(toy_bundle: Bundle, tmp_path: Path) -> bedplate.Bundle:
 def test_a_part_is_replaced(
     changing: bedplate.Bundle, toy_adapters: dict[str, Path], engine: Engine, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"max_tokens": 20, "temperature": 50.0, "seed": 2}
+    settings: dict[str, Any] = {"max_tokens": 20, "temperature": 2.0, "seed": 2}
     before, after = ({"all": 0.7, other: 0.3} for other in ("all2", "all8"))
     texts = [engine.session(one).generate("ab", **settings) for one in (before, after)]
     assert texts[0] != texts[1]
@@ -355,7 +354,7 @@ def test_a_budget_counts_parts_once_and_drops_none_for_another(toy_bundle: Bundl
             np.testing.assert_array_equal(session.step(IDS), engine.session(other).step(IDS))
         with pytest.raises(RunError, match="the engine's memory is full"):
             small.session("all8").step(IDS)
-    with Engine(toy_bundle, memory_bytes=max(sizes) + 2 * block) as small:
+    with Engine(toy_bundle, memory_bytes=sum(sizes) - 1) as small:
         for _ in range(2):
             with pytest.raises(RunError, match="the engine's memory is full"):
                 small.session(BOTH)
