@@ -296,7 +296,7 @@ class TestAHostileFile:
     @pytest.mark.parametrize(
         ("changes", "complaint"),
         [
-            ({"version": 2}, "format version 2; this bedplate reads version 1"),
+            ({"version": 3}, "format version 3; this bedplate reads version 2"),
             ({"tokens": 149}, "counts tokens wrongly"),
             ({"tokens": 2**62, "positions": 2**62}, "longer or shorter"),
             ({"tokens": 2**70, "positions": 0, "block_bytes": 0}, "longer or shorter"),
@@ -306,11 +306,13 @@ class TestAHostileFile:
             ({"block_bytes": 0}, "longer or shorter"),
             ({"block_bytes": -49152}, "counts tokens wrongly"),
             ({"block_bytes": 1.5}, "expected int"),
-            ({"name": 5}, "expected str"),
-            ({"name": "../../etc"}, "no adapter"),
-            ({"name": None}, "another adapter of the name None"),
-            ({"scale": "1"}, "expected float"),
-            ({"scale": 0.5}, None),
+            ({"adapters": "all"}, "expected dict"),
+            ({"adapters": {"../../etc": 1.0}}, "no adapter"),
+            ({"adapters": {"all": 1.0, "../../etc": 1.0}}, "no adapter"),
+            ({"adapters": {}}, "other adapters, or none"),
+            ({"adapters": {"all": 1.0, "all2": 1.0}}, "another adapter of the name 'all' or 'all2'"),
+            ({"adapters": {"all": "1"}}, "expected float"),
+            ({"adapters": {"all": 0.5}}, None),
             ({"precision": "float8"}, "expected one of"),
             ({"precision": "float32"}, "kv='float32' computed"),
             ({"foundation": "0" * 64}, "another foundation"),
@@ -336,11 +338,11 @@ class TestAHostileFile:
     @pytest.mark.parametrize("scale", ["NaN", "Infinity", "1e300"])
     def test_that_has_a_scale_which_is_none(self, engine: Engine, saved: Path, scale: str) -> None:
         data = saved.read_bytes()
-        start = data.index(b'"scale": 1.0')
+        start = data.index(b'"all": 1.0')
         header = len(scale) - 3
         length = int.from_bytes(data[16:20], "little") + header
-        body = data[:16] + length.to_bytes(4, "little") + data[20:start] + f'"scale": {scale}'.encode()
-        saved.write_bytes(sealed(body + data[start + 12 : -32]))
+        body = data[:16] + length.to_bytes(4, "little") + data[20:start] + f'"all": {scale}'.encode()
+        saved.write_bytes(sealed(body + data[start + 10 : -32]))
         with pytest.raises(RunError, match=r"\nhint: "):
             engine.load_session(saved)
 

@@ -20,22 +20,12 @@ from bedplate.errors import AdapterError, NotFoundError, UnsupportedError
 from bedplate.model.adapter import Adapter
 from bedplate.model.adapter.text import AdapterText
 from bedplate.model.adapter.types import EMBEDDING, HEAD, LoraPair, Place, folded_b, module_of
-from bedplate.names import parts_of
 from bedplate.quantize.options import AdapterScheme
+from bedplate.runtime.adapter_weights import beyond_branches
 from bedplate.runtime.model_spec import read_spec
 from bedplate.spec import ModelSpec, linear_shapes
 
 _MERGE = "merge them before they are added (PEFT: add_weighted_adapter), or use adapters that are LoRAs alone"
-# What is in a name of a constant that is no half of a branch.
-_OTHERS = (
-    (".factor", "DoRA"),
-    (".shift", "trained biases"),
-    ("norm.weight", "norms of its own"),
-    ("norm.bias", "norms of its own"),
-    (".rows.", "trained tokens"),
-    (f"{HEAD}.weight", "a head of its own"),
-    (f"{EMBEDDING}.weight", "an embedding of its own"),
-)
 
 
 def merge_adapters(
@@ -82,13 +72,7 @@ def _check(bundle: Bundle, weights: Mapping[str, float]) -> None:
 def _read(bundle: Bundle, entry: AdapterEntry, spec: ModelSpec) -> dict[Place, LoraPair]:
     """The branches of an adapter, with the scale in B and without what is zero. UnsupportedError: it has more."""
     info = entry.read_info()
-    infos = (*info.constants, *info.shared)
-    names = {part.partition("#")[0] for one in infos for part in parts_of(one.name)}
-    what = next((what for part, what in _OTHERS if any(part in name for name in names)), None)
-    if info.vocab != spec.vocab_size:
-        what = "more tokens than the base"
-    if info.layers is not None:
-        what = "layers that are used more than once"
+    infos, what = (*info.constants, *info.shared), beyond_branches(info, spec)
     if what is not None:
         raise UnsupportedError(
             f"{entry.name} has {what}, which cannot be summed", where=bundle.path, hint=_MERGE

@@ -13,6 +13,28 @@ from bedplate.spec import NORMS, ModelSpec
 _MOST_TOKENS, _MOST_LAYERS = 1 << 24, 4096  # as the native layer has it
 
 
+# What is in a name of a constant that is no half of a branch.
+_BEYOND_BRANCHES = (
+    (".factor", "DoRA"),
+    (".shift", "trained biases"),
+    ("norm.weight", "norms of its own"),
+    ("norm.bias", "norms of its own"),
+    (".rows.", "trained tokens"),
+    (HEAD, "a head of its own"),
+    (EMBEDDING, "an embedding of its own"),
+)
+
+
+def beyond_branches(info: AdapterInfo, spec: ModelSpec) -> str | None:
+    """What an adapter has beside A and B, so that it cannot be added to others. None: nothing."""
+    if info.layers is not None:
+        return "layers that are used more than once"
+    if info.vocab != spec.vocab_size:
+        return "more tokens than the base"
+    names = [constant.name for constant in (*info.constants, *info.shared)]
+    return next((what for part, what in _BEYOND_BRANCHES if any(part in name for name in names)), None)
+
+
 class AdapterReader(Reader):
     """Reads the constants of an adapter. BundleError, NativeError: one is missing, or does not fit.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from bedplate.runtime.weights import Computed, Precision, Weights
 # MAGIC, the length of the header in 4 bytes, the header, 4 bytes for each token, the blocks, and the SHA-256 of all of
 # this. Numbers are little-endian.
 MAGIC = b"bedplate session"
-VERSION = 1
+VERSION = 2
 _HASH_BYTES = 32
 _MOST_HEADER = 1 << 16
 _CHUNK = 1 << 20
@@ -28,14 +28,13 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """name: of the adapter.  foundation, adapter, instruction_set: see weights.Content.
+    """adapters: by name, each with its scale.  foundation, adapter, instruction_set: see weights.Content.
 
     positions: how many tokens have keys and values in the file, all or none.  block_bytes: of 64 positions.
     """
 
     version: int
-    name: str | None
-    scale: float
+    adapters: dict[str, float]
     foundation: str
     adapter: str
     instruction_set: str
@@ -47,14 +46,13 @@ class Header:
 
 
 class Saved(NamedTuple):
-    """What a session was. adapter: its name."""
+    """What a session was. adapters: by name, each with its scale."""
 
-    adapter: str | None
-    scale: float
+    adapters: dict[str, float]
     held: Held
 
 
-def save(path: str | Path, held: Held, weights: Weights, name: str | None) -> None:
+def save(path: str | Path, held: Held, weights: Weights, adapters: Mapping[str, float]) -> None:
     """Write what a session holds that uses these weights. RunError: the file cannot be written."""
     import hashlib
 
@@ -63,8 +61,7 @@ def save(path: str | Path, held: Held, weights: Weights, name: str | None) -> No
     positions = 0 if kv is None else count
     header = Header(
         version=VERSION,
-        name=name,
-        scale=weights.scale,
+        adapters=dict(adapters),
         foundation=weights.content.foundation,
         adapter=weights.content.adapter,
         instruction_set=weights.content.instruction_set,
@@ -95,13 +92,14 @@ def save(path: str | Path, held: Held, weights: Weights, name: str | None) -> No
 
 def load(
     path: str | Path,
-    weights_of: Callable[[str | None], Weights],
+    weights_of: Callable[[Mapping[str, float]], Weights],
     reserve: Callable[[Sequence[tuple[_native.Kv, int, int]]], None],
     most: int,
 ) -> Saved:
     """Read a file that `save` wrote.
 
-    weights_of: loads an adapter by its name.  reserve: takes memory.  most: how many tokens a session can hold.
+    weights_of: loads adapters by their names, each with its scale.  reserve: takes memory.  most: how many tokens a
+    session can hold.
     NotFoundError: there is no such file, or no such adapter.  RunError: the file is damaged, is another one's, or does
     not fit the engine.
     """
@@ -115,7 +113,8 @@ def load(
                 where=source,
                 hint="give the engine a larger max_context",
             )
-        weights = weights_of(header.name).scaled(header.scale)
+        adapters = arguments.adapters(header.adapters)
+        weights = weights_of(adapters)
         _check_content(header, weights, source)
         tokens = _unpacked(_exactly(file, 4 * header.tokens, source))
         if any(token >= weights.vocab for token in tokens):
@@ -133,7 +132,7 @@ def load(
                 end = min((at + 1) * POSITIONS, header.positions)
                 kv.write(end, _exactly(file, header.block_bytes, source))
             held.take(Computed(weights.content, weights.scale, header.is_long), kv, tokens)
-    return Saved(header.name, header.scale, held)
+    return Saved(adapters, held)
 
 
 def _blocks(positions: int) -> int:
@@ -214,7 +213,8 @@ def _check_content(header: Header, weights: Weights, path: Path) -> None:
     if header.foundation != content.foundation:
         raise _another("another foundation", "open the bundle that it was saved with", path)
     if header.adapter != content.adapter:
-        what = "another adapter of the name " + repr(header.name)
+        names = " or ".join(map(repr, header.adapters))
+        what = f"another adapter of the name {names}" if names else "other adapters, or none,"
         raise _another(what, "add the adapter that it was saved with", path)
     if header.precision != weights.precision:
         what = f"an engine with kv={header.precision!r}"

@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple, TypeVar
 from bedplate import _native
 from bedplate.background import Background
 from bedplate.bundle import strict_json
-from bedplate.bundle.manifest import FOUNDATION, FOUNDATION_INFO
+from bedplate.bundle.manifest import CHAT_TEMPLATE, FOUNDATION, FOUNDATION_INFO, TOKENIZER
 from bedplate.bundle.named import NamedConstants
 from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError, UnsupportedError
-from bedplate.runtime.adapter_weights import AdapterReader
+from bedplate.runtime.adapter_weights import AdapterReader, beyond_branches
 from bedplate.runtime.places import EMBEDDING, HEAD, Reader
 from bedplate.runtime.prefix_cache import PrefixCache, digest
 from bedplate.spec import NORMS, ModelSpec
@@ -69,7 +69,7 @@ class Weights(NamedTuple):
     vocab: how many tokens they know.  layers: the base's layers that tokens go through. None: each once. Tokens of one
         native step have the same.
     scale: what the adapter's branches are multiplied by.  unscalable: what the adapter has that has no scale. None: it
-        can be scaled.
+        can be scaled.  unsummable: what it has that cannot be added to other adapters. None: it can be added.
     """
 
     decoder: _native.Decoder
@@ -82,6 +82,7 @@ class Weights(NamedTuple):
     layers: tuple[int, ...] | None
     scale: float = 1.0
     unscalable: str | None = None
+    unsummable: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -266,6 +267,7 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
         vocab=info.vocab,
         layers=reader.replicated,
         unscalable=_unscalable([constant.name for constant in named]),
+        unsummable=beyond_branches(info, spec) or _own_text(bundle, name),
     )
 
 
@@ -277,6 +279,19 @@ def _unscalable(names: Sequence[str]) -> str | None:
         return "magnitudes (DoRA)"
     if any(name.endswith(".shift") for name in names):
         return "biases"
+    return None
+
+
+def _own_text(bundle: Bundle, name: str) -> str | None:
+    """What an adapter has in place of the base's tokenizer and chat template."""
+    own, base = bundle.manifest.adapters[name], bundle.manifest
+    if TOKENIZER in own.files:
+        return "a tokenizer of its own"
+    template = own.files.get(CHAT_TEMPLATE)
+    if template is not None and template != base.files.get(CHAT_TEMPLATE):
+        return "a chat template of its own"
+    if own.special_tokens not in (None, base.tokenizer.special_tokens):
+        return "special tokens of its own"
     return None
 
 
