@@ -52,16 +52,18 @@ class Held:
 
     def serves(self, weights: Weights, length: int) -> bool:
         """Whether the keys and values are those of a text of `length` tokens with these weights."""
-        return self.kv is not None and self.computed_by == weights.computed(length)
+        return self.kv is not None and self.computed_by == weights.computed(is_long=weights.is_long(length))
 
     def clear(self, weights: Weights, length: int) -> None:
         """Hold nothing, to compute a text of `length` tokens from its beginning."""
-        self.take(weights.computed(length), weights.new_kv(weights.is_long(length)), [])
-        self._root = weights.root(length, self.salt)
+        is_long = weights.is_long(length)
+        self.take(weights, weights.new_kv(is_long), [], is_long=is_long)
 
-    def take(self, computed_by: Computed, kv: _native.Kv, tokens: list[int]) -> None:
-        """Hold what was computed elsewhere."""
-        self.tokens, self.kv, self.computed_by, self._chain = tokens, kv, computed_by, []
+    def take(self, weights: Weights, kv: _native.Kv, tokens: list[int], *, is_long: bool) -> None:
+        """Hold what these weights computed of a text, long or not."""
+        self.tokens, self.kv, self._chain = tokens, kv, []
+        self.computed_by = weights.computed(is_long=is_long)
+        self._root = weights.root(self.salt, is_long=is_long)
 
     def extend(self, weights: Weights, ids: Sequence[int], length: int) -> list[int]:
         """Make ready to append tokens to a text that is to have `length`. Returns those that are to be computed: also

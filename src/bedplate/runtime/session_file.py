@@ -15,7 +15,7 @@ from bedplate.errors import BundleError, NotFoundError, RunError
 from bedplate.runtime import arguments
 from bedplate.runtime.held import Held
 from bedplate.runtime.prefix_cache import POSITIONS
-from bedplate.runtime.weights import Computed, Precision, Weights
+from bedplate.runtime.weights import Precision, Weights
 
 # MAGIC, the length of the header in 4 bytes, the header, 4 bytes for each token, the blocks, and the SHA-256 of all of
 # this. Numbers are little-endian.
@@ -132,7 +132,7 @@ def load(
             for at in range(_blocks(header.positions)):
                 end = min((at + 1) * POSITIONS, header.positions)
                 kv.write(end, _exactly(file, header.block_bytes, source))
-            held.take(Computed(weights.content, weights.scale, header.is_long), kv, tokens)
+            held.take(weights, kv, tokens, is_long=header.is_long)
     return Saved(header.name, header.scale, held)
 
 

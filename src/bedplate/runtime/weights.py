@@ -96,18 +96,18 @@ class Weights(NamedTuple):
         """For a text, which is a long one or not. blocks: what holds its first `positions`."""
         return self.decoder.kv(self.precision == "float16", self.adapter, is_long, blocks, positions)
 
-    def computed(self, length: int) -> Computed:
-        """What the keys and values of a text of so many tokens are computed by."""
-        return Computed(self.content, self.scale, self.is_long(length))
+    def computed(self, *, is_long: bool) -> Computed:
+        """What the keys and values of a text, long or not, are computed by."""
+        return Computed(self.content, self.scale, is_long)
 
-    def root(self, length: int, salt: str) -> str:
-        """The digest of all that the keys and values of a text of so many tokens depend on, but for the tokens."""
+    def root(self, salt: str, *, is_long: bool) -> str:
+        """The digest of all that the keys and values of a text, long or not, depend on, but for its tokens."""
         return digest(
             foundation=self.content.foundation,
             adapter=self.content.adapter,
             scale=struct.pack("<f", self.scale),
             precision=self.precision,
-            text="long" if self.is_long(length) else "short",
+            text="long" if is_long else "short",
             salt=salt,
         )
 
