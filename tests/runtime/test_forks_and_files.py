@@ -310,7 +310,7 @@ class TestAHostileFile:
     @pytest.mark.parametrize(
         ("changes", "complaint"),
         [
-            ({"version": 2}, "format version 2; this bedplate reads version 1"),
+            ({"version": 1}, "format version 1; this bedplate reads version 2"),
             ({"tokens": 149}, "counts tokens wrongly"),
             ({"tokens": 2**62, "positions": 2**62}, "longer or shorter"),
             ({"tokens": 2**70, "positions": 0, "block_bytes": 0}, "longer or shorter"),
@@ -331,6 +331,9 @@ class TestAHostileFile:
             ({"adapter": "base"}, "another adapter"),
             ({"instruction_set": "mmx"}, None),
             ({"is_long": True}, None),
+            ({"start": 5}, "is no activated LoRA"),
+            ({"start": -1}, "counts tokens wrongly"),
+            ({"start": 1.5}, "expected int"),
             ({"more": 1}, "unknown field 'more'"),
         ],
         ids=str,

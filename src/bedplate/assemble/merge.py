@@ -101,6 +101,8 @@ def _read(bundle: Bundle, entry: AdapterEntry, spec: ModelSpec) -> dict[Place, L
         what = "more tokens than the base"
     if info.layers is not None:
         what = "layers that are used more than once"
+    if info.invocation is not None:
+        what = "an invocation (activated LoRA)"
     if what is not None:
         raise UnsupportedError(
             f"{entry.name} has {what}, which cannot be summed", where=bundle.path, hint=_MERGE
@@ -152,6 +154,7 @@ def _adapter(
         alpha=float(max((len(pair.a) for pair in pairs.values()), default=0)),
         spec=spec,
         layers=None,
+        invocation=None,
         ranks=ranks,
         shapes={linear: shapes[linear] for linear in ranks},
         pairs=pairs,

@@ -82,8 +82,8 @@ class Session:
         return self._scale
 
     def use(self, adapter: str | None, *, scale: float = 1.0) -> None:
-        """Switch to another adapter, or to the base (None). The keys and values so far are dropped, because another
-        program computed them.
+        """Switch to another adapter, or to the base (None). The keys and values so far are dropped, because something
+        else computed them. Those that the base computed stay for the base and for activated LoRAs.
 
         scale: multiplies what A and B of the adapter add, as PEFT's `set_scale` does. It may be 0 or negative.
         NotFoundError: the bundle has no such adapter.  RunError: the scale is not a number.  UnsupportedError: the
@@ -95,8 +95,18 @@ class Session:
             self._host.load(adapter).scaled(factor)
         with self._lock:
             if (adapter, factor) != (self._adapter, self._scale):
-                self.reset()
+                if self._begins_with_base(adapter):
+                    self._running = None
+                    self._held.keep_of_base()
+                else:
+                    self.reset()
                 self._adapter, self._scale = adapter, factor
+
+    def _begins_with_base(self, adapter: str | None) -> bool:
+        """Whether the base's keys and values are also its own, if the session holds some."""
+        if adapter is None or not self._held.of_base:
+            return adapter is None
+        return self._host.load(adapter).invocation is not None
 
     def fork(self) -> Session:
         """Another session that has come as far as this one. From there, each goes on alone. What they have in common
@@ -144,7 +154,7 @@ class Session:
         wanted = [(session, _ids(token_ids)) for session, token_ids in parts]
         for session, ids in wanted:
             session._check_room(len(session._held.tokens) + len(ids))
-        loaded = [session._load() for session, _ in wanted]
+        loaded = [session._held.weights_for(session._load(), ids) for session, ids in wanted]
         for (_, ids), weights in zip(wanted, loaded, strict=True):
             _check_known(ids, weights)
         before = [session._held.state for session, _ in wanted]
@@ -181,7 +191,7 @@ class Session:
         with self.held():
             ids = _ids(token_ids)
             self._check_room(len(ids))
-            weights, before = self._load(), self._held.state
+            weights, before = self._load().for_text(ids), self._held.state
             _check_known(ids, weights)
             try:
                 self._held.clear(weights, len(ids))
@@ -249,9 +259,10 @@ class Session:
         wish = Wish.of(max_tokens=max_tokens, logprobs=logprobs, **options)
         with self._lock:
             loaded, tokenizer = self._host.load_for_text(self._adapter)
-            weights = loaded.scaled(self._scale)
             start = time.perf_counter()
             ids = _ids(_encode(tokenizer, prompt, allow_special))
+            # As in PEFT, what is generated does not turn an adapter on.
+            weights = loaded.scaled(self._scale).for_text(ids)
             self._check_room(len(ids))
             _check_known(ids, weights)
             _check_known(wish.sampling.tokens, weights)
@@ -319,7 +330,7 @@ class Session:
             return logits
 
     def _load(self) -> Weights:
-        """The weights that compute the next tokens of the session."""
+        """The weights of the session's adapter."""
         return self._host.load(self._adapter).scaled(self._scale)
 
     def _append(self, weights: Weights, ids: Sequence[int], *, every: bool = False) -> _native.Logits:
@@ -399,7 +410,7 @@ def _step(rows: Sequence[_Row]) -> _native.Logits:
     for session, weights, token, wanted in rows:
         at = position.get(id(session), len(session._held.tokens))
         position[id(session)] = at + 1
-        native.append((token, at, _kv(session), weights.adapter, weights.scale, wanted))
+        native.append((token, at, _kv(session), *weights.at(at), wanted))
     try:
         logits = rows[0].weights.decoder.step(native)
     except (_native.NativeError, MemoryError) as error:
