@@ -155,6 +155,20 @@ class TestAFile:
         loaded = engine.load_session(tmp_path / "saved")
         np.testing.assert_array_equal(loaded.step(TEXT), engine.session().step(TEXT))
 
+    def test_of_another_adapter_meets_nothing_in_the_cache(self, toy_bundle: Bundle, tmp_path: Path) -> None:
+        """What two loaded sessions compute of one text stays apart."""
+        names = ("all", "all2", None)
+        with Engine(toy_bundle) as engine:
+            for name in names:
+                session = engine.session(name)
+                session.step(TEXT[:70])
+                session.save(tmp_path / str(name))
+            engine.unload()
+            for name in names:
+                got = engine.load_session(tmp_path / str(name)).step(TEXT[70:])
+                alone = engine.session(name, cache_salt=str(name))
+                np.testing.assert_array_equal(got, alone.step(TEXT))
+
     def test_of_other_kernels_is_computed_again(self, toy_bundle: Bundle, saved: Path) -> None:
         before = _native.instruction_set()
         other = next((one for one in _native.instruction_sets() if one != before), None)
@@ -319,6 +333,9 @@ class TestAHostileFile:
             ({"adapter": "base"}, "another adapter"),
             ({"instruction_set": "mmx"}, None),
             ({"is_long": True}, None),
+            ({"start": 5}, "is no activated LoRA"),
+            ({"start": -1}, "counts tokens wrongly"),
+            ({"start": 1.5}, "expected int"),
             ({"more": 1}, "unknown field 'more'"),
         ],
         ids=str,

@@ -124,6 +124,7 @@ def _adapter(
         alpha=float(max((len(pair.a) for pair in pairs.values()), default=0)),
         spec=spec,
         layers=None,
+        invocation=None,
         ranks=ranks,
         shapes={linear: shapes[linear] for linear in ranks},
         pairs=pairs,

@@ -139,6 +139,7 @@ class _Packer:
             dtype="float32" if self._quantize == "none" else self._quantize,
             layers=adapter.layers,
             vocab=adapter.spec.vocab_size,
+            invocation=adapter.invocation,
             source=adapter.fingerprint,
             constants=own,
             shared=tuple(sorted((i for i in infos if i.key in in_foundation), key=lambda info: info.name)),

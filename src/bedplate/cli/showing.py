@@ -34,6 +34,7 @@ def list_adapters(bundle: BundlePath, as_json: Json = False) -> None:
                     "alpha": entry.info.alpha,
                     "dtype": entry.info.dtype,
                     "targets": entry.info.targets,
+                    "invocation": entry.info.invocation,
                     "bytes": sizes[entry.name],
                 }
                 for entry in entries

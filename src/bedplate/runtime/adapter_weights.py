@@ -27,6 +27,8 @@ _BEYOND_BRANCHES = (
 
 def beyond_branches(info: AdapterInfo, spec: ModelSpec) -> str | None:
     """What an adapter has beside A and B, so that it cannot be added to others. None: nothing."""
+    if info.invocation is not None:
+        return "an invocation (activated LoRA)"
     if info.layers is not None:
         return "layers that are used more than once"
     if info.vocab != spec.vocab_size:
@@ -54,6 +56,18 @@ class AdapterReader(Reader):
             raise _native.NativeError(f"the adapter has {info.vocab} tokens; the model has {spec.vocab_size}")
         self._vocab = info.vocab
         self.replicated = None if self._layers == own else self._layers
+        self._check_invocation(info)
+
+    def _check_invocation(self, info: AdapterInfo) -> None:
+        """Before it, the base computes: with as many tokens and the same layers."""
+        if info.invocation is None:
+            return
+        if not info.invocation or not all(0 <= token < self._vocab for token in info.invocation):
+            raise _native.NativeError("the invocation of the adapter is not of tokens of the model")
+        if self.replicated is not None or self._vocab != self.spec.vocab_size:
+            raise _native.NativeError(
+                "the adapter has an invocation, and other tokens or layers than the base"
+            )
 
     def parts(self) -> dict[str, Any]:
         """The arguments of `_native.Adapter`."""

@@ -95,7 +95,8 @@ class Session:
 
     def use(self, adapter: str | Mapping[str, float] | None, *, scale: float = 1.0) -> None:
         """Switch to another adapter, to several at once, or to the base (None). The keys and values so far are
-        dropped, because another program computed them.
+        dropped, because something else computed them. Those that the base computed stay for the base and for activated
+        LoRAs.
 
         adapter: a name, or a mapping from names to scales: `{"a": 0.7, "b": 0.3}`.
         scale: multiplies what A and B of the one adapter add, as PEFT's `set_scale` does. It may be 0 or negative.
@@ -106,8 +107,18 @@ class Session:
         self._host.check(adapters)
         with self._host.scheduler.turn():
             if adapters != self._adapters:
-                self._reset()
+                if self._begins_with_base(adapters):
+                    self.cancel()
+                    self._held.keep_of_base()
+                else:
+                    self._reset()
                 self._adapters = adapters
+
+    def _begins_with_base(self, adapters: Mapping[str, float]) -> bool:
+        """Whether the base's keys and values are also theirs, if the session holds some."""
+        if not adapters or not self._held.of_base:
+            return not adapters
+        return self._host.load(adapters).invocation is not None
 
     def fork(self) -> Session:
         """Another session that has come as far as this one. From there, each goes on alone. What they have in common
@@ -160,7 +171,7 @@ class Session:
         wanted = [(session, _ids(token_ids)) for session, token_ids in parts]
         for session, ids in wanted:
             session._check_room(len(session._held.tokens) + len(ids))
-        loaded = [session._load() for session, _ in wanted]
+        loaded = [session._held.weights_for(session._load(), ids) for session, ids in wanted]
         for (_, ids), weights in zip(wanted, loaded, strict=True):
             _check_known(ids, weights)
         before = [session._held.state for session, _ in wanted]
@@ -196,7 +207,7 @@ class Session:
         ids = _ids(token_ids)
         self._check_room(len(ids))
         with self._host.scheduler.turn():
-            weights, before = self._load(), self._held.state
+            weights, before = self._load().for_text(ids), self._held.state
             _check_known(ids, weights)
             try:
                 self._held.clear(weights, len(ids))
@@ -313,6 +324,7 @@ class Session:
         weights, tokenizer = self._host.load_for_text(self._adapters)
         start = time.perf_counter()
         ids = _ids(_encode(tokenizer, prompt, allow_special))
+        weights = weights.for_text(ids)  # as in PEFT, what is generated does not turn an adapter on
         self._check_room(len(ids))
         _check_known(ids, weights)
         _check_known(wish.sampling.tokens, weights)
@@ -344,7 +356,7 @@ class Session:
             return self._running
 
     def _load(self) -> Weights:
-        """The weights that compute the next tokens of the session."""
+        """The weights of the session's adapters."""
         return self._host.load(self._adapters)
 
     def _check_room(self, count: int) -> None:

@@ -15,7 +15,7 @@ from bedplate.errors import BundleError, NotFoundError, RunError
 from bedplate.runtime import arguments
 from bedplate.runtime.held import Held
 from bedplate.runtime.prefix_cache import POSITIONS
-from bedplate.runtime.weights import Computed, Precision, Weights
+from bedplate.runtime.weights import Precision, Weights
 
 # MAGIC, the length of the header in 4 bytes, the header, 4 bytes for each token, the blocks, and the SHA-256 of all of
 # this. Numbers are little-endian.
@@ -31,6 +31,7 @@ class Header:
     """adapters: by name, each with its scale.  foundation, adapter, instruction_set: see weights.Content.
 
     positions: how many tokens have keys and values in the file, all or none.  block_bytes: of 64 positions.
+    start: the first token that an activated LoRA computed. None: all of them have been computed alike.
     """
 
     version: int
@@ -43,6 +44,7 @@ class Header:
     tokens: int
     positions: int
     block_bytes: int
+    start: int | None
 
 
 class Saved(NamedTuple):
@@ -57,7 +59,10 @@ def save(path: str | Path, held: Held, weights: Weights, adapters: Mapping[str, 
     import hashlib
 
     count, by = len(held.tokens), held.computed_by
-    kv = held.kv if by is not None and (by.content, by.scale) == (weights.content, weights.scale) else None
+    start = None if weights.invocation is None or by is None or held.of_base == count else by.start
+    is_long = by is not None and by.is_long
+    own = _computing(weights, start).computed(is_long=is_long)
+    kv = None if by is None or by.alike(own) < count else held.kv
     positions = 0 if kv is None else count
     header = Header(
         version=VERSION,
@@ -66,10 +71,11 @@ def save(path: str | Path, held: Held, weights: Weights, adapters: Mapping[str, 
         adapter=weights.content.adapter,
         instruction_set=weights.content.instruction_set,
         precision=weights.precision,
-        is_long=by is not None and by.is_long,
+        is_long=is_long,
         tokens=count,
         positions=positions,
         block_bytes=0 if kv is None else kv.block_nbytes,
+        start=None if kv is None else start,
     )
     said = strict_json.dump(vars(header))
     hashed = hashlib.sha256()
@@ -131,8 +137,13 @@ def load(
             for at in range(_blocks(header.positions)):
                 end = min((at + 1) * POSITIONS, header.positions)
                 kv.write(end, _exactly(file, header.block_bytes, source))
-            held.take(Computed(weights.content, weights.scale, header.is_long), kv, tokens)
+            held.take(_computing(weights, header.start), kv, tokens, is_long=header.is_long)
     return Saved(adapters, held)
+
+
+def _computing(weights: Weights, start: int | None) -> Weights:
+    """What computes a text that an activated LoRA computes from there on, or nowhere."""
+    return weights.for_text([]) if start is None else weights.turned_on(start)
 
 
 def _blocks(positions: int) -> int:
@@ -199,7 +210,7 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> Header:
         header = strict_json.decode(Header, fields, "header")
     except BundleError as error:
         raise _damaged(f"{error.where}: {error.what}", path) from error
-    counts = (header.tokens, header.positions, header.block_bytes)
+    counts = (header.tokens, header.positions, header.block_bytes, header.start or 0)
     if min(counts) < 0 or header.positions not in (0, header.tokens):
         raise _damaged("it counts tokens wrongly", path)
     if size != file.tell() + 4 * header.tokens + _blocks(header.positions) * header.block_bytes:
@@ -216,6 +227,8 @@ def _check_content(header: Header, weights: Weights, path: Path) -> None:
         names = " or ".join(map(repr, header.adapters))
         what = f"another adapter of the name {names}" if names else "other adapters, or none,"
         raise _another(what, "add the adapter that it was saved with", path)
+    if header.start is not None and weights.invocation is None:
+        raise _damaged("its adapter is no activated LoRA", path)
     if header.precision != weights.precision:
         what = f"an engine with kv={header.precision!r}"
         raise _another(what, f"make the engine with kv={header.precision!r}", path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,13 +19,14 @@ from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError, UnsupportedError
 from bedplate.runtime.adapter_weights import AdapterReader, beyond_branches
 from bedplate.runtime.places import EMBEDDING, HEAD, Reader
-from bedplate.runtime.prefix_cache import PrefixCache, digest
+from bedplate.runtime.prefix_cache import PrefixCache, Turn, digest
 from bedplate.spec import NORMS, ModelSpec
 
 _T = TypeVar("_T")
 
 Precision = Literal["float16", "float32"]
 PRECISIONS: tuple[Precision, ...] = ("float16", "float32")
+_BASE = "base"  # no digest
 
 
 class Content(NamedTuple):
@@ -41,12 +43,30 @@ class Content(NamedTuple):
 class Computed(NamedTuple):
     """What computed keys and values: only the same goes on with them. scale: of the adapter's branches.
 
-    is_long: as those of a long text.
+    is_long: as those of a long text.  start: the first position that the adapter computed. The base computed those
+    before, which is more than none if it is an activated LoRA.
     """
 
     content: Content
     scale: float
     is_long: bool
+    start: int = 0
+
+    @property
+    def of_base(self) -> int:
+        """How many positions the base computes, of a text of any length."""
+        return sys.maxsize if self.content.adapter == _BASE else self.start
+
+    def alike(self, other: Computed) -> int:
+        """How many positions of a text both compute in the same way."""
+        if self == other:
+            return sys.maxsize
+        if self._base() != other._base():
+            return 0
+        return min(self.of_base, other.of_base)
+
+    def _base(self) -> Computed:
+        return Computed(self.content._replace(adapter=_BASE), 1.0, self.is_long)
 
 
 class Limits(NamedTuple):
@@ -70,6 +90,8 @@ class Weights(NamedTuple):
         native step have the same.
     scale: what the adapter's branches are multiplied by.  unscalable: what the adapter has that has no scale. None: it
         can be scaled.  unsummable: what it has that cannot be added to other adapters. None: it can be added.
+    invocation: what turns an activated LoRA on: `for_text` comes before anything is computed. None: it is on, or it is
+        none.  start: the first position that the adapter computes. The base computes those before.
     """
 
     decoder: _native.Decoder
@@ -83,6 +105,29 @@ class Weights(NamedTuple):
     scale: float = 1.0
     unscalable: str | None = None
     unsummable: str | None = None
+    invocation: tuple[int, ...] | None = None
+    start: int = 0
+
+    def for_text(self, tokens: Sequence[int]) -> Weights:
+        """What computes a text of these tokens, and all that follows. As in PEFT, an activated LoRA is on from the
+        last place where its invocation begins. If it is nowhere, the base computes the text.
+        """
+        if self.invocation is None:
+            return self
+        start = last_place(self.invocation, tokens)
+        if start is None:
+            content = self.content._replace(adapter=_BASE)
+            return self._replace(adapter=None, content=content, scale=1.0, invocation=None)
+        return self.turned_on(start)
+
+    def turned_on(self, start: int) -> Weights:
+        """An activated LoRA that is on from this position."""
+        return self._replace(invocation=None, start=start)
+
+    def at(self, position: int) -> tuple[_native.Adapter | None, float]:
+        """The adapter that computes a position of a text, and its scale."""
+        assert self.invocation is None, "for_text() comes first"
+        return (None, 1.0) if position < self.start else (self.adapter, self.scale)
 
     @property
     def nbytes(self) -> int:
@@ -97,20 +142,29 @@ class Weights(NamedTuple):
         """For a text, which is a long one or not. blocks: what holds its first `positions`."""
         return self.decoder.kv(self.precision == "float16", self.adapter, is_long, blocks, positions)
 
-    def computed(self, length: int) -> Computed:
-        """What the keys and values of a text of so many tokens are computed by."""
-        return Computed(self.content, self.scale, self.is_long(length))
+    def computed(self, *, is_long: bool) -> Computed:
+        """What the keys and values of a text, long or not, are computed by."""
+        assert self.invocation is None, "for_text() comes first"
+        return Computed(self.content, self.scale, is_long, self.start)
 
-    def root(self, length: int, salt: str) -> str:
-        """The digest of all that the keys and values of a text of so many tokens depend on, but for the tokens."""
+    def root(self, salt: str, *, is_long: bool) -> str:
+        """The digest of all that the keys and values of a text, long or not, depend on, but for its tokens, up to the
+        `turn`.
+        """
+        assert self.invocation is None, "for_text() comes first"
         return digest(
             foundation=self.content.foundation,
-            adapter=self.content.adapter,
-            scale=struct.pack("<f", self.scale),
+            **(_by(_BASE, 1.0) if self.start else _by(self.content.adapter, self.scale)),
             precision=self.precision,
-            text="long" if self.is_long(length) else "short",
+            text="long" if is_long else "short",
             salt=salt,
         )
+
+    @property
+    def turn(self) -> Turn | None:
+        """Where the adapter takes over from the base. None: nowhere within a text."""
+        by = digest(**_by(self.content.adapter, self.scale))
+        return Turn(self.start, by) if self.start else None
 
     def scaled(self, scale: float) -> Weights:
         """With the adapter's branches times `scale`. UnsupportedError: it has something that no scale is known for."""
@@ -120,6 +174,18 @@ class Weights(NamedTuple):
                 hint="use it without a scale; adapters of A and B alone can have one",
             )
         return self._replace(scale=scale)
+
+
+def _by(adapter: str, scale: float) -> dict[str, str | bytes]:
+    return {"adapter": adapter, "scale": struct.pack("<f", scale)}
+
+
+def last_place(wanted: tuple[int, ...], tokens: Sequence[int]) -> int | None:
+    """Where tokens stand in a text for the last time. None: they do not."""
+    for start in range(len(tokens) - len(wanted), -1, -1):
+        if tokens[start] == wanted[0] and tuple(tokens[start : start + len(wanted)]) == wanted:
+            return start
+    return None
 
 
 def load_foundation(
@@ -185,7 +251,7 @@ def load_foundation(
     return Weights(
         decoder=decoder,
         adapter=None,
-        content=Content(object(), _digest_of_foundation(bundle, spec), "base", decoder.instruction_set),
+        content=Content(object(), _digest_of_foundation(bundle, spec), _BASE, decoder.instruction_set),
         cache=PrefixCache(cache_bytes),
         precision=precision,
         long_above=next(iter(_long_above(spec)), None),
@@ -268,6 +334,7 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
         layers=reader.replicated,
         unscalable=_unscalable([constant.name for constant in named]),
         unsummable=beyond_branches(info, spec) or _own_text(bundle, name),
+        invocation=info.invocation,
     )
 
 
