@@ -105,9 +105,10 @@ class Session:
         """
         adapters = arguments.adapters(adapter, scale)
         self._host.check(adapters)
+        begins_with_base = self._begins_with_base(adapters)  # which may load them
         with self._host.scheduler.turn():
             if adapters != self._adapters:
-                if self._begins_with_base(adapters):
+                if begins_with_base:
                     self.cancel()
                     self._held.keep_of_base()
                 else:
