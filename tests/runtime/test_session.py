@@ -304,9 +304,7 @@ class TestCancel:
         assert session.last is not None and session.last.generated_tokens == 0
         assert session.last.finish_reason == "cancelled"
 
-    def test_in_the_middle_of_a_long_prompt(self, session: Session) -> None:
-        """The prompt of this toy goes in one chunk, unless its steps are made to take less at once."""
-        session._host = session._host._replace(limits=session._host.limits._replace(max_rows=2))
+    def test_in_the_middle_of_a_long_prompt(self, toy_bundle: Bundle) -> None:
         done: list[tuple[int, int]] = []
 
         def read(tokens: int, total: int) -> None:
@@ -314,10 +312,12 @@ class TestCancel:
             if len(done) == 2:
                 session.cancel()
 
-        assert session.generate("the quick brown fox jumps", max_tokens=5, on_prefill=read) == ""
-        count = len(session._host.tokenizer_of(None).encode("the quick brown fox jumps"))
-        assert done == [(2, count), (4, count)]
-        assert len(session.tokens) == 4
+        with Engine(toy_bundle, max_step_rows=2) as engine:
+            session = engine.session()
+            assert session.generate("the quick brown fox jumps", max_tokens=5, on_prefill=read) == ""
+            count = len(engine.tokenizer.encode("the quick brown fox jumps"))
+            assert done == [(2, count), (4, count)]
+            assert len(session.tokens) == 4
         assert session.last is not None and session.last.finish_reason == "cancelled"
 
     def test_closing_the_iterator(self, session: Session, pieces: Generator[str]) -> None:

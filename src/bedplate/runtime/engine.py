@@ -6,7 +6,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +19,7 @@ from bedplate.runtime.cores import physical_cores
 from bedplate.runtime.held import Held
 from bedplate.runtime.model_spec import read_spec
 from bedplate.runtime.prefix_cache import PrefixCache
+from bedplate.runtime.scheduler import Scheduler
 from bedplate.runtime.session import Host, Session
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.runtime.weights import PRECISIONS, Limits, Precision, Weights, load_adapter, load_foundation
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _MOST_THREADS = 1024  # no processor has more; of a number out of all reason the system would make what it can
 # The longest run of rows that one step takes. Longer prompts go in several; more than this gains no speed.
 MAX_ROWS = 256
+STEP_ROWS = 48  # of generations: who asks while a prompt is read waits for a step of so many
 CACHE_BYTES = 256 << 20
 # What tells a file from any that stood, or will stand, under its name. None: there is none.
 _State = tuple[int, int, int, int] | None
@@ -73,7 +74,12 @@ class Engine:
     memory_bytes: how many bytes adapters, keys and values may take together. None: no limit. When all are taken,
         cached keys and values are dropped first, then adapters that no session uses. After that, calls are refused.
 
-    The steps of all sessions take turns. You can call a session from any thread.
+    max_step_rows: how many tokens one step of generations computes, those of all sessions together. Fewer make
+        others wait less while a long prompt is read, more read it faster.
+    lookup: whether generations look for what comes next in what their session has seen, to compute several tokens in
+        one step. The text is the same.
+
+    Generations of all sessions are computed together. Other calls take turns. You can call a session from any thread.
     The foundation and the tokenizer are loaded when they are first used.
     RunError: an argument has a wrong type or value, or the chat template cannot be read.  BundleError: the manifest
     describes a model that cannot be.
@@ -88,6 +94,8 @@ class Engine:
         max_context: int | None = None,
         cache_bytes: int = CACHE_BYTES,
         memory_bytes: int | None = None,
+        max_step_rows: int = STEP_ROWS,
+        lookup: bool = True,
     ) -> None:
         arguments.instance("bundle", bundle, Bundle, "give an open bundle: Bundle.open(path)")
         self._threads = _thread_count(threads)
@@ -110,6 +118,8 @@ class Engine:
         self._alive: weakref.WeakSet[_native.Adapter] = (
             weakref.WeakSet()
         )  # also those that only generations use
+        self._scheduler = Scheduler(arguments.integer("max_step_rows", max_step_rows, least=1), self._reserve)
+        self._lookup = arguments.flag("lookup", lookup)
         self._meter = _native.Meter()  # of keys and values
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._lock = threading.RLock()
@@ -124,11 +134,13 @@ class Engine:
 
     def close(self) -> None:
         """Unload everything and end the threads. If a session is used again, it loads what it needs."""
-        # A step holds locks of sessions while it waits for the engine's. So this never holds both.
         with self._lock:
             sessions = list(self._sessions)
-        for session in sessions:
+        for (
+            session
+        ) in sessions:  # a step holds the turn while it waits for the engine's lock: never hold both
             session.reset()
+        self._scheduler.close()
         self.unload()
 
     def session(self, adapter: str | None = None, *, cache_salt: str = "") -> Session:
@@ -163,7 +175,9 @@ class Engine:
             tokenizer_of=self.tokenizer_of,
             adopt=self._adopt,
             reserve=self._reserve,
+            scheduler=self._scheduler,
             limits=self.limits,
+            lookup=self._lookup,
         )
 
     def _adopt(self, session: Session) -> None:
@@ -310,12 +324,7 @@ class Engine:
         RunError: a session is given twice or belongs to another engine, its context is full, or token ids are not in
         the vocabulary.  BundleError: the file of an adapter is damaged. After an error, no session has changed.
         """
-        parts = self._checked_parts(parts)
-        with ExitStack() as stack:
-            # All callers lock in the same order, so no two wait for each other.
-            for session, _ in sorted(parts, key=lambda part: id(part[0])):
-                stack.enter_context(session.held())
-            return Session.step_together(parts)
+        return Session.step_together(self._checked_parts(parts))
 
     def _checked_parts(self, parts: object) -> list[tuple[Session, Sequence[int]]]:
         hint = "give a list of (session, token ids), each session of this engine at most once"

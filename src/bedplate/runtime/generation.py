@@ -1,122 +1,206 @@
-"""From logits to events: the tokens of a generation one after the other, and their text."""
+"""One generation: what is to be computed next, how tokens become events, and how it ends.
+
+A generation has no locks and no threads. The scheduler calls it, one thread at a time.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from bedplate.runtime.request import Event, Request, TokenLogprobs
+from bedplate.runtime.lookup import Lookup
+from bedplate.runtime.request import Event, FinishReason, Statistics, TokenLogprobs, Wish
+from bedplate.runtime.steps import Part
 from bedplate.runtime.text import StopFilter, TextStream
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from bedplate import _native
+    from bedplate.runtime.held import Held
+    from bedplate.runtime.sampling import Sampler
+    from bedplate.runtime.tokenizer import Tokenizer
+    from bedplate.runtime.weights import Weights
 
 
-class Source(NamedTuple):
-    """What a generation needs of its session.
+class Progress(NamedTuple):
+    """How much of the prompt has been read, for `on_prefill`."""
 
-    prefill: logits of the prompt's last position.  go_on: logits after one more token.  Both give None if the
-    generation was cancelled.  ended: is called once it has ended.  room: how many tokens fit.
+    done: int
+    total: int
+
+
+class Request(NamedTuple):
+    """What a generation is to do. Weights and tokenizer are of one adapter, as it was when the generation began.
+
+    prompt: its tokens.  room: how many tokens can follow.  lookup: proposes tokens. None: nothing does.
     """
 
-    prefill: Callable[[Request], _native.Logits | None]
-    go_on: Callable[[Request, int], _native.Logits | None]
-    ended: Callable[[Request], None]
-    decode: Callable[[Sequence[int]], str]
-    end_ids: Collection[int]
+    prompt: list[int]
+    weights: Weights
+    tokenizer: Tokenizer
+    wish: Wish
+    sampler: Sampler
     room: int
+    lookup: Lookup | None
 
 
-class _Chosen(NamedTuple):
-    token: int
-    logprobs: TokenLogprobs | None
+class Generation:
+    """The session's `held` has the beginning of the prompt that was known.
 
+    outbox: what the caller has not taken yet. The last is an event with the finish reason, or an error.
+    """
 
-class _Watch:
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
+    def __init__(self, request: Request, held: Held, stats: Statistics) -> None:
+        self.held, self.stats = held, stats
+        self.key, self.deadline = request.wish.key, request.wish.deadline
+        self.outbox: deque[Event | Progress | BaseException] = deque()
+        self.first_chosen: float | None = None  # the time when
+        self.served = 0  # rows of steps
+        self._request: Request | None = request  # None: it has ended. So it holds no weights.
+        self._todo = request.prompt[stats.reused_tokens :]
+        self._drafts: Sequence[int] = ()
+        self._text, self._stops = TextStream(request.tokenizer.decode), StopFilter(request.wish.stop)
+        self._waiting: list[tuple[int, TokenLogprobs | None]] = []  # for their text
 
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        before, self._last = self._last, time.perf_counter()
-        return self._last - before
+    @property
+    def ended(self) -> bool:
+        return self._request is None
 
+    @property
+    def wanted(self) -> int:
+        """How many rows of a step it can use."""
+        return len(self._todo) + len(self._drafts)
 
-def events(request: Request, source: Source) -> Generator[Event]:
-    """Generate. The last event has the finish reason, also after `cancel`."""
-    stats = request.stats
-    text, stops = TextStream(source.decode), StopFilter(request.wish.stop)
-    watch = _Watch()
-    waiting: list[_Chosen] = []  # for their text
-    piece = ""
-    try:
-        for chosen in _tokens(request, source, watch):
-            waiting.append(chosen)
-            piece = stops.push(text.push(chosen.token))
-            if stops.stopped:
+    @property
+    def is_reading(self) -> bool:
+        """Whether more than one token is to be computed before the next one can be chosen."""
+        return len(self._todo) > 1
+
+    def propose(self, most: int) -> None:
+        """Have up to `most` tokens ready that may follow, to be checked in the step that computes the next one."""
+        self._drafts = ()
+        request = self._request
+        if request is None or request.lookup is None or self.is_reading or most < 1:
+            return
+        wish, length = request.wish, len(self.held.tokens) + 1
+        # The last token that is chosen is never computed.
+        most = min(most, min(wish.max_tokens, request.room) - self.stats.generated_tokens - 1)
+        drafts = request.lookup.propose(most)
+        if request.weights.is_long(length) == request.weights.is_long(length + len(drafts)):
+            self._drafts = drafts
+
+    def part(self, rows: int) -> Part | None:
+        """The tokens that the next step computes, at most `rows`. None: it has ended."""
+        request = self._request
+        if request is None:
+            return None
+        tokens = [*self._todo, *self._drafts][:rows]
+        self._drafts = tokens[len(self._todo) :]
+        wanted = len(tokens) - len(self._todo) + 1
+        return Part(self.held, request.weights, tokens, max(wanted, 0))
+
+    def computed(self, part: Part, logits: _native.Logits, row: int) -> None:
+        """A step computed the part. Its logits are those from row `row` on.
+
+        RunError: no token can be chosen.  Any error of the caller's mask.
+        """
+        request = self._request
+        if request is None:
+            return
+        read = part.tokens[: len(self._todo)]
+        self._todo = self._todo[len(read) :]
+        if self._todo or not self.stats.generated_tokens:
+            self.held.append(request.weights, read)
+            if request.wish.on_prefill is not None and not self.stats.generated_tokens:
+                done = min(len(self.held.tokens), len(request.prompt))
+                self.outbox.append(Progress(done, len(request.prompt)))
+            read = []
+        if not self._todo:
+            self._choose(request, logits, row, list(read))
+
+    def _choose(self, request: Request, logits: _native.Logits, row: int, read: list[int]) -> None:
+        """Choose tokens as long as they are those that were proposed. read: computed tokens, not yet held."""
+        drafts, self._drafts = self._drafts, ()
+        right = 0
+        while True:
+            token = request.sampler.choose(logits, row + right)
+            if self.ended:  # the caller's mask can cancel it
                 break
-            if piece:
-                stats.decode_seconds += watch.lap()
-                yield _event(request, piece, waiting)
-                watch.lap()
-                waiting, piece = [], ""
-        piece += stops.push(text.finish()) + stops.finish()
-        if stops.stopped:
-            stats.finish_reason = "stop"
-        stats.decode_seconds += watch.lap()
-    finally:
-        if stats.finish_reason is None:
-            stats.finish_reason = "cancelled"
-        source.ended(request)
-    yield _event(request, piece, waiting)
+            if self.first_chosen is None:
+                self.first_chosen = time.perf_counter()
+            logprobs = _logprobs(logits, row + right, token, request.wish.logprobs)
+            self._accept(request, token, logprobs)
+            if request.lookup is not None:
+                request.lookup.append(token)
+            if self.ended or right == len(drafts) or token != drafts[right]:
+                break
+            read.append(token)
+            right += 1
+        if request.lookup is not None:
+            request.lookup.checked(len(drafts), right)
+            self.stats.drafted_tokens += len(drafts)
+            self.stats.accepted_tokens += right
+        if read:
+            self.held.append(request.weights, read)
+        if not self.ended:
+            self._todo = self.held.extend(request.weights, [token], len(self.held.tokens) + 1)
 
-
-def texts(pieces: Generator[Event]) -> Iterator[str]:
-    """The texts of events."""
-    with closing(pieces):
-        for event in pieces:
-            if event.text:
-                yield event.text
-
-
-def _event(request: Request, text: str, chosen: Sequence[_Chosen]) -> Event:
-    return Event(
-        text=text,
-        tokens=tuple(one.token for one in chosen),
-        logprobs=None
-        if request.wish.logprobs is None
-        else tuple(one.logprobs for one in chosen if one.logprobs is not None),
-        finish_reason=request.stats.finish_reason,
-    )
-
-
-def _tokens(request: Request, source: Source, watch: _Watch) -> Iterator[_Chosen]:
-    stats, wish = request.stats, request.wish
-    end_ids = () if wish.sampling.ignore_eos else source.end_ids
-    logits = source.prefill(request)
-    stats.prefill_seconds += watch.lap()
-    while logits is not None:
-        token = request.sampler.choose(logits)
-        logprobs = _logprobs(logits, token, wish.logprobs)
-        if not stats.generated_tokens:
-            stats.prefill_seconds += watch.lap()
-        if token in end_ids:
-            stats.finish_reason = "stop"
+    def _accept(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> None:
+        wish, stats = request.wish, self.stats
+        if token in request.tokenizer.end_ids and not wish.sampling.ignore_eos:
+            self.end("stop")
             return
         stats.generated_tokens += 1
-        yield _Chosen(token, logprobs)
-        if stats.generated_tokens == min(wish.max_tokens, source.room):
-            stats.finish_reason = "length"
+        self._waiting.append((token, logprobs))
+        piece = self._stops.push(self._text.push(token))
+        if self._stops.stopped:
+            self.end("stop", piece)
             return
-        logits = source.go_on(request, token)
+        if piece:
+            self._tell(request, piece)
+        if stats.generated_tokens == min(wish.max_tokens, request.room):
+            self.end("length")
+
+    def end(self, reason: FinishReason, piece: str = "") -> None:
+        """End with a last event, unless it has ended."""
+        request = self._request
+        if request is None:
+            return
+        piece += self._stops.push(self._text.finish()) + self._stops.finish()
+        self.stats.finish_reason = "stop" if self._stops.stopped else reason
+        self._tell(request, piece)
+        self._request = None
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error, unless it has ended."""
+        if self._request is not None:
+            self.stats.finish_reason = "cancelled"
+            self.outbox.append(error)
+            self._request = None
+
+    def _tell(self, request: Request, text: str) -> None:
+        logprobs = tuple(said for _, said in self._waiting if said is not None)
+        self.outbox.append(
+            Event(
+                text=text,
+                tokens=tuple(token for token, _ in self._waiting),
+                logprobs=None if request.wish.logprobs is None else logprobs,
+                finish_reason=self.stats.finish_reason,
+            )
+        )
+        self._waiting = []
 
 
-def _logprobs(logits: _native.Logits, token: int, top: int | None) -> TokenLogprobs | None:
+def _logprobs(logits: _native.Logits, row: int, token: int, top: int | None) -> TokenLogprobs | None:
     if top is None:
         return None
-    chosen, likeliest = logits.log_probabilities(0, token, top)
+    chosen, likeliest = logits.log_probabilities(row, token, top)
     return TokenLogprobs(token, chosen, tuple(likeliest))
+
+
+def texts(events: Iterator[Event]) -> Iterator[str]:
+    """The texts of events."""
+    for event in events:
+        if event.text:
+            yield event.text

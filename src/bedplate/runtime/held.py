@@ -50,6 +50,11 @@ class Held:
         del state.tokens[state.length :]
         self.tokens, _, self.kv, self.computed_by, self._root, self._chain = state
 
+    def kv_of(self, weights: Weights) -> _native.Kv:
+        """Where the keys and values of its next tokens go."""
+        assert self.kv is not None
+        return self.kv
+
     def serves(self, weights: Weights, length: int) -> bool:
         """Whether the keys and values are those of a text of `length` tokens with these weights."""
         return self.kv is not None and self.computed_by == weights.computed(length)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from bedplate.errors import RunError
 from bedplate.runtime import arguments
-from bedplate.runtime.sampling import MaskFunction, Sampler, Sampling
-from bedplate.runtime.tokenizer import Tokenizer
-from bedplate.runtime.weights import Weights
+from bedplate.runtime.sampling import MaskFunction, Sampling
 
-FinishReason = Literal["stop", "length", "cancelled"]
-Progress = Callable[[int, int], None]
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+OnPrefill = Callable[[int, int], None]
 
 
 @dataclass(kw_only=True)
@@ -21,11 +20,12 @@ class Statistics:
     """Statistics of one generation. They change while it goes on.
 
     reused_tokens: tokens of the prompt whose keys and values the session or the cache already had.
-    prefill_seconds: until the first token is chosen, without loading.  decode_seconds: from there on, with everything
-        but what the caller does between events.
+    prefill_seconds: that the caller waited until the first token was chosen, without loading.
+    decode_seconds: that the caller waited from there on.
+    drafted_tokens: that were proposed by lookup.  accepted_tokens: those of them that were right.
     seed: the random numbers follow from it.
     finish_reason: None until the generation has ended. "stop": at an end token or a stop string. "length": at
-        max_tokens or the end of the context. "cancelled": something else ended it.
+        max_tokens or the end of the context. "deadline": its time was up. "cancelled": something else ended it.
     """
 
     prompt_tokens: int
@@ -33,6 +33,8 @@ class Statistics:
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     seed: int
     finish_reason: FinishReason | None = None
 
@@ -85,19 +87,26 @@ class Options(TypedDict, total=False):
     seed: int | None
     mask: MaskFunction | None
     stop: Sequence[str]
-    on_prefill: Progress | None
+    on_prefill: OnPrefill | None
     allow_special: bool
+    key: str
+    deadline: float | None
 
 
 class Wish(NamedTuple):
-    """What a caller wants. RunError: an argument has a wrong type or value."""
+    """What a caller wants. deadline: a time of `time.perf_counter`.
+
+    RunError: an argument has a wrong type or value.
+    """
 
     max_tokens: int
     sampling: Sampling
     mask: MaskFunction | None
     logprobs: int | None
     stop: tuple[str, ...]
-    on_prefill: Progress | None
+    on_prefill: OnPrefill | None
+    key: str
+    deadline: float | None
 
     @classmethod
     def of(
@@ -108,6 +117,8 @@ class Wish(NamedTuple):
         mask: Any = None,
         stop: Any = (),
         on_prefill: Any = None,
+        key: Any = "",
+        deadline: Any = None,
         **sampling: Any,
     ) -> Wish:
         """From arguments of any type."""
@@ -120,6 +131,8 @@ class Wish(NamedTuple):
             logprobs=None if logprobs is None else arguments.integer("logprobs", logprobs, least=0),
             stop=arguments.texts("stop", stop),
             on_prefill=on_prefill,
+            key=arguments.text("key", key),
+            deadline=None if deadline is None else time.perf_counter() + _seconds(deadline),
         )
         if wish.sampling.min_tokens > wish.max_tokens:
             hint = f"give at most max_tokens, which is {wish.max_tokens}"
@@ -127,14 +140,9 @@ class Wish(NamedTuple):
         return wish
 
 
-class Request(NamedTuple):
-    """A generation in progress: the session's `_running` as long as it may go on. Weights and tokenizer are of one
-    adapter, as it was when the generation began.
-    """
-
-    prompt: list[int]
-    weights: Weights
-    tokenizer: Tokenizer
-    wish: Wish
-    sampler: Sampler
-    stats: Statistics
+def _seconds(deadline: Any) -> float:
+    hint = "give the seconds after which the answer ends, or None"
+    seconds = arguments.real("deadline", deadline, hint)
+    if seconds < 0:
+        raise RunError(f"deadline is {deadline}", hint=hint)
+    return seconds

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
-from itertools import groupby
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, cast, overload
 
 from bedplate import _native
 from bedplate.errors import RunError
 from bedplate.runtime import arguments, session_file
-from bedplate.runtime.generation import Source, events, texts
+from bedplate.runtime.events import Events, asynchronous
+from bedplate.runtime.generation import Generation, Request, texts
 from bedplate.runtime.held import Held
+from bedplate.runtime.lookup import Lookup
 from bedplate.runtime.messages import Message
-from bedplate.runtime.request import Event, Options, Request, Statistics, Wish
+from bedplate.runtime.request import Event, Options, Statistics, Wish
 from bedplate.runtime.sampling import Sampler
+from bedplate.runtime.scheduler import Scheduler
+from bedplate.runtime.steps import Part, chunks, compute, groups, packed
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.runtime.weights import Limits, Weights
 
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_T = TypeVar("_T")
 Prompt = str | Sequence[Message] | Sequence[int]
 _LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions take much memory
 
@@ -37,6 +39,7 @@ class Host(NamedTuple):
     load_for_text: what makes an answer, of the same files.
     adopt: takes in a session that was made of another.
     reserve: takes memory for positions [begin, end) of keys and values. RunError: there is none.
+    lookup: whether generations propose tokens by lookup.
     """
 
     load: Callable[[str | None], Weights]
@@ -44,21 +47,22 @@ class Host(NamedTuple):
     tokenizer_of: Callable[[str | None], Tokenizer]
     adopt: Callable[[Session], None]
     reserve: Callable[[Sequence[tuple[_native.Kv, int, int]]], None]
+    scheduler: Scheduler
     limits: Limits
+    lookup: bool
 
 
 class Session:
     """A conversation with the base or with one adapter at a time. `Engine.session` makes it.
 
-    last: statistics of the latest generation. None before the first. You can call `cancel` from any thread.
+    last: statistics of the latest generation. None before the first. You can call a session from any thread.
     """
 
     def __init__(self, host: Host, adapter: str | None, held: Held, scale: float = 1.0) -> None:
         self._host = host
         self._adapter, self._scale = adapter, scale
         self._held = held
-        self._running: Request | None = None
-        self._lock = threading.RLock()
+        self._running: Generation | None = None
         self.last: Statistics | None = None
 
     @property
@@ -93,51 +97,56 @@ class Session:
         factor = arguments.scale(scale, of_base=adapter is None)
         if factor != 1:
             self._host.load(adapter).scaled(factor)
-        with self._lock:
+        with self._host.scheduler.turn():
             if (adapter, factor) != (self._adapter, self._scale):
-                self.reset()
+                self._reset()
                 self._adapter, self._scale = adapter, factor
 
     def fork(self) -> Session:
         """Another session that has come as far as this one. From there, each goes on alone. What they have in common
         takes memory once.
         """
-        with self._lock:
+        with self._host.scheduler.turn():
             other = Session(self._host, self._adapter, self._held.fork(), self._scale)
         self._host.adopt(other)
         return other
 
     def save(self, path: str | Path) -> None:
         """Write the session to a file, for `Engine.load_session`. The file is there as a whole or not at all."""
-        with self._lock:
-            session_file.save(path, self._held, self._load(), self._adapter)
+        other = self.fork()  # which nothing changes meanwhile
+        session_file.save(path, other._held, other._load(), other._adapter)
 
     def reset(self) -> None:
         """Forget the conversation and free its memory."""
-        with self._lock:
-            self._running = None
-            self._held = Held(self._held.salt)
+        with self._host.scheduler.turn():
+            self._reset()
+
+    def _reset(self) -> None:
+        self.cancel()
+        self._held = Held(self._held.salt)
 
     def cancel(self) -> None:
-        """End the running generation after its current step."""
-        self._running = None
-
-    def held(self) -> AbstractContextManager[object]:
-        """A lock: while it is held, nothing else runs in this session."""
-        return self._lock
+        """End the running generation. It says no more, but what it has said can still be read."""
+        running, self._running = self._running, None
+        if running is not None:
+            self._host.scheduler.end(running)
 
     def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens. Returns the logits of the last one, float32 [vocab]: as many as the adapter has tokens.
 
         RunError: the context is full, or token ids are not in the vocabulary. The session is then as it was before.
         """
-        with self.held():
-            row: NDArray[np.float32] = self.step_together([(self, token_ids)])[0]
-            return row
+        row: NDArray[np.float32] = self.step_together([(self, token_ids)])[0]
+        return row
 
     @staticmethod
     def step_together(parts: Sequence[tuple[Session, Sequence[int]]]) -> NDArray[np.float32]:
-        """Append tokens to sessions whose lock the caller holds, see `Engine.step`."""
+        """Append tokens to sessions of one engine, see `Engine.step`."""
+        with parts[0][0]._host.scheduler.turn():
+            return Session._step_together(parts)
+
+    @staticmethod
+    def _step_together(parts: Sequence[tuple[Session, Sequence[int]]]) -> NDArray[np.float32]:
         import numpy as np
 
         # All parts are checked and loaded before any session changes.
@@ -156,15 +165,14 @@ class Session:
             ]
             _reserve([(session, len(text)) for (session, _), text in zip(wanted, texts, strict=True)])
             for session, _ in wanted:
-                session._running = None
-            rows = [
-                _Row(session, weights, token, wanted=at == len(text) - 1)
+                session.cancel()
+            appended = [
+                Part(session._held, weights, text, wanted=1)
                 for (session, _), weights, text in zip(wanted, loaded, texts, strict=True)
-                for at, token in enumerate(text)
             ]
-            logits = _steps(rows, host.limits.max_rows)
+            logits = _append(appended, host.limits.max_rows)
             width = max(map(len, logits.values()))
-            return np.stack([_widened(logits[id(session)], width) for session, _ in wanted])
+            return np.stack([_widened(logits[id(session._held)], width) for session, _ in wanted])
         except BaseException:
             for (session, _), state in zip(wanted, before, strict=True):
                 session._held.restore(state)
@@ -178,18 +186,19 @@ class Session:
         """
         import numpy as np
 
-        with self.held():
-            ids = _ids(token_ids)
-            self._check_room(len(ids))
+        ids = _ids(token_ids)
+        self._check_room(len(ids))
+        with self._host.scheduler.turn():
             weights, before = self._load(), self._held.state
             _check_known(ids, weights)
             try:
                 self._held.clear(weights, len(ids))
                 _reserve([(self, len(ids))])
-                self._running = None
-                rows = [
-                    self._append(weights, chunk, every=True).array for chunk in _chunks(ids, _LOGITS_ROWS)
-                ]
+                self.cancel()
+                rows = []
+                for chunk in chunks(ids, _LOGITS_ROWS):
+                    rows.append(compute([Part(self._held, weights, chunk, wanted=len(chunk))]).array)
+                    self._held.append(weights, chunk)
                 return np.concatenate(rows)
             except BaseException:
                 self._held.restore(before)
@@ -215,8 +224,13 @@ class Session:
     ) -> str | Iterator[str]:
         """Continue a prompt, see `events`. Returns the text, or with `stream` an iterator over pieces of it."""
         arguments.flag("stream", stream)
-        pieces = texts(self._start(prompt, max_tokens=max_tokens, **options))
+        pieces = texts(self._started(prompt, max_tokens, None, options))
         return pieces if stream else "".join(pieces)
+
+    async def generate_async(self, prompt: Prompt, *, max_tokens: int, **options: Unpack[Options]) -> str:
+        """As `generate`, for a task of asyncio. If the task is cancelled, so is the generation."""
+        async with aclosing(self.events_async(prompt, max_tokens=max_tokens, **options)) as events:
+            return "".join([event.text async for event in events])
 
     def events(
         self, prompt: Prompt, *, max_tokens: int, logprobs: int | None = None, **options: Unpack[Options]
@@ -230,9 +244,13 @@ class Session:
         If the session already holds the beginning of the prompt, this part is not computed again. A generation that is
         still going on ends when the session gets another request.
 
-        A long prompt is read in chunks. After each chunk, `on_prefill` gets two numbers: the tokens that are done, and
-        all tokens of the prompt. `cancel` also works between two chunks.
+        Generations that go on at the same time are computed together, whichever threads or tasks ask for their events:
+        who waits for an event moves all of them on. One can be a few events ahead of its caller. A long prompt is read
+        in chunks, between the tokens of others. After each chunk, `on_prefill` gets two numbers: the tokens that are
+        done, and all tokens of the prompt.
 
+        key: whose request it is. If a step has no room for all, the key that was given the fewest tokens comes first.
+        deadline: the text ends after so many seconds.
         mask: a function that gets the tokens so far, and gives packed bits of those that are allowed next.
         allow_special: the text of a special token in a message becomes that token, see `Tokenizer.encode_chat`.
         logprobs: events have the logarithms of probabilities, also of so many likeliest tokens.
@@ -240,26 +258,48 @@ class Session:
         Returns an iterator over events, see `Event`. Statistics are in `last`.
         RunError: the prompt is empty or longer than the context, or an argument has a wrong type or value.
         """
-        return self._start(prompt, max_tokens=max_tokens, logprobs=logprobs, **options)
+        return self._started(prompt, max_tokens, logprobs, options)
 
-    def _start(
+    async def events_async(
         self, prompt: Prompt, *, max_tokens: int, logprobs: int | None = None, **options: Unpack[Options]
-    ) -> Generator[Event]:
-        allow_special = arguments.flag("allow_special", options.pop("allow_special", False))
-        wish = Wish.of(max_tokens=max_tokens, logprobs=logprobs, **options)
-        with self._lock:
-            loaded, tokenizer = self._host.load_for_text(self._adapter)
-            weights = loaded.scaled(self._scale)
-            start = time.perf_counter()
-            ids = _ids(_encode(tokenizer, prompt, allow_special))
-            self._check_room(len(ids))
-            _check_known(ids, weights)
-            _check_known(wish.sampling.tokens, weights)
-            sampler = Sampler(wish.sampling, prompt=ids, ends=sorted(tokenizer.end_ids), mask=wish.mask)
-            stats = Statistics(prompt_tokens=len(ids), seed=sampler.seed)
-            request = Request(
-                prompt=ids, weights=weights, tokenizer=tokenizer, wish=wish, sampler=sampler, stats=stats
-            )
+    ) -> AsyncGenerator[Event]:
+        """As `events`, for a task of asyncio. It starts with the first event that is asked for. Close it (`aclose`, or
+        `contextlib.aclosing`) if you leave it before its end.
+        """
+        on_prefill = options.get("on_prefill")
+        generation = await asyncio.to_thread(self._start, prompt, max_tokens, logprobs, options)
+        async with aclosing(asynchronous(self._host.scheduler, generation, on_prefill)) as events:
+            async for event in events:
+                yield event
+
+    def _started(self, prompt: Prompt, max_tokens: int, logprobs: int | None, options: Options) -> Events:
+        generation = self._start(prompt, max_tokens, logprobs, options)
+        return Events(self._host.scheduler, generation, options.get("on_prefill"))
+
+    def _start(self, prompt: Prompt, max_tokens: int, logprobs: int | None, options: Options) -> Generation:
+        """Everything is checked and loaded before the session changes."""
+        given: dict[str, Any] = {**options}
+        allow_special = arguments.flag("allow_special", given.pop("allow_special", False))
+        wish = Wish.of(max_tokens=max_tokens, logprobs=logprobs, **given)
+        loaded, tokenizer = self._host.load_for_text(self._adapter)
+        weights, start = loaded.scaled(self._scale), time.perf_counter()
+        ids = _ids(_encode(tokenizer, prompt, allow_special))
+        self._check_room(len(ids))
+        _check_known(ids, weights)
+        _check_known(wish.sampling.tokens, weights)
+        sampler = Sampler(wish.sampling, prompt=ids, ends=sorted(tokenizer.end_ids), mask=wish.mask)
+        request = Request(
+            prompt=ids,
+            weights=weights,
+            tokenizer=tokenizer,
+            wish=wish,
+            sampler=sampler,
+            # The keys and values of the last token are not needed: it may stand just beyond the context.
+            room=self._host.limits.max_context - len(ids) + 1,
+            lookup=Lookup(ids) if self._host.lookup else None,
+        )
+        stats = Statistics(prompt_tokens=len(ids), seed=sampler.seed)
+        with self._host.scheduler.turn():
             before = self._held.state
             try:
                 # The last token is computed in any case: its logits are what is asked for.
@@ -268,64 +308,15 @@ class Session:
             except BaseException:
                 self._held.restore(before)
                 raise
-            self._running, self.last = request, request.stats
+            self.cancel()
+            self._running, self.last = Generation(request, self._held, stats), stats
+            self._host.scheduler.begin(self._running)
             stats.prefill_seconds = time.perf_counter() - start
-        source = Source(
-            prefill=self._prefill,
-            go_on=self._go_on,
-            ended=self._ended,
-            decode=tokenizer.decode,
-            end_ids=tokenizer.end_ids,
-            # The keys and values of the last token are not needed: it may stand just beyond the context.
-            room=self._host.limits.max_context - len(ids) + 1,
-        )
-        return events(request, source)
-
-    def _ended(self, request: Request) -> None:
-        with self._lock:
-            if self._running is request:
-                self._running = None  # which holds the weights
-
-    def _prefill(self, request: Request) -> _native.Logits | None:
-        """Logits of the prompt's last position; None: cancelled."""
-        logits, done = None, request.stats.reused_tokens
-        for chunk in _chunks(request.prompt[done:], self._host.limits.max_rows):
-            logits = self._continue(request, chunk, length=len(request.prompt))
-            if logits is None:
-                return None
-            done += len(chunk)
-            if request.wish.on_prefill is not None:
-                request.wish.on_prefill(done, len(request.prompt))
-        return logits
-
-    def _go_on(self, request: Request, token: int) -> _native.Logits | None:
-        """Logits after a token that was generated; None: cancelled."""
-        return self._continue(request, [token], length=len(request.prompt) + request.stats.generated_tokens)
-
-    def _continue(self, request: Request, ids: Sequence[int], *, length: int) -> _native.Logits | None:
-        """Logits of the last of some more tokens of a text of `length` tokens; None: cancelled."""
-        with self._lock:
-            if self._running is not request:
-                return None
-            before = self._held.state
-            try:
-                text = self._held.extend(request.weights, ids, length)
-                _reserve([(self, len(text))])
-                for chunk in _chunks(text, self._host.limits.max_rows):
-                    logits = self._append(request.weights, chunk)
-            except BaseException:
-                self._held.restore(before)
-                raise
-            return logits
+            return self._running
 
     def _load(self) -> Weights:
         """The weights that compute the next tokens of the session."""
         return self._host.load(self._adapter).scaled(self._scale)
-
-    def _append(self, weights: Weights, ids: Sequence[int], *, every: bool = False) -> _native.Logits:
-        """Compute tokens after those that the session holds. Returns the logits of the last one, or of every one."""
-        last = len(ids) - 1
-        return _step([_Row(self, weights, token, every or at == last) for at, token in enumerate(ids)])
 
     def _check_room(self, count: int) -> None:
         limit = self._host.limits.max_context
@@ -373,58 +364,24 @@ def _widened(logits: NDArray[np.float32], width: int) -> NDArray[np.float32]:
     return np.pad(logits, (0, width - len(logits)), constant_values=-np.inf)
 
 
-class _Row(NamedTuple):
-    """A token to compute next in a session. wanted: return its logits."""
-
-    session: Session
-    weights: Weights
-    token: int
-    wanted: bool
-
-
-def _steps(rows: Sequence[_Row], most: int) -> dict[int, NDArray[np.float32]]:
-    """Compute rows in steps of at most `most`. Returns the logits of the one that each session wants, by its id."""
+def _append(parts: Sequence[Part], most: int) -> dict[int, NDArray[np.float32]]:
+    """Compute parts in steps of at most `most` rows, and hold their tokens. Returns the logits of the last token of
+    each, by the id of what holds it.
+    """
     found: dict[int, NDArray[np.float32]] = {}
-    for layers in dict.fromkeys(row.weights.layers for row in rows):
-        group = [row for row in rows if row.weights.layers == layers]  # a native step has one list of layers
-        logits = (one for chunk in _chunks(group, most) for one in _step(chunk).array)
-        found |= zip((id(row.session) for row in group if row.wanted), logits, strict=True)
+    for group in groups(parts):
+        for step in packed(group, most):
+            logits = compute(step).array
+            for part in step:
+                part.held.append(part.weights, part.tokens)
+            found |= zip((id(part.held) for part in step if part.wanted), logits, strict=True)
     return found
-
-
-def _step(rows: Sequence[_Row]) -> _native.Logits:
-    """Compute rows of sessions whose lock the caller holds. If this succeeds, the sessions hold the tokens."""
-    position: dict[int, int] = {}
-    native: list[_native.Row] = []
-    for session, weights, token, wanted in rows:
-        at = position.get(id(session), len(session._held.tokens))
-        position[id(session)] = at + 1
-        native.append((token, at, _kv(session), weights.adapter, weights.scale, wanted))
-    try:
-        logits = rows[0].weights.decoder.step(native)
-    except (_native.NativeError, MemoryError) as error:
-        hint = "reset sessions to free their memory"
-        raise RunError(f"the step cannot be computed: {error}", hint=hint) from error
-    for _, own in groupby(rows, key=lambda row: id(row.session)):
-        some = list(own)
-        some[0].session._held.append(some[0].weights, [row.token for row in some])
-    return logits
 
 
 def _reserve(parts: Sequence[tuple[Session, int]]) -> None:
     """Take memory for so many more positions of each session. RunError: there is none."""
-    wanted = [
-        (_kv(session), len(session._held.tokens), len(session._held.tokens) + count)
-        for session, count in parts
+    helds = [(session._held, count) for session, count in parts]
+    positions = [
+        (held.kv, len(held.tokens), len(held.tokens) + count) for held, count in helds if held.kv is not None
     ]
-    parts[0][0]._host.reserve(wanted)
-
-
-def _kv(session: Session) -> _native.Kv:
-    kv = session._held.kv
-    assert kv is not None, "Held.begin() comes first"
-    return kv
-
-
-def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
-    return (items[at : at + size] for at in range(0, len(items), size))
+    parts[0][0]._host.reserve(positions)

@@ -1,0 +1,277 @@
+"""Steps all generations of an engine together.
+
+There is no thread for it: who waits for an event drives. That thread computes steps for all generations until its own
+has something to say, while the others wait. So a generation that is alone pays nothing, and none runs for a caller who
+does not ask, but for a few events ahead. Tasks of asyncio must not wait: a thread drives for them.
+
+Two locks: `turn` is held while sessions change, for one step at most. `_state` is held for moments: it guards the list
+of generations, and what they have to say. Who has `_state` never waits for `turn`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from bedplate import _native
+from bedplate.errors import RunError
+from bedplate.runtime.generation import Generation, Progress
+from bedplate.runtime.request import Event
+from bedplate.runtime.shares import Shares
+from bedplate.runtime.steps import Part, compute, groups
+
+AHEAD = 8  # events that a generation may be ahead of its caller
+_DRAFT_ROWS = 32  # a step of more rows has none for tokens that may be wrong
+
+Reserve = Callable[[Sequence[tuple[_native.Kv, int, int]]], None]
+
+
+class Scheduler:
+    """most: rows of a step.  reserve: takes memory for positions of keys and values. RunError: there is none."""
+
+    def __init__(self, most: int, reserve: Reserve) -> None:
+        self._most, self._reserve = most, reserve
+        self._state = threading.RLock()
+        self._active: list[Generation] = []
+        self._shares = Shares()
+        self._wakes: dict[Generation, Callable[[], None]] = {}  # of those whose callers wait
+        self._driver: int | None = None  # the thread
+        self._in_turn: int | None = None
+        # Who drives gives way at the gate: all others pass it before they wait for the turn.
+        self._gate, self._turn = threading.Lock(), threading.Lock()
+        self._tasks: set[Generation] = set()  # that tasks wait for
+        self._wanted = threading.Condition(self._state)  # the thread
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """While it is held, no session changes but by who holds it. RunError: a mask function asks for it."""
+        me = threading.get_ident()
+        self._check_outside(me)
+        with self._gate, self._turn:
+            self._in_turn = me
+            try:
+                yield
+            finally:
+                self._in_turn = None
+
+    def _check_outside(self, thread: int) -> None:
+        if self._in_turn == thread:
+            hint = "a mask function can only cancel: do this before the generation, or after it"
+            raise RunError("a session is used within a step", hint=hint)
+
+    def begin(self, generation: Generation) -> None:
+        """From now on steps compute it."""
+        with self._state:
+            self._shares.enter(generation.key)
+            self._active.append(generation)
+
+    def end(self, generation: Generation) -> None:
+        """Cancel a generation, unless it has ended. Nothing comes of what a running step computes for it."""
+        with self._state:
+            generation.end("cancelled")
+            self._sweep()
+
+    def take(self, generation: Generation) -> Event | Progress | None:
+        """The next of what a generation has to say, and None after the last. Drives if nobody else does.
+
+        Any error that ended the generation.
+        """
+        me = threading.get_ident()
+        self._check_outside(me)
+        while True:
+            try:
+                with self._state:
+                    if generation.outbox or generation.ended:
+                        return _first(generation)
+                    if drives := self._driver is None:
+                        self._driver = me
+                    else:
+                        woken = threading.Event()
+                        self._wakes[generation] = woken.set
+                if drives:
+                    self._drive(generation)
+                else:
+                    woken.wait()
+            finally:
+                with self._state:
+                    self._wakes.pop(generation, None)
+                    if self._driver == me:
+                        self._leave()
+
+    async def take_async(self, generation: Generation) -> Event | Progress | None:
+        """As `take`, for a task: it never drives."""
+        loop = asyncio.get_running_loop()
+        while True:
+            said = asyncio.Event()
+            with self._state:
+                if generation.outbox or generation.ended:
+                    self._wanted.notify_all()
+                    return _first(generation)
+                self._wakes[generation] = lambda: _call_in(loop, said.set)  # noqa: B023
+                self._tasks.add(generation)
+                if self._thread is None:
+                    self._thread = threading.Thread(
+                        target=self._drive_for_tasks, name="bedplate", daemon=True
+                    )
+                    self._thread.start()
+                self._wanted.notify_all()
+            await said.wait()
+
+    def close(self) -> None:
+        """End all generations, and the thread that drives for tasks."""
+        with self._state:
+            for one in list(self._active):
+                one.end("cancelled")
+            self._sweep()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _drive_for_tasks(self) -> None:
+        """Drive as long as tasks have generations, also a few events ahead of them. It ends when they have none."""
+        me = threading.get_ident()
+        while True:
+            with self._state:
+                self._wanted.wait_for(
+                    lambda: not self._tasks or (self._driver is None and self._tasks_want())
+                )
+                if not self._tasks:
+                    self._thread = None
+                    return
+                self._driver = me
+            try:
+                self._drive(None)
+            finally:
+                with self._state:
+                    self._leave()
+
+    def _tasks_want(self) -> bool:
+        return any(len(one.outbox) < AHEAD for one in self._tasks)
+
+    def _drive(self, generation: Generation | None) -> None:
+        """Compute steps until a generation has something to say; None: as long as generations of tasks want any."""
+        while True:
+            with self._state:
+                if not self._tasks_want() if generation is None else generation.outbox or generation.ended:
+                    return
+            with self._gate:
+                pass
+            with self._turn:
+                self._in_turn = threading.get_ident()
+                try:
+                    self._step()
+                finally:
+                    self._in_turn = None
+
+    def _leave(self) -> None:
+        """Who drove does no longer: another one who waits has to. The caller holds `_state`."""
+        self._driver = None
+        self._wanted.notify_all()
+        if not self._tasks_want():
+            for generation in self._wakes:
+                if generation not in self._tasks:
+                    self._wake(generation)
+                    return
+
+    def _step(self) -> None:
+        """Compute one step, and what follows from it."""
+        with self._state:
+            self._end_late()
+            wanting = [one for one in self._active if len(one.outbox) < AHEAD]
+            room = _DRAFT_ROWS - len(wanting)
+            for one in wanting:
+                one.propose(room // len(wanting))
+            given = self._shares.give(wanting, self._most) if wanting else {}
+            parts = {one: part for one, rows in given.items() if (part := one.part(rows)) is not None}
+        for one in list(parts):
+            held, part = one.held, parts[one]
+            try:
+                count = len(held.tokens)
+                self._reserve([(held.kv_of(part.weights), count, count + len(part.tokens))])
+            except Exception as error:
+                self._fail(one, error)
+                del parts[one]
+        for group in groups(parts.values()):
+            self._compute([(one, part) for one, part in parts.items() if part.fits == group[0].fits])
+
+    def _compute(self, parts: Sequence[tuple[Generation, Part]]) -> None:
+        """Compute parts that fit together in one step."""
+        try:
+            logits = compute([part for _, part in parts])
+        except Exception as error:
+            if len(parts) == 1:
+                self._fail(parts[0][0], error)
+            else:  # it is the fault of one of them
+                for alone in parts:
+                    self._compute([alone])
+            return
+        row = 0
+        for one, part in parts:
+            self._settle(one, part, logits, row)
+            row += part.wanted
+
+    def _settle(self, one: Generation, part: Part, logits: _native.Logits, row: int) -> None:
+        before = one.held.state
+        try:
+            with self._state:
+                one.computed(part, logits, row)
+                self._told(one)
+        except Exception as error:
+            one.held.restore(before)
+            self._fail(one, error)
+        except BaseException:  # Ctrl-C in the midst of it
+            one.held.restore(before)
+            self.end(one)
+            raise
+
+    def _fail(self, one: Generation, error: Exception) -> None:
+        with self._state:
+            one.fail(error)
+            self._told(one)
+
+    def _told(self, one: Generation) -> None:
+        """A generation may have something to say. The caller holds `_state`."""
+        if one.ended:
+            self._sweep()
+        elif one.outbox:
+            self._wake(one)
+
+    def _end_late(self) -> None:
+        now = time.perf_counter()
+        for one in list(self._active):
+            if one.deadline is not None and now >= one.deadline:
+                one.end("deadline")
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Let go of generations that have ended. The caller holds `_state`."""
+        for one in [one for one in self._active if one.ended]:
+            self._active.remove(one)
+            self._tasks.discard(one)
+            self._wake(one)
+            self._shares.keep(other.key for other in self._active)
+        self._wanted.notify_all()
+
+    def _wake(self, generation: Generation) -> None:
+        wake = self._wakes.pop(generation, None)
+        if wake is not None:
+            wake()
+
+
+def _first(generation: Generation) -> Event | Progress | None:
+    if not generation.outbox:
+        return None
+    first = generation.outbox.popleft()
+    if isinstance(first, BaseException):
+        raise first
+    return first
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    """Call a function in a loop, which may be closed by now."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(function)

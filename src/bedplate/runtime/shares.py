@@ -1,0 +1,61 @@
+"""Who gets the rows of a step: one token for each that generates, the rest to prompts, fair by tokens served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from bedplate.runtime.generation import Generation
+
+QUANTUM = 16  # rows of a prompt that are given at once: as many as kernels take side by side
+EVERY = 4  # steps, in one of which the oldest prompt gets some rows, however many short ones come after it
+
+
+class Shares:
+    """Counts the tokens served of each key, as the virtual token counter of arXiv:2401.00588 does: who has been served
+    least comes first, and who comes back after a time has no more claim than the others.
+    """
+
+    def __init__(self) -> None:
+        self._served: dict[str, float] = {}  # of keys that have generations
+        self._steps = 0
+
+    def enter(self, key: str) -> None:
+        """A generation of this key begins."""
+        if key not in self._served:
+            self._served[key] = min(self._served.values(), default=0)
+
+    def keep(self, keys: Iterable[str]) -> None:
+        """Forget all other keys."""
+        kept = set(keys)
+        self._served = {key: served for key, served in self._served.items() if key in kept}
+
+    def give(self, generations: Sequence[Generation], most: int) -> dict[Generation, int]:
+        """How many of `most` rows each gets in the next step; none: it is not there. All of them want some.
+
+        Prompts get a quantum at least, so that those that generate cannot keep them waiting. A prompt that is read to its
+        end is the last in its step.
+        """
+        reading = [one for one in generations if one.is_reading]
+        kept = min(QUANTUM, most // 2) if reading else 0
+        given: dict[Generation, int] = {}
+        for one in sorted((one for one in generations if not one.is_reading), key=self._claim):
+            if rows := min(one.wanted, most - kept - sum(given.values())):
+                self._count(given, one, rows)
+        quantum = max(1, min(QUANTUM, most // (len(reading) or 1)))
+        self._steps += 1
+        if len(reading) > 1 and self._steps % EVERY == 0:
+            self._count(given, reading[0], min(quantum, reading[0].wanted - 1))
+        while reading and (room := most - sum(given.values())) > 0:
+            one = min(reading, key=self._claim)
+            self._count(given, one, min(quantum, one.wanted - given.get(one, 0), room))
+            if given[one] == one.wanted:
+                break  # its first token is next: no rows of others that make it wait
+        return given
+
+    def _claim(self, one: Generation) -> tuple[float, int]:
+        return self._served[one.key], one.served
+
+    def _count(self, given: dict[Generation, int], one: Generation, rows: int) -> None:
+        given[one] = given.get(one, 0) + rows
+        self._served[one.key] += rows
+        one.served += rows

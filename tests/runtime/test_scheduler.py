@@ -1,0 +1,370 @@
+"""Generations that go on at the same time are computed together, and none of them can tell."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from itertools import zip_longest
+from typing import Any
+
+import pytest
+from os_threads import os_threads
+
+from bedplate import _native
+from bedplate.bundle.store import Bundle
+from bedplate.errors import RunError
+from bedplate.runtime import steps
+from bedplate.runtime.engine import Engine
+from bedplate.runtime.request import Event
+from bedplate.runtime.session import Session
+
+LONG = "the quick brown fox jumps over the lazy dog and runs away " * 3
+HOT: dict[str, Any] = {"max_tokens": 25, "temperature": 50.0}
+Request = tuple[str | None, str, dict[str, Any]]
+REQUESTS: list[Request] = [
+    (name, prompt, {**HOT, "seed": seed})
+    for seed, (name, prompt) in enumerate(
+        (name, prompt)
+        for name in (None, "all", "all8")
+        for prompt in ("ab", LONG, "pack my box with five dozen jugs")
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def expected(toy_bundle: Bundle) -> list[str]:
+    """What each request gives alone."""
+    with Engine(toy_bundle, cache_bytes=0, lookup=False) as engine:
+        return [engine.session(name).generate(prompt, **options) for name, prompt, options in REQUESTS]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many sessions each native step computes."""
+    counts: list[int] = []
+    compute = steps.compute
+
+    def counting(parts: Sequence[steps.Part]) -> _native.Logits:
+        counts.append(len(parts))
+        return compute(parts)
+
+    monkeypatch.setattr("bedplate.runtime.scheduler.compute", counting)
+    return counts
+
+
+def begin(engine: Engine, request: Request) -> Iterator[str]:
+    name, prompt, options = request
+    return engine.session(name).generate(prompt, stream=True, **options)
+
+
+@pytest.mark.parametrize("max_step_rows", [1, 5, 64])
+def test_of_one_thread_in_turn(
+    toy_bundle: Bundle, expected: list[str], counted: list[int], max_step_rows: int
+) -> None:
+    with Engine(toy_bundle, max_step_rows=max_step_rows) as engine:
+        pieces = zip_longest(*(begin(engine, request) for request in REQUESTS), fillvalue="")
+        texts = ["".join(own) for own in zip(*pieces, strict=True)]
+    assert texts == expected
+    assert max(counted) == min(max_step_rows, len(REQUESTS))
+
+
+def test_of_many_threads(toy_bundle: Bundle, expected: list[str], counted: list[int]) -> None:
+    ready = threading.Barrier(len(REQUESTS))
+
+    def answer(request: Request) -> str:
+        pieces = begin(engine, request)
+        ready.wait()
+        return "".join(pieces)
+
+    with Engine(toy_bundle) as engine, ThreadPoolExecutor(len(REQUESTS)) as pool:
+        for _ in range(3):
+            assert list(pool.map(answer, REQUESTS)) == expected
+    assert max(counted) == len(REQUESTS)
+
+
+def test_of_tasks(toy_bundle: Bundle, expected: list[str], counted: list[int]) -> None:
+    async def answer(request: Request) -> str:
+        name, prompt, options = request
+        return await engine.session(name).generate_async(prompt, **options)
+
+    async def all_answers() -> list[str]:
+        return await asyncio.gather(*map(answer, REQUESTS))
+
+    before = os_threads()
+    with Engine(toy_bundle, threads=1) as engine:
+        for _ in range(2):
+            assert asyncio.run(all_answers()) == expected
+    assert max(counted) > 1
+    assert os_threads(before) == before
+
+
+def test_of_tasks_and_threads_at_once(toy_bundle: Bundle, expected: list[str]) -> None:
+    async def answers() -> list[str]:
+        async def answer(request: Request) -> str:
+            name, prompt, options = request
+            session = engine.session(name)
+            return "".join([event.text async for event in session.events_async(prompt, **options)])
+
+        return await asyncio.gather(*map(answer, REQUESTS))
+
+    with Engine(toy_bundle) as engine, ThreadPoolExecutor(len(REQUESTS) + 1) as pool:
+        for _ in range(3):
+            tasks = pool.submit(asyncio.run, answers())
+            assert list(pool.map(lambda request: "".join(begin(engine, request)), REQUESTS)) == expected
+            assert tasks.result() == expected
+
+
+def test_a_loop_goes_on_while_its_tasks_wait(toy_bundle: Bundle) -> None:
+    async def both() -> int:
+        ticks = 0
+        task = asyncio.create_task(engine.session().generate_async(LONG, max_tokens=60, ignore_eos=True))
+        while not task.done():
+            ticks += 1
+            await asyncio.sleep(0)
+        return ticks
+
+    with Engine(toy_bundle) as engine:
+        engine.load()
+        assert asyncio.run(both()) > 20
+
+
+def test_a_task_that_is_cancelled_ends_its_generation(toy_bundle: Bundle, expected: list[str]) -> None:
+    async def leave() -> Session:
+        session = engine.session()
+        async with aclosing(session.events_async("ab", max_tokens=10_0, temperature=50.0)) as events:
+            await anext(events)
+            task = asyncio.create_task(engine.session().generate_async(LONG, **HOT))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        return session
+
+    with Engine(toy_bundle) as engine:
+        session = asyncio.run(leave())
+        assert session.last is not None and session.last.finish_reason == "cancelled"
+        assert not engine._scheduler._active
+        assert "".join(begin(engine, REQUESTS[0])) == expected[0]
+
+
+def test_what_is_refused_reaches_the_task(toy_bundle: Bundle) -> None:
+    with Engine(toy_bundle) as engine, pytest.raises(RunError, match="max_tokens is 0"):
+        asyncio.run(engine.session().generate_async("ab", max_tokens=0))
+
+
+class TestAlone:
+    def test_it_is_not_ahead_of_its_caller(self, toy_bundle: Bundle) -> None:
+        with Engine(toy_bundle, lookup=False) as engine:
+            session = engine.session()
+            pieces = session.events("fox", max_tokens=20, ignore_eos=True)
+            said = 0
+            for _ in range(5):
+                said += len(next(pieces).tokens)
+                assert session.last is not None and session.last.generated_tokens == said
+
+    def test_no_thread_is_made(self, toy_bundle: Bundle) -> None:
+        before = os_threads()
+        with Engine(toy_bundle, threads=1) as engine:
+            pieces = engine.session().generate("fox", max_tokens=20, stream=True)
+            next(pieces)
+            assert os_threads() == before
+
+
+class TestWhoDoesNotAsk:
+    def test_it_is_a_few_events_ahead_at_most(self, toy_bundle: Bundle) -> None:
+        with Engine(toy_bundle, lookup=False) as engine:
+            idle, busy = engine.session(), engine.session("all")
+            events = idle.events("ab", max_tokens=60, ignore_eos=True, seed=1, temperature=50.0)
+            busy.generate("ab", max_tokens=60, ignore_eos=True)
+            assert idle.last is not None and busy.last is not None
+            assert busy.last.generated_tokens == 60
+            assert 8 <= idle.last.generated_tokens < 30
+            alone = engine.session().generate("ab", max_tokens=60, ignore_eos=True, seed=1, temperature=50.0)
+            assert "".join(event.text for event in events) == alone
+
+    def test_it_ends_when_nobody_holds_it(self, toy_bundle: Bundle) -> None:
+        with Engine(toy_bundle) as engine:
+            session = engine.session()
+            events = session.events("ab", max_tokens=60)
+            assert len(engine._scheduler._active) == 1
+            del events
+            gc.collect()
+            assert not engine._scheduler._active
+            assert session.last is not None and session.last.finish_reason == "cancelled"
+
+
+class TestCancel:
+    def test_while_another_thread_drives(self, toy_bundle: Bundle) -> None:
+        with Engine(toy_bundle) as engine, ThreadPoolExecutor(3) as pool:
+            sessions = [engine.session() for _ in range(3)]
+            endless = {"max_tokens": 110, "ignore_eos": True, "temperature": 50.0}
+            for _ in range(5):
+                answers = [pool.submit(one.generate, "ab", **endless) for one in sessions]
+                while any(one.last is None or not one.last.generated_tokens for one in sessions):
+                    time.sleep(0.001)
+                for one in sessions:
+                    one.cancel()
+                for answer in answers:
+                    answer.result(timeout=10)
+
+    def test_close_ends_all(self, toy_bundle: Bundle) -> None:
+        engine = Engine(toy_bundle)
+        with ThreadPoolExecutor(4) as pool:
+            sessions = [engine.session() for _ in range(4)]
+            started = threading.Barrier(5)
+
+            def answer(session: Session) -> str:
+                pieces = session.generate("ab", max_tokens=110, ignore_eos=True, stream=True)
+                text = next(pieces)
+                started.wait()
+                return text + "".join(pieces)
+
+            answers = [pool.submit(answer, one) for one in sessions]
+            started.wait()
+            engine.close()
+            for one in answers:
+                one.result(timeout=10)
+            assert all(one.last is not None and one.last.finish_reason for one in sessions)
+
+
+class TestDeadline:
+    def test_that_is_over(self, toy_bundle: Bundle) -> None:
+        with Engine(toy_bundle) as engine:
+            session = engine.session()
+            assert session.generate("ab", max_tokens=50, deadline=0) == ""
+            assert session.last is not None
+            assert (session.last.finish_reason, session.last.generated_tokens) == ("deadline", 0)
+
+    def test_in_the_midst(self, toy_bundle: Bundle) -> None:
+        def slow(chosen: tuple[int, ...]) -> None:
+            time.sleep(0.01)
+
+        with Engine(toy_bundle) as engine:
+            session = engine.session()
+            events = list(session.events("ab", max_tokens=60, ignore_eos=True, deadline=0.2, mask=slow))
+            assert events[-1].finish_reason == "deadline"
+            assert session.last is not None and 1 < session.last.generated_tokens < 60
+
+    @pytest.mark.parametrize("value", [-1, "soon", float("nan"), True])
+    def test_that_is_none(self, toy_bundle: Bundle, value: Any) -> None:
+        with Engine(toy_bundle) as engine, pytest.raises(RunError, match="deadline is .*\nhint: "):
+            engine.session().events("ab", max_tokens=1, deadline=value)
+
+
+class TestFairness:
+    def test_a_short_prompt_does_not_wait_for_a_long_one(self, toy_bundle: Bundle) -> None:
+        with Engine(toy_bundle, max_step_rows=8, lookup=False, cache_bytes=0) as engine:
+            done: list[tuple[int, int]] = []
+            long = engine.session().generate(
+                LONG, max_tokens=2, stream=True, on_prefill=lambda *read: done.append(read)
+            )
+            short = engine.session()
+            short.generate("ab", max_tokens=3)
+            assert done == []  # it is told by who asks
+            next(long)
+            assert len(done) > 5 and done[0][0] < 8
+
+    def test_keys_get_the_same(self, toy_bundle: Bundle) -> None:
+        """Six generations of one key do not get more than the one of another."""
+        options: dict[str, Any] = {"max_tokens": 100, "ignore_eos": True, "temperature": 50.0}
+        with Engine(toy_bundle, max_step_rows=2, lookup=False) as engine, ThreadPoolExecutor(7) as pool:
+            many, one = [engine.session() for _ in range(6)], engine.session()
+            for session in many:
+                session.generate("ab", max_tokens=1)
+            waiting = [pool.submit(session.generate, "ab", key="many", **options) for session in many]
+            one.generate("ab", key="one", **options)
+            served = sum(session.last.generated_tokens for session in many if session.last is not None)
+            for session in many:
+                session.cancel()
+            for answer in waiting:
+                answer.result(timeout=10)
+            assert 60 <= served <= 150
+
+
+def mask_that(use: Callable[[], object]) -> Callable[[tuple[int, ...]], None]:
+    def mask(chosen: tuple[int, ...]) -> None:
+        if len(chosen) == 2:
+            use()
+
+    return mask
+
+
+class TestWithinAStep:
+    @pytest.mark.parametrize("what", ["step", "generate", "reset", "fork", "next"])
+    def test_a_mask_cannot_use_sessions(self, toy_bundle: Bundle, expected: list[str], what: str) -> None:
+        with Engine(toy_bundle) as engine:
+            session, other = engine.session(), engine.session()
+            running = other.events("ab", max_tokens=5)
+            uses: dict[str, Callable[[], object]] = {
+                "step": lambda: other.step([1]),
+                "generate": lambda: other.generate("ab", max_tokens=1),
+                "reset": session.reset,
+                "fork": session.fork,
+                "next": lambda: next(running),
+            }
+            with pytest.raises(RunError, match="a session is used within a step\nhint: "):
+                session.generate("ab", max_tokens=9, ignore_eos=True, mask=mask_that(uses[what]))
+            assert "".join(begin(engine, REQUESTS[0])) == expected[0]
+
+    def test_it_can_cancel(self, toy_bundle: Bundle) -> None:
+        with Engine(toy_bundle) as engine:
+            session = engine.session()
+            session.generate("ab", max_tokens=9, ignore_eos=True, mask=mask_that(session.cancel))
+            assert session.last is not None
+            assert (session.last.finish_reason, session.last.generated_tokens) == ("cancelled", 2)
+
+    def test_its_error_is_of_its_generation_alone(self, toy_bundle: Bundle, expected: list[str]) -> None:
+        def fail() -> None:
+            raise ZeroDivisionError
+
+        with Engine(toy_bundle) as engine:
+            wrong = engine.session().events("ab", max_tokens=9, ignore_eos=True, mask=mask_that(fail))
+            assert "".join(begin(engine, REQUESTS[0])) == expected[0]
+            with pytest.raises(ZeroDivisionError):
+                list(wrong)
+            assert list(wrong) == []
+
+
+def test_an_error_of_a_step_is_of_who_caused_it(
+    toy_bundle: Bundle, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that one generation cannot get is not missed by the others."""
+    with Engine(toy_bundle) as engine:
+        wrong = engine.session("all")
+        events = wrong.events("ab", **HOT, seed=1)
+        compute = steps.compute
+
+        def failing(parts: Sequence[steps.Part]) -> _native.Logits:
+            if any(part.held is wrong._held for part in parts):
+                raise RunError("no memory")
+            return compute(parts)
+
+        monkeypatch.setattr("bedplate.runtime.scheduler.compute", failing)
+        assert "".join(begin(engine, REQUESTS[0])) == expected[0]
+        with pytest.raises(RunError, match="no memory"):
+            list(events)
+        monkeypatch.undo()
+        assert list(wrong.events("ab", max_tokens=2))[-1].finish_reason == "length"
+
+
+def test_a_refused_memory_ends_one_generation(toy_bundle: Bundle) -> None:
+    with Engine(toy_bundle, cache_bytes=0) as probe:
+        session = probe.session()
+        session.step([1])
+        block = session.kv_bytes
+    with Engine(toy_bundle, cache_bytes=0, memory_bytes=3 * block) as engine:
+        options: dict[str, Any] = {"max_tokens": 90, "ignore_eos": True}
+        events = [engine.session().events("ab", **options) for _ in range(3)]
+        ends: list[str | None] = []
+        for one in events:
+            try:
+                ends.append(list[Event](one)[-1].finish_reason)
+            except RunError as error:
+                assert "memory is full" in str(error)
+                ends.append("full")
+        assert ends.count("full") >= 1
