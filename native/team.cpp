@@ -12,6 +12,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 // What a thread of no work waits for the next step before it sleeps: longer than what lies between two steps.
+// Where it shares its core, it sleeps at once.
 constexpr std::chrono::microseconds kBetweenSteps{200};
 // The others are at most so much later where each thread has a core of its own.
 constexpr std::chrono::microseconds kAtMeetings{100};
@@ -92,8 +93,9 @@ std::uint64_t Team::arrive() {
 }
 
 void Team::serve(int index) {
+    const bool shares = count_ > static_cast<int>(std::thread::hardware_concurrency());
     for (std::uint64_t next = 1;; ++next) {
-        crew_->works.wait(next, kBetweenSteps);
+        crew_->works.wait(next, shares ? std::chrono::microseconds{0} : kBetweenSteps);
         if (crew_->ended) return;
         (*crew_->work)(index);
         meet();

@@ -9,8 +9,8 @@ _T = TypeVar("_T")
 
 
 class lazy(Generic[_T]):  # noqa: N801
-    """A decorator, as `functools.cached_property`, which takes one lock for all objects before Python 3.12. In a process
-    that is forked while another thread has it, nobody gives it up. Here, two threads may find a value at once.
+    """As `functools.cached_property`, which takes one lock for all objects before Python 3.12: in a process that is
+    forked while another thread has it, nobody gives it up. Here, two threads may find a value at once.
     """
 
     def __init__(self, find: Callable[[Any], _T]) -> None:
