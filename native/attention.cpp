@@ -29,7 +29,7 @@ void Decoder::norm_whole(int thread, std::int64_t index) {
         kernels_.rms_norm(key, head_norm(index, i, &Norms::k_norm).data(), eps,
                           model_.kv_heads * model_.head_dim, key);
     }
-    team_.meet(thread);
+    team_.meet();
 }
 
 // The weights of a norm of a row's queries or keys: its adapter's, or the model's.
@@ -81,7 +81,7 @@ void Decoder::attend(int thread, std::int64_t layer) {
         const Range tasks = mine(thread, rows() * model_.kv_heads);
         for (std::int64_t task = tasks.begin; task < tasks.end; ++task)
             keep(layer, task / model_.kv_heads, task % model_.kv_heads);
-        team_.meet(thread);
+        team_.meet();
     }
     const std::int64_t parts = split_ ? most_blocks_ : 1;
     const Range tasks = mine(thread, rows() * model_.kv_heads * parts);
@@ -149,7 +149,7 @@ Inputs Decoder::attended(int thread, std::int64_t layer) {
             join(thread, layer, pair, states_.data() + pair * states, to.floats.data());
         to.quantize(kernels_, inputs, i, {0, width});
     }
-    meet_if_shared(thread);
+    meet_if_shared();
     return inputs;
 }
 

@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+#include <pthread.h>
 
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -389,6 +390,8 @@ NB_MODULE(_native, m) {
             PyErr_SetString(native_error.ptr(), error.what());
         }
     });
+    // What other threads held when a process was forked is held there for ever: that is no leak.
+    pthread_atfork(nullptr, nullptr, [] { nb::set_leak_warnings(false); });
     bind_weights(m);
     bind_adapter(m);
     bind_kv(m);

@@ -64,6 +64,7 @@ Decoder::Decoder(Model model, int threads, std::shared_ptr<Meter> meter)
 }
 
 void Decoder::step(const std::vector<Row>& rows, std::int64_t width, float* logits) {
+    team_.check_process();  // before it waits for a lock that nobody may give up
     const std::lock_guard<std::mutex> lock(mutex_);
     width_ = width;
     check(rows);
@@ -207,13 +208,13 @@ InputRows& Decoder::prepared(int thread) {
     return alone() ? own_[static_cast<std::size_t>(thread)].inputs : inputs_;
 }
 
-void Decoder::meet_if_shared(int thread) {
-    if (!alone()) team_.meet(thread);
+void Decoder::meet_if_shared() {
+    if (!alone()) team_.meet();
 }
 
 void Decoder::work(int thread) {
     embed(thread);
-    team_.meet(thread);
+    team_.meet();
     for (std::size_t i = 0; i < layers_.size(); ++i) layer(thread, static_cast<std::int64_t>(i));
     head(thread);
 }
@@ -222,22 +223,22 @@ void Decoder::layer(int thread, std::int64_t index) {
     Inputs read = norm(thread, index, &Norms::attention_norm), hidden{};
     const Work in = at(index, kAttentionIn);
     apply(thread, in, read, {out_.data(), in.linears->width, false});
-    team_.meet(thread);
+    team_.meet();
     if (model_.rules.parallel) {  // before attention takes the place of what both read
         hidden = mlp_in(thread, index, read);
-        team_.meet(thread);
+        team_.meet();
     }
     norm_whole(thread, index);
     attend(thread, index);
-    team_.meet(thread);
+    team_.meet();
     apply(thread, at(index, kAttentionOut), attended(thread, index), given());
-    team_.meet(thread);
+    team_.meet();
     add(thread, index, &Norms::attention_output_norm);
 
     if (!model_.rules.parallel) hidden = mlp_in(thread, index, norm(thread, index, &Norms::mlp_norm));
-    team_.meet(thread);  // what attention gave is read, and may be written over
+    team_.meet();  // what attention gave is read, and may be written over
     apply(thread, at(index, kMlpOut), hidden, given());
-    team_.meet(thread);
+    team_.meet();
     add(thread, index, &Norms::mlp_output_norm);
 }
 
@@ -289,7 +290,7 @@ Inputs Decoder::norm(int thread, std::int64_t index, Norm Norms::* which) {
         if (!as_is) normalize(norm, own(index, i, which), x + i * model_.stride, to.floats.data() + i * dim);
         to.quantize(kernels_, inputs, i, {0, dim});
     }
-    meet_if_shared(thread);
+    meet_if_shared();
     return inputs;
 }
 

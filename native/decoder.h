@@ -156,7 +156,7 @@ class Decoder {
     Range my_rows(int thread) const;
     Shares shares(int thread, const Linears& linears, Place place, std::int64_t narrow) const;
     InputRows& prepared(int thread);
-    void meet_if_shared(int thread);
+    void meet_if_shared();
 
     void work(int thread);
     void embed(int thread);

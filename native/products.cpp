@@ -88,7 +88,7 @@ Decoder::Shares Decoder::apply(int thread, const Work& work, const Inputs& input
     for (std::size_t l = 0; l < linears.weights.size(); ++l)
         kernels_.product(linears.weights[l]->view(), inputs, work.rows, blocks[l], out.to + linears.firsts[l],
                          out.stride, out.add);
-    if (!parts.empty()) team_.wait(thread, arrivals);
+    if (!parts.empty()) team_.wait(arrivals);
     for (const Part& part : parts)
         for (const auto& back : part.branch->backs) {
             const auto l = static_cast<std::size_t>(back->linear());

@@ -1,6 +1,7 @@
 #include "team.h"
 
-#include <algorithm>
+#include <unistd.h>
+
 #include <system_error>
 
 #include "memory.h"
@@ -9,23 +10,12 @@ namespace bedplate {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-using std::chrono::microseconds;
 
 // What a thread of no work waits for the next step before it sleeps: longer than what lies between two steps.
-constexpr microseconds kBetweenSteps{200};
-// The others are at most so much later where each thread has a core of its own. Where some wait for a core, a
-// thread that looks for them may hold it: then each learns to sleep at once.
-constexpr microseconds kMostPatience{100}, kLeastPatience{2};
-
-constexpr int kLooks = 16;  // between looks at the clock
-
-void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
+// Where it shares its core, it sleeps at once.
+constexpr std::chrono::microseconds kBetweenSteps{200};
+// The others are at most so much later where each thread has a core of its own.
+constexpr std::chrono::microseconds kAtMeetings{100};
 
 }  // namespace
 
@@ -38,72 +28,77 @@ void Count::wake() {
     woken_.notify_all();
 }
 
-bool Count::wait(std::uint64_t value, std::chrono::nanoseconds awake) {
+void Count::wait(std::uint64_t value, std::chrono::nanoseconds awake) {
     Clock::time_point limit;
-    for (int looks = 1; !reached(value); ++looks) {
-        pause();
-        if (looks % kLooks != 0) continue;
+    for (int looks = 0; !reached(value); ++looks) {
+        // Whoever waits for this core has it first: perhaps that is the thread that is waited for.
+        std::this_thread::yield();
         const auto now = Clock::now();
-        if (looks == kLooks) limit = now + awake;
+        if (looks == 0) limit = now + awake;
         if (now < limit) continue;
         std::unique_lock<std::mutex> lock(mutex_);
         ++asleep_;
         woken_.wait(lock, [&] { return value_.load() >= value; });
         --asleep_;
-        return false;
+        return;
     }
-    return true;
 }
 
-Team::Team(int count) : count_(count), patience_(static_cast<std::size_t>(count), {kMostPatience}) {
+Team::Team(int count) : count_(count), process_(getpid()), crew_(std::make_unique<Crew>()) {
     try {
-        for (int i = 1; i < count; ++i) threads_.emplace_back([this, i] { serve(i); });
+        for (int i = 1; i < count; ++i) crew_->threads.emplace_back([this, i] { serve(i); });
     } catch (const std::system_error&) {
         end();
         throw InvalidError("the system gives no more threads");
     }
 }
 
-Team::~Team() { end(); }
+Team::~Team() {
+    // In a process that was forked from its own, threads that are not there would never end, nor would those
+    // that sleep on a condition ever leave it.
+    if (getpid() == process_)
+        end();
+    else
+        static_cast<void>(crew_.release());
+}
+
+void Team::check_process() const {
+    require(getpid() == process_, "its threads are in the process that this one was forked from");
+}
 
 void Team::end() {
-    ended_ = true;
-    works_.add();
-    works_.wake();
-    for (auto& thread : threads_) thread.join();
+    crew_->ended = true;
+    crew_->works.add();
+    crew_->works.wake();
+    for (auto& thread : crew_->threads) thread.join();
 }
 
 void Team::run(const std::function<void(int)>& work) {
     if (count_ == 1) return work(0);
-    work_ = &work;
-    works_.add();
-    works_.wake();
+    crew_->work = &work;
+    crew_->works.add();
+    crew_->works.wake();
     work(0);
-    meet(0);
+    meet();
 }
+
+void Team::wait(std::uint64_t arrivals) { crew_->arrivals.wait(arrivals, kAtMeetings); }
 
 std::uint64_t Team::arrive() {
     const auto size = static_cast<std::uint64_t>(count_);
-    const std::uint64_t arrivals = arrivals_.add();
+    const std::uint64_t arrivals = crew_->arrivals.add();
     if (arrivals % size != 0) return arrivals + size - arrivals % size;
-    arrivals_.wake();
+    crew_->arrivals.wake();
     return arrivals;
 }
 
-void Team::wait(int thread, std::uint64_t arrivals) {
-    if (arrivals_.reached(arrivals)) return;
-    auto& patience = patience_[static_cast<std::size_t>(thread)].time;
-    const bool paid = arrivals_.wait(arrivals, patience);
-    patience = std::clamp<std::chrono::nanoseconds>(paid ? patience * 2 : patience / 2, kLeastPatience,
-                                                    kMostPatience);
-}
-
 void Team::serve(int index) {
+    const bool shares = count_ > static_cast<int>(std::thread::hardware_concurrency());
     for (std::uint64_t next = 1;; ++next) {
-        works_.wait(next, kBetweenSteps);
-        if (ended_) return;
-        (*work_)(index);
-        meet(index);
+        crew_->works.wait(next, shares ? std::chrono::microseconds{0} : kBetweenSteps);
+        if (crew_->ended) return;
+        (*crew_->work)(index);
+        meet();
     }
 }
 

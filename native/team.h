@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -21,8 +22,8 @@ class Count {
     // Wakes those that sleep.
     void wake();
     bool reached(std::uint64_t value) const { return value_.load(std::memory_order_acquire) >= value; }
-    // Returns when it has reached the value; whether it had before the thread fell asleep.
-    bool wait(std::uint64_t value, std::chrono::nanoseconds awake);
+    // Returns when it has reached the value. The thread stays awake for so long.
+    void wait(std::uint64_t value, std::chrono::nanoseconds awake);
 
   private:
     alignas(64) std::atomic<std::uint64_t> value_{0};
@@ -39,29 +40,32 @@ class Team {
     Team& operator=(const Team&) = delete;
 
     int size() const { return count_; }
+    // InvalidError: this process was forked from the one that made the team, and has none of its threads.
+    void check_process() const;
     // Runs work(0) … work(size - 1), the first on the caller's thread; returns when all have. Work must not
     // throw.
     void run(const std::function<void(int)>& work);
     // Called by every thread of a running work: returns when all have called it.
-    void meet(int thread) { wait(thread, arrive()); }
+    void meet() { wait(arrive()); }
     // The two halves of a meeting: in between, a thread does what needs nothing of the others.
     std::uint64_t arrive();
-    void wait(int thread, std::uint64_t arrivals);
+    void wait(std::uint64_t arrivals);
 
   private:
+    struct Crew {
+        std::vector<std::thread> threads;
+        const std::function<void(int)>* work = nullptr;
+        Count works;
+        Count arrivals;  // at meetings: each ends when the count is a multiple of the threads
+        std::atomic<bool> ended{false};
+    };
+
     void serve(int index);
     void end();
 
     const int count_;
-    std::vector<std::thread> threads_;
-    const std::function<void(int)>* work_ = nullptr;
-    Count works_;
-    Count arrivals_;  // at meetings: each ends when the count is a multiple of the threads
-    std::atomic<bool> ended_{false};
-    struct alignas(64) Patience {
-        std::chrono::nanoseconds time;
-    };
-    std::vector<Patience> patience_;  // of each thread, at meetings
+    const long process_;
+    std::unique_ptr<Crew> crew_;
 };
 
 }  // namespace bedplate

@@ -80,7 +80,7 @@ void Decoder::head(int thread) {
     const Inputs inputs = head_in(thread);
     for (const Work& work : heads_) logits_of(thread, work, inputs);
     if (swaps_.empty()) return;
-    team_.meet(thread);
+    team_.meet();
     const Range some = mine(thread, width_);
     for (const auto& [a, b] : swaps_)
         std::swap_ranges(logits_ + a * width_ + some.begin, logits_ + a * width_ + some.end,
@@ -94,7 +94,7 @@ Inputs Decoder::head_in(int thread) {
     InputRows& to = prepared(thread);
     const Inputs inputs = to.view(to.floats.data(), dim, count, dim);
     const Range some = alone() ? Range{0, count} : mine(thread, count);
-    if (!model_.direct) meet_if_shared(thread);  // rows that other threads have added to
+    if (!model_.direct) meet_if_shared();  // rows that other threads have added to
     for (std::int64_t i = some.begin; i < some.end; ++i) {
         const auto at = static_cast<std::size_t>(i);
         const float* x = residual(thread) + from_[at] * model_.stride;
@@ -106,7 +106,7 @@ Inputs Decoder::head_in(int thread) {
             normalize(model_.norm, adapter == nullptr ? nullptr : &adapter->norm, x, floats);
         to.quantize(kernels_, inputs, i, {0, dim});
     }
-    meet_if_shared(thread);
+    meet_if_shared();
     return inputs;
 }
 

@@ -28,7 +28,7 @@ from bedplate.model.adapter.text import AdapterText
 from bedplate.quantize.joined import joined, joined_names
 from bedplate.quantize.options import AdapterScheme
 from bedplate.quantize.recipe import Rule, Scheme
-from bedplate.runtime.cores import physical_cores
+from bedplate.runtime.cores import usable_cores
 from bedplate.runtime.effect import without_effect
 from bedplate.runtime.weights import Weights, load_foundation
 from bedplate.spec import ModelSpec, linear_shapes
@@ -84,7 +84,7 @@ class Publisher:
 
 def _load(bundle: Bundle, spec: ModelSpec) -> Weights:
     context = spec.max_positions
-    return load_foundation(bundle, spec, threads=physical_cores(), max_context=context, precision="float16")
+    return load_foundation(bundle, spec, threads=usable_cores(), max_context=context, precision="float16")
 
 
 class _Packer:

@@ -15,10 +15,11 @@ from bedplate import _native
 from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError, NotFoundError, RunError
 from bedplate.runtime import arguments, session_file
-from bedplate.runtime.cores import physical_cores
+from bedplate.runtime.cores import usable_cores
 from bedplate.runtime.held import Held
 from bedplate.runtime.model_spec import read_spec
 from bedplate.runtime.prefix_cache import PrefixCache
+from bedplate.runtime.process import Process
 from bedplate.runtime.scheduler import Scheduler
 from bedplate.runtime.session import Host, Session
 from bedplate.runtime.sums import Sums
@@ -67,7 +68,8 @@ class _Adapter:
 class Engine:
     """Runs a bundle: sessions on the base or on any adapter, in one process.
 
-    threads: how many threads compute a step. None: one for each physical core.
+    threads: how many threads compute a step. None: one for each physical core that the process may use, and has the
+        time of (the quota of its cgroups).
     kv: how keys and values are stored: `float16`, or `float32`, which is exact and takes twice the memory.
     max_context: how many positions a session can hold. None: as many as the model has. A session takes memory only for
         the positions that it holds.
@@ -81,6 +83,7 @@ class Engine:
         one step. The text is the same.
 
     Generations of all sessions are computed together. Other calls take turns. You can call a session from any thread.
+    A process that is forked later needs an engine of its own: there, calls of this one raise a RunError.
     The foundation and the tokenizer are loaded when they are first used.
     RunError: an argument has a wrong type or value, or the chat template cannot be read.  BundleError: the manifest
     describes a model that cannot be.
@@ -111,6 +114,7 @@ class Engine:
         self._memory_bytes = None
         if memory_bytes is not None:
             self._memory_bytes = arguments.integer("memory_bytes", memory_bytes, least=0)
+        self._process = Process()
         self.bundle = bundle
         self.tokenizer = Tokenizer.of_bundle(bundle)
         self._foundation = bundle.foundation_sha256
@@ -123,7 +127,12 @@ class Engine:
         self._lookup = arguments.flag("lookup", lookup)
         self._meter = _native.Meter()  # of keys and values
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._lock = threading.RLock()
+        self._own_lock = threading.RLock()
+
+    @property
+    def _lock(self) -> threading.RLock:
+        self._process.check()  # before anything waits for a lock that nobody may give up
+        return self._own_lock
 
     def __enter__(self) -> Engine:
         return self
@@ -134,7 +143,12 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Unload everything and end the threads. If a session is used again, it loads what it needs."""
+        """Unload everything and end the threads. If a session is used again, it loads what it needs.
+
+        In a process that was forked after the engine was made, this does nothing.
+        """
+        if not self._process.is_current:
+            return
         with self._lock:
             sessions = list(self._sessions)
         # A step holds the turn while it waits for the engine's lock: so this never holds both.
@@ -171,6 +185,7 @@ class Engine:
         return session
 
     def _host(self) -> Host:
+        self._process.check()
         return Host(
             load=self._load_all,
             load_for_text=self._load_for_text,
@@ -389,6 +404,7 @@ class Engine:
 
     def memory(self) -> MemoryUse:
         """How much memory is in use now. You can ask at any time: it waits for no step and no load."""
+        self._process.check()
         base, adapters = self._base, self._adapters.copy()
         cache = 0 if base is None else base.cache.own_nbytes
         return MemoryUse(
@@ -425,7 +441,7 @@ def _context(spec: ModelSpec, wanted: int | None) -> int:
 
 def _thread_count(threads: int | None) -> int:
     if threads is None:
-        return physical_cores()
+        return usable_cores()
     count = arguments.integer("threads", threads, least=1)
     if count > _MOST_THREADS:
         raise RunError(

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from bedplate import _native
 from bedplate.errors import RunError
 from bedplate.runtime.generation import Generation, Progress
+from bedplate.runtime.process import Process
 from bedplate.runtime.request import Event
 from bedplate.runtime.shares import Shares
 from bedplate.runtime.steps import Part, compute, groups
@@ -34,6 +35,7 @@ class Scheduler:
 
     def __init__(self, most: int, reserve: Reserve) -> None:
         self._most, self._reserve = most, reserve
+        self._process = Process()
         self._state = threading.RLock()
         self._active: list[Generation] = []
         self._shares = Shares()
@@ -59,6 +61,7 @@ class Scheduler:
                 self._in_turn = None
 
     def _check_outside(self, thread: int) -> None:
+        self._process.check()  # before anything waits for a lock that nobody may give up
         if self._in_turn == thread:
             hint = "a mask function can only cancel: do this before the generation, or after it"
             raise RunError("a session is used within a step", hint=hint)
@@ -71,6 +74,8 @@ class Scheduler:
 
     def end(self, generation: Generation) -> None:
         """Cancel a generation, unless it has ended. Nothing comes of what a running step computes for it."""
+        if not self._process.is_current:
+            return  # it may be forgotten in a process that was forked
         with self._state:
             generation.end("cancelled")
             self._sweep()
@@ -104,6 +109,7 @@ class Scheduler:
 
     async def take_async(self, generation: Generation) -> Event | Progress | None:
         """As `take`, for a task: it never drives."""
+        self._process.check()
         loop = asyncio.get_running_loop()
         while True:
             said = asyncio.Event()

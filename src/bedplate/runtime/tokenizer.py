@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bedplate.bundle.store import Bundle
 from bedplate.errors import RunError
 from bedplate.runtime import arguments
+from bedplate.runtime.lazy import lazy
 from bedplate.runtime.messages import Message, plain_messages
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Tokenizer:
         """Open the `tokenizer.json` now. RunError: it is not a tokenizer."""
         _ = self._backend
 
-    @cached_property
+    @lazy
     def end_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
         own = None if self._end_token is None else self._backend.token_to_id(self._end_token)
@@ -112,11 +112,11 @@ class Tokenizer:
     def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         return self._template.render(messages, special_tokens=self._special_tokens)
 
-    @cached_property
+    @lazy
     def _backend(self) -> Backend:
         return open_backend(self._source) if isinstance(self._source, Path) else self._source
 
-    @cached_property
+    @lazy
     def _template(self) -> ChatTemplate:
         from bedplate.runtime.chat_template import ChatTemplate
 
@@ -125,7 +125,7 @@ class Tokenizer:
             raise RunError("the bundle has no chat template, so it takes no messages", hint=hint)
         return ChatTemplate(self._chat_template)
 
-    @cached_property
+    @lazy
     def _user_text(self) -> UserText:
         from bedplate.runtime.user_text import UserText
 

@@ -9,7 +9,6 @@ these, a second tokenizer encodes it: the same one, but with special tokens that
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from bedplate.errors import RunError
+from bedplate.runtime.lazy import lazy
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _HINT = (
@@ -43,7 +43,7 @@ class UserText:
         }
         self._guarded: dict[str, _Guarded] = {}
 
-    @functools.cached_property
+    @lazy
     def _marker(self) -> _Marker:
         return _Marker(list(self._special.values()))
 
