@@ -326,7 +326,7 @@ class TestAHostileFile:
             ({"adapters": {}}, "other adapters, or none"),
             ({"adapters": {"all": 1.0, "all2": 1.0}}, "another adapter of the name 'all' or 'all2'"),
             ({"adapters": {"all": "1"}}, "expected float"),
-            ({"adapters": {"all": 0.5}}, None),
+            ({"adapters": {"all8": 0.5}}, None),
             ({"precision": "float8"}, "expected one of"),
             ({"precision": "float32"}, "kv='float32' computed"),
             ({"foundation": "0" * 64}, "another foundation"),
@@ -355,11 +355,11 @@ class TestAHostileFile:
     @pytest.mark.parametrize("scale", ["NaN", "Infinity", "1e300"])
     def test_that_has_a_scale_which_is_none(self, engine: Engine, saved: Path, scale: str) -> None:
         data = saved.read_bytes()
-        start = data.index(b'"all": 1.0')
+        start = data.index(b'"all8": 1.0')
         header = len(scale) - 3
         length = int.from_bytes(data[16:20], "little") + header
-        body = data[:16] + length.to_bytes(4, "little") + data[20:start] + f'"all": {scale}'.encode()
-        saved.write_bytes(sealed(body + data[start + 10 : -32]))
+        body = data[:16] + length.to_bytes(4, "little") + data[20:start] + f'"all8": {scale}'.encode()
+        saved.write_bytes(sealed(body + data[start + 11 : -32]))
         with pytest.raises(RunError, match=r"\nhint: "):
             engine.load_session(saved)
 

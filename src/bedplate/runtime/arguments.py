@@ -57,7 +57,7 @@ def scale(value: Any, name: str = "scale") -> float:
 
 def adapters(chosen: Any, factor: Any = 1.0) -> dict[str, float]:
     """The adapters that a session is to use, each with its scale: of one name, `factor`; none: the base."""
-    hint = "give a name, a mapping from names to scales, or None for the base"
+    hint = "give text, a mapping from names to scales, or None for the base"
     one = scale(factor)
     if isinstance(chosen, str):
         return {chosen: one}
