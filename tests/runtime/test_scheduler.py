@@ -23,6 +23,7 @@ from bedplate.runtime.engine import Engine
 from bedplate.runtime.request import Event
 from bedplate.runtime.session import Session
 from bedplate.runtime.tokenizer import Tokenizer
+from bedplate.runtime.weights import Weights, load_adapter
 
 LONG = "the quick brown fox jumps over the lazy dog and runs away " * 3
 HOT: dict[str, Any] = {"max_tokens": 25, "temperature": 50.0}
@@ -396,3 +397,26 @@ def test_a_refused_memory_ends_one_generation(toy_bundle: Bundle) -> None:
                 assert "memory is full" in str(error)
                 ends.append("full")
         assert ends.count("full") >= 1
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 100_000_000])
+def test_an_adapter_is_loaded_beside_running_steps(
+    toy_bundle: Bundle, expected: list[str], monkeypatch: pytest.MonkeyPatch, memory_bytes: int | None
+) -> None:
+    loading, may = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Weights:
+        loading.set()
+        may.wait()
+        return load_adapter(*arguments)
+
+    with Engine(toy_bundle, memory_bytes=memory_bytes) as engine, ThreadPoolExecutor(1) as pool:
+        pieces = begin(engine, REQUESTS[0])
+        text = next(pieces)
+        monkeypatch.setattr("bedplate.runtime.engine.load_adapter", slow)
+        session = engine.session("all")
+        loaded = pool.submit(session.generate, "ab", **REQUESTS[3][2])
+        loading.wait()
+        assert text + "".join(pieces) == expected[0]
+        may.set()
+        assert loaded.result() == expected[3]

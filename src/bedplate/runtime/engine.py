@@ -127,7 +127,10 @@ class Engine:
         self._lookup = arguments.flag("lookup", lookup)
         self._meter = _native.Meter()  # of keys and values
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._own_lock = threading.RLock()
+        self._own_lock = threading.RLock()  # of what is loaded
+        self._room = (
+            threading.RLock()
+        )  # of memory that is counted and then taken: never held while something loads
 
     @property
     def _lock(self) -> threading.RLock:
@@ -294,9 +297,10 @@ class Engine:
             if adapter.state is not None:
                 self._make_room(adapter.state[2], beside)  # about what it will take
             weights = load_adapter(base, self.bundle, name, self._spec)
-            self._make_room(weights.nbytes, beside)
             assert weights.adapter is not None
-            self._alive.add(weights.adapter)
+            with self._room:
+                self._make_room(weights.nbytes, beside)
+                self._alive.add(weights.adapter)
             adapter.weights = weights
         return adapter.weights
 
@@ -320,10 +324,19 @@ class Engine:
         """Take memory for positions [begin, end) of keys and values. RunError: there is none."""
         if self._memory_bytes is None or not any(kv.growth(begin, end) for kv, begin, end in parts):
             return
-        with self._lock:
-            self._make_room(sum(kv.growth(begin, end) for kv, begin, end in parts))
+        while not self._take(parts):
+            with self._lock:  # of adapters, which may have to go
+                self._make_room(sum(kv.growth(begin, end) for kv, begin, end in parts))
+
+    def _take(self, parts: Sequence[tuple[_native.Kv, int, int]]) -> bool:
+        """Take memory for positions, if there is room without dropping anything."""
+        with self._room:
+            growth = sum(kv.growth(begin, end) for kv, begin, end in parts)
+            if self._memory_bytes is not None and self._taken() + growth > self._memory_bytes:
+                return False
             for kv, begin, end in parts:
                 kv.reserve(begin, end)
+            return True
 
     def _make_room(self, nbytes: int, kept: Collection[str] = ()) -> None:
         """Drop what is needed least, if there is no room. The caller holds the lock. RunError: not enough is left.
@@ -341,17 +354,20 @@ class Engine:
         }
         over = self._taken() + nbytes - self._memory_bytes
         if over > cache.own_nbytes + sum(idle.values()):
-            raise RunError(
-                f"the engine's memory is full: {nbytes:,} bytes more than the {self._taken():,} that are in use would "
-                f"be more than memory_bytes, {self._memory_bytes:,}",
-                hint="reset sessions that you no longer need, or give the engine more memory_bytes",
-            )
+            raise self._full(nbytes)
         if over > 0:
             over -= cache.evict(over)
         for name, size in idle.items():
             if over > 0:
                 self.unload(name)
                 over -= size
+
+    def _full(self, nbytes: int) -> RunError:
+        return RunError(
+            f"the engine's memory is full: {nbytes:,} bytes more than the {self._taken():,} that are in use would "
+            f"be more than memory_bytes, {self._memory_bytes:,}",
+            hint="reset sessions that you no longer need, or give the engine more memory_bytes",
+        )
 
     def _taken(self) -> int:
         return self._meter.nbytes + sum(adapter.nbytes for adapter in self._alive)
