@@ -109,7 +109,7 @@ def test_adapters(chat: Chat, answer: Callable[..., str]) -> None:
     assert result.out == said(
         answer("the fox", adapter="all"), answer("the fox", adapter="all2", scale=0.5), base, base
     )
-    assert "  all  rank 4, " in result.err and "* all2  rank 4, " in result.err and "  loaded\n" in result.err
+    assert "  all  rank 4, " in result.err and "* all2  rank 4, " in result.err and ", loaded\n" in result.err
     wrong = chat("/use nosuch", "/use all hot", "/use base 2", "the fox")
     assert wrong.out == said(base)
     for words in ("no adapter 'nosuch'", "the scale is hot", "the base has nothing to scale"):

@@ -75,6 +75,12 @@ def test_ctrl_c_stops_an_answer_and_then_the_chat(terminal: Open, tmp_path: Path
     chat.until("base>")
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
     assert [one["role"] for one in messages] == ["user", "assistant"] and messages[1]["content"]
+    chat.type("/compare @all so?\n")
+    chat.until("comparing")
+    time.sleep(0.3)
+    chat.type(CTRL_C)
+    chat.until("stopped")
+    chat.until("base>")
     chat.type("half a line")
     chat.until("half a line")
     chat.type(CTRL_C)

@@ -89,7 +89,9 @@ def _command(name: str) -> Command:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"do you mean {near[0]}? " if near else "/help lists the commands. "
-        raise NotFoundError(f"no command {name}", hint=f"{hint}A question may begin with a space and a /")
+        raise NotFoundError(
+            f"no command {name}", hint=f"{hint}Type a space before a question that begins with /"
+        )
     return known[name]
 
 
@@ -123,8 +125,8 @@ def _adapters(talk: Talk, argument: str) -> None:
     loaded = talk.engine.memory().adapters
     for entry in talk.engine.bundle.adapters.values():
         mark = "*" if entry.name == talk.branch.session.adapter else " "
-        state = "loaded" if entry.name in loaded else ""
-        _say(f"{mark} {entry.name}  rank {entry.info.rank}, {size(entry.nbytes)}  {state}")
+        state = ", loaded" if entry.name in loaded else ""
+        _say(f"{mark} {entry.name}  rank {entry.info.rank}, {size(entry.nbytes)}{state}")
 
 
 def _fork(talk: Talk, argument: str) -> None:
@@ -139,7 +141,8 @@ def _branch(talk: Talk, argument: str) -> None:
         mark = "*" if name == talk.name else " "
         questions = [one for one in branch.messages if one["role"] == "user"]
         last = f", the last: {_short(questions[-1]['content'])}" if questions else ""
-        _say(f"{mark} {name}  {branch.session.adapter or 'base'}, {len(questions)} questions{last}")
+        count = "1 question" if len(questions) == 1 else f"{len(questions)} questions"
+        _say(f"{mark} {name}  {branch.session.adapter or 'base'}, {count}{last}")
 
 
 def _compare(talk: Talk, argument: str) -> None:
