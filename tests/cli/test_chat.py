@@ -262,7 +262,7 @@ def test_compare(chat: Chat, answer: Callable[..., str]) -> None:
     assert result.out.endswith(f"\n{after}\n"), "the conversation is as it was"
     same = chat("/use all 0.5", "the fox", "/compare")
     first = answer("the fox", adapter="all", scale=0.5)
-    assert same.out == f"{first}\nbase:\n{base}\n\nall:\n{first}\n\n"
+    assert same.out == f"{first}\nbase:\n{base}\n\nall × 0.5:\n{first}\n\n"
     wrong = chat("/compare", "/compare @nosuch x", "/compare " + "dog " * 400, "the fox")
     assert wrong.out == said(base)
     for words in ("there is no question yet", "no adapter 'nosuch'", "do not fit the context"):
@@ -274,7 +274,7 @@ def test_compare_gives_all_the_same_chance(chat: Chat) -> None:
     out = chat(
         "/use all 0", "/compare @all @all the fox", options=("--temperature", 5, "--max-tokens", 20)
     ).out
-    base, of_all = out.removeprefix("base:\n").split("all:\n")
+    base, of_all = out.removeprefix("base:\n").split("all × 0:\n")
     assert base == of_all
 
 

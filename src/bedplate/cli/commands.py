@@ -13,7 +13,7 @@ from rich.markup import escape
 from bedplate.cli.lines import Lines
 from bedplate.cli.options import GENERATION
 from bedplate.cli.output import print_error, size, stderr
-from bedplate.cli.talk import Talk, print_speed
+from bedplate.cli.talk import Talk, label_of, print_speed
 from bedplate.errors import BedplateError, NotFoundError, RunError
 
 _BLOCK = '"""'
@@ -124,7 +124,7 @@ def _use(talk: Talk, argument: str) -> None:
 def _adapters(talk: Talk, argument: str) -> None:
     loaded = talk.engine.memory().adapters
     for entry in talk.engine.bundle.adapters.values():
-        mark = "*" if entry.name == talk.branch.session.adapter else " "
+        mark = "*" if entry.name in talk.branch.adapters else " "
         state = ", loaded" if entry.name in loaded else ""
         _say(f"{mark} {entry.name}  rank {entry.info.rank}, {size(entry.nbytes)}{state}")
 
@@ -142,7 +142,7 @@ def _branch(talk: Talk, argument: str) -> None:
         questions = [one for one in branch.messages if one["role"] == "user"]
         last = f", the last: {_short(questions[-1]['content'])}" if questions else ""
         count = "1 question" if len(questions) == 1 else f"{len(questions)} questions"
-        _say(f"{mark} {name}  {branch.session.adapter or 'base'}, {count}{last}")
+        _say(f"{mark} {name}  {label_of(branch.adapters)}, {count}{last}")
 
 
 def _compare(talk: Talk, argument: str) -> None:
@@ -151,12 +151,18 @@ def _compare(talk: Talk, argument: str) -> None:
         name, _, argument = argument.partition(" ")
         names.append(name[1:])
         argument = argument.strip()
-    current, bundle = talk.branch.session.adapter, talk.engine.bundle
+    current = talk.branch.adapters
     for name in names:
         talk.engine.check_adapter(name)
-    others = names or ([current] if current else list(bundle.adapters))
+    if names or not current:
+        # The current adapter as it is used now, all others as they are.
+        others = [
+            {name: current.get(name, 1.0)} for name in dict.fromkeys(names or talk.engine.bundle.adapters)
+        ]
+    else:
+        others = [current]
     messages = talk.with_question(argument) if argument else talk.up_to_question()
-    talk.compare([None, *dict.fromkeys(others)], messages)
+    talk.compare(others, messages)
 
 
 def _retry(talk: Talk, argument: str) -> None:
