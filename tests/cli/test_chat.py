@@ -247,6 +247,38 @@ def test_what_cannot_be_saved_or_loaded(chat: Chat, answer: Callable[..., str], 
         assert words in result.err
 
 
+def test_arguments_of_all_kinds_are_no_crash(chat: Chat, answer: Callable[..., str]) -> None:
+    names = [command.names[0] for command in COMMANDS if command.names[0] not in ("/quit", "/save")]
+    wrong = (
+        "x y z",
+        "-1",
+        "1e999",
+        "[" * 100_000,
+        "\0",
+        "~nobody/x",
+        "@",
+        "{}",
+        '"',
+        "caf\u00e9 \x7f",
+        "top_p",
+        "stop 5",
+    )
+    typed = [f"{name} {text}" for name in names for text in wrong]
+    result = chat(
+        *typed,
+        "/save \0",
+        "/save ~nobody/x",
+        "/reset",
+        "/use",
+        "/branch main",
+        "/reset",
+        "/system",
+        "the fox",
+    )
+    assert result.code == 0 and result.out.endswith(said(answer("the fox")))
+    assert "Traceback" not in result.err
+
+
 def test_compare(chat: Chat, answer: Callable[..., str]) -> None:
     base, after = answer("the fox"), answer("the fox", "so?")
     result = chat("the fox", "/compare so?", "/compare @all2 so?", "so?")

@@ -190,7 +190,7 @@ def _set(talk: Talk, argument: str) -> None:
         raise NotFoundError(f"no option {name}", hint=hint)
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None if text in ("", "none", "random") else text
     talk.set(name, value)
 
@@ -206,7 +206,12 @@ def _load(talk: Talk, argument: str) -> None:
 def _path(argument: str) -> Path:
     if not argument:
         raise RunError("there is no file", hint="name one: /save talk.json, /load talk.json")
-    return Path(argument).expanduser()
+    try:
+        if "\0" not in argument:
+            return Path(argument).expanduser()
+    except RuntimeError:  # ~NAME of nobody
+        pass
+    raise RunError(f"{argument!r} is no path", hint="name a file: /save talk.json")
 
 
 def _stats(talk: Talk, argument: str) -> None:
