@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 DRIVER = Path(__file__).with_name("slow_chat.py")
@@ -35,37 +36,41 @@ class Terminal:
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(inner)
-        self._seen = ""
+        self._seen, self._decoder = "", codecs.getincrementaldecoder("utf-8")("replace")
 
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
-    def until(self, text: str, *, seconds: float = 60) -> str:
+    def until(self, text: str) -> str:
         """What the terminal shows up to a text, without what was seen before."""
-        end = time.monotonic() + seconds
-        while text not in (shown := _ESCAPES.sub("", self._seen)):
-            assert time.monotonic() < end, shown
-            if select.select([self._fd], [], [], 0.1)[0]:
-                self._seen += self._read()
-        before, _, self._seen = shown.partition(text)
+        self._wait(lambda: text in self.rest)
+        before, _, self._seen = self.rest.partition(text)
         return before + text
 
-    def end(self, *, seconds: float = 60) -> int:
+    def end(self) -> int:
         """The exit code. What is still shown is in `rest`."""
-        end = time.monotonic() + seconds
-        while self.process.poll() is None:
-            assert time.monotonic() < end, self.rest
-            if select.select([self._fd], [], [], 0.1)[0]:
-                self._seen += self._read()
-        while select.select([self._fd], [], [], 0)[0] and (data := self._read()):
-            self._seen += data
+        self._wait(lambda: self.process.poll() is not None)
+        while self._read(0):
+            pass
         return self.process.returncode
 
-    def _read(self) -> str:
+    def _wait(self, there: Callable[[], bool]) -> None:
+        waits = 600  # not a time: a machine may stop this process for a while
+        while not there():
+            waits -= not self._read(0.1)
+            assert waits, self.rest
+
+    def _read(self, seconds: float) -> bool:
+        """Whether something was shown."""
+        if not select.select([self._fd], [], [], seconds)[0]:
+            return False
         try:
-            return os.read(self._fd, 65536).decode()
+            data = os.read(self._fd, 65536)
         except OSError:  # the other end is closed
-            return ""
+            time.sleep(seconds)
+            return False
+        self._seen += self._decoder.decode(data)
+        return bool(data)
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,22 @@ def test_answers_to_something_else_do_not_count(
     again = ["c", "stop"] if change == "a line" else ["a", "b", "stop"]
     assert asked == ["a", "b", "stop", *again]
     assert records(output.read_text()) == records(run(given, "--raw", "--seed", 1, *more).out)
+
+
+def test_a_full_disk_loses_no_answer(run: Any, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    given = lines({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # room for two of them
+    try:
+        full = run(given, "--seed", 1, "--output", output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert full.code == 2 and f"error: {output}.part: File too large\nhint: " in full.err
+    assert "note: the answers so far are in" in full.err and not output.exists()
+    went_on = run(given, "--seed", 1, "--output", output)
+    assert went_on.code == 0 and "of them before" in went_on.err
+    assert records(output.read_text()) == records(run(given, "--seed", 1).out)
 
 
 def test_nothing_is_left_of_a_run_that_has_no_answer(run: Any, asked: list[str], tmp_path: Path) -> None:

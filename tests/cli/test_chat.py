@@ -109,7 +109,7 @@ def test_adapters(chat: Chat, answer: Callable[..., str]) -> None:
     assert result.out == said(
         answer("the fox", adapter="all"), answer("the fox", adapter="all2", scale=0.5), base, base
     )
-    assert "  all  rank 4, " in result.err and "* all2  rank 4, " in result.err and "  loaded\n" in result.err
+    assert "  all  rank 4, " in result.err and "* all2  rank 4, " in result.err and ", loaded\n" in result.err
     wrong = chat("/use nosuch", "/use all hot", "/use base 2", "the fox")
     assert wrong.out == said(base)
     for words in ("no adapter 'nosuch'", "the scale is hot", "the base has nothing to scale"):
@@ -247,6 +247,38 @@ def test_what_cannot_be_saved_or_loaded(chat: Chat, answer: Callable[..., str], 
         assert words in result.err
 
 
+def test_arguments_of_all_kinds_are_no_crash(chat: Chat, answer: Callable[..., str]) -> None:
+    names = [command.names[0] for command in COMMANDS if command.names[0] not in ("/quit", "/save")]
+    wrong = (
+        "x y z",
+        "-1",
+        "1e999",
+        "[" * 100_000,
+        "\0",
+        "~nobody/x",
+        "@",
+        "{}",
+        '"',
+        "caf\u00e9 \x7f",
+        "top_p",
+        "stop 5",
+    )
+    typed = [f"{name} {text}" for name in names for text in wrong]
+    result = chat(
+        *typed,
+        "/save \0",
+        "/save ~nobody/x",
+        "/reset",
+        "/use",
+        "/branch main",
+        "/reset",
+        "/system",
+        "the fox",
+    )
+    assert result.code == 0 and result.out.endswith(said(answer("the fox")))
+    assert "Traceback" not in result.err
+
+
 def test_compare(chat: Chat, answer: Callable[..., str]) -> None:
     base, after = answer("the fox"), answer("the fox", "so?")
     result = chat("the fox", "/compare so?", "/compare @all2 so?", "so?")
@@ -262,7 +294,7 @@ def test_compare(chat: Chat, answer: Callable[..., str]) -> None:
     assert result.out.endswith(f"\n{after}\n"), "the conversation is as it was"
     same = chat("/use all 0.5", "the fox", "/compare")
     first = answer("the fox", adapter="all", scale=0.5)
-    assert same.out == f"{first}\nbase:\n{base}\n\nall:\n{first}\n\n"
+    assert same.out == f"{first}\nbase:\n{base}\n\nall × 0.5:\n{first}\n\n"
     wrong = chat("/compare", "/compare @nosuch x", "/compare " + "dog " * 400, "the fox")
     assert wrong.out == said(base)
     for words in ("there is no question yet", "no adapter 'nosuch'", "do not fit the context"):
@@ -274,7 +306,7 @@ def test_compare_gives_all_the_same_chance(chat: Chat) -> None:
     out = chat(
         "/use all 0", "/compare @all @all the fox", options=("--temperature", 5, "--max-tokens", 20)
     ).out
-    base, of_all = out.removeprefix("base:\n").split("all:\n")
+    base, of_all = out.removeprefix("base:\n").split("all × 0:\n")
     assert base == of_all
 
 

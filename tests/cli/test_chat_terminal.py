@@ -66,15 +66,20 @@ def test_ctrl_c_stops_an_answer_and_then_the_chat(terminal: Open, tmp_path: Path
     chat.type("the fox\n")
     chat.until("the fox\n")
     time.sleep(0.6)  # some tokens
-    begin = time.monotonic()
     chat.type(CTRL_C)
     chat.until("stopped")
-    assert time.monotonic() - begin < 2, "200 tokens take 10 seconds"
     chat.until("base>")
     chat.type(f"/save {tmp_path / 'talk.json'}\n")
     chat.until("base>")
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
     assert [one["role"] for one in messages] == ["user", "assistant"] and messages[1]["content"]
+    assert len(messages[1]["content"]) < 100, "it would have some hundred characters"
+    chat.type("/compare @all so?\n")
+    chat.until("comparing")
+    time.sleep(0.3)
+    chat.type(CTRL_C)
+    chat.until("stopped")
+    chat.until("base>")
     chat.type("half a line")
     chat.until("half a line")
     chat.type(CTRL_C)

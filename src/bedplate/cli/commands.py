@@ -13,7 +13,7 @@ from rich.markup import escape
 from bedplate.cli.lines import Lines
 from bedplate.cli.options import GENERATION
 from bedplate.cli.output import print_error, size, stderr
-from bedplate.cli.talk import Talk, print_speed
+from bedplate.cli.talk import Talk, label_of, print_speed
 from bedplate.errors import BedplateError, NotFoundError, RunError
 
 _BLOCK = '"""'
@@ -89,7 +89,9 @@ def _command(name: str) -> Command:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"do you mean {near[0]}? " if near else "/help lists the commands. "
-        raise NotFoundError(f"no command {name}", hint=f"{hint}A question may begin with a space and a /")
+        raise NotFoundError(
+            f"no command {name}", hint=f"{hint}Type a space before a question that begins with /"
+        )
     return known[name]
 
 
@@ -122,9 +124,9 @@ def _use(talk: Talk, argument: str) -> None:
 def _adapters(talk: Talk, argument: str) -> None:
     loaded = talk.engine.memory().adapters
     for entry in talk.engine.bundle.adapters.values():
-        mark = "*" if entry.name == talk.branch.session.adapter else " "
-        state = "loaded" if entry.name in loaded else ""
-        _say(f"{mark} {entry.name}  rank {entry.info.rank}, {size(entry.nbytes)}  {state}")
+        mark = "*" if entry.name in talk.branch.adapters else " "
+        state = ", loaded" if entry.name in loaded else ""
+        _say(f"{mark} {entry.name}  rank {entry.info.rank}, {size(entry.nbytes)}{state}")
 
 
 def _fork(talk: Talk, argument: str) -> None:
@@ -139,7 +141,8 @@ def _branch(talk: Talk, argument: str) -> None:
         mark = "*" if name == talk.name else " "
         questions = [one for one in branch.messages if one["role"] == "user"]
         last = f", the last: {_short(questions[-1]['content'])}" if questions else ""
-        _say(f"{mark} {name}  {branch.session.adapter or 'base'}, {len(questions)} questions{last}")
+        count = "1 question" if len(questions) == 1 else f"{len(questions)} questions"
+        _say(f"{mark} {name}  {label_of(branch.adapters)}, {count}{last}")
 
 
 def _compare(talk: Talk, argument: str) -> None:
@@ -148,12 +151,18 @@ def _compare(talk: Talk, argument: str) -> None:
         name, _, argument = argument.partition(" ")
         names.append(name[1:])
         argument = argument.strip()
-    current, bundle = talk.branch.session.adapter, talk.engine.bundle
+    current = talk.branch.adapters
     for name in names:
         talk.engine.check_adapter(name)
-    others = names or ([current] if current else list(bundle.adapters))
+    if names or not current:
+        # The current adapter as it is used now, all others as they are.
+        others = [
+            {name: current.get(name, 1.0)} for name in dict.fromkeys(names or talk.engine.bundle.adapters)
+        ]
+    else:
+        others = [current]
     messages = talk.with_question(argument) if argument else talk.up_to_question()
-    talk.compare([None, *dict.fromkeys(others)], messages)
+    talk.compare(others, messages)
 
 
 def _retry(talk: Talk, argument: str) -> None:
@@ -181,7 +190,7 @@ def _set(talk: Talk, argument: str) -> None:
         raise NotFoundError(f"no option {name}", hint=hint)
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None if text in ("", "none", "random") else text
     talk.set(name, value)
 
@@ -197,7 +206,12 @@ def _load(talk: Talk, argument: str) -> None:
 def _path(argument: str) -> Path:
     if not argument:
         raise RunError("there is no file", hint="name one: /save talk.json, /load talk.json")
-    return Path(argument).expanduser()
+    try:
+        if "\0" not in argument:
+            return Path(argument).expanduser()
+    except RuntimeError:  # ~NAME of nobody
+        pass
+    raise RunError(f"{argument!r} is no path", hint="name a file: /save talk.json")
 
 
 def _stats(talk: Talk, argument: str) -> None:

@@ -17,7 +17,7 @@ from bedplate.cli.output import stderr
 from bedplate.cli.reading import decode, standard_input
 from bedplate.errors import RunError
 
-_FEWEST = 1000  # entries that a history keeps when it has become twice as long
+_KEPT = 1000  # entries of a history, when it has become twice as long
 
 
 class Lines(Protocol):
@@ -150,9 +150,9 @@ class _History:
         with self._open("a+b") as file:
             file.seek(0)
             lines = file.readlines()
-            if len(lines) > 2 * _FEWEST:
+            if len(lines) > 2 * _KEPT:
                 file.truncate(0)
-                file.writelines(lines[-_FEWEST:])
+                file.writelines(lines[-_KEPT:])
 
     def _open(self, mode: str) -> Any:
         def opener(path: str, flags: int) -> int:

@@ -156,12 +156,17 @@ def answered(
     """
     waiting = enumerate(requests)
     active: list[tuple[int, Answer]] = []
-    while True:
-        for at, request in islice(waiting, parallel - len(active)):
-            active.append((at, Answer(request)))
-            active[-1][1].start(engine)
-        if not active:
-            return
-        going = [answer.advance() for _, answer in active]
-        yield from (one for one, goes in zip(active, going, strict=True) if not goes)
-        active = [one for one, goes in zip(active, going, strict=True) if goes]
+    try:
+        while True:
+            for at, request in islice(waiting, parallel - len(active)):
+                active.append((at, Answer(request)))
+                active[-1][1].start(engine)
+            if not active:
+                return
+            going = [answer.advance() for _, answer in active]
+            yield from (one for one, goes in zip(active, going, strict=True) if not goes)
+            active = [one for one, goes in zip(active, going, strict=True) if goes]
+    finally:
+        for _, answer in active:  # an interrupt leaves some
+            if answer.session is not None:
+                answer.session.cancel()

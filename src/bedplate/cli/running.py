@@ -56,7 +56,6 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print text and statistics as JSON.")] = False,
 ) -> None:
     """Answer one prompt, or each line of a file. The text goes to stdout while it is made. Statistics go to stderr."""
-    from bedplate.cli.batch import run_file
     from bedplate.cli.requests import Defaults, turns
     from bedplate.cli.talk import print_speed, stream
     from bedplate.runtime.engine import Engine
@@ -73,6 +72,8 @@ def run(
         if scale != 1:
             session.use(adapter, scale=scale)
         if file is not None:
+            from bedplate.cli.batch import run_file  # which needs what one prompt does not
+
             defaults = Defaults(adapter=adapter, scale=scale, system=system, raw=raw, generation=generation)
             key = repr((opened.manifest, defaults, kv, max_context)).encode(errors="backslashreplace")
             run_file(engine, file, output, defaults, parallel=parallel, key=key)

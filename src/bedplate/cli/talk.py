@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from bedplate.bundle import files
 from bedplate.cli.output import json_line, show_prefill, stderr, stdout
-from bedplate.cli.requests import Answer, Defaults, Request, answered, as_options, checked, json_object, turns
+from bedplate.cli.requests import Defaults, Request, answered, as_options, checked, json_object, turns
 from bedplate.errors import NameTakenError, NotFoundError, RunError
 from bedplate.runtime.messages import Message, plain_messages
 
@@ -33,6 +33,12 @@ class Branch:
 
     session: Session
     messages: list[Message]
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """What the session uses: adapters by name, each with its scale."""
+        session = self.session
+        return {} if session.adapter is None else {session.adapter: session.scale}
 
 
 class Talk:
@@ -56,10 +62,8 @@ class Talk:
     @property
     def label(self) -> str:
         """What answers, and in which branch."""
-        session = self.branch.session
-        scale = "" if session.scale == 1 else f" × {session.scale:g}"
         branch = "" if self.name == MAIN else f" ({self.name})"
-        return f"{session.adapter or 'base'}{scale}{branch}"
+        return f"{label_of(self.branch.adapters)}{branch}"
 
     def ask(self, messages: Sequence[Message]) -> None:
         """Answer the last of some messages. With the answer, they are the conversation then.
@@ -130,8 +134,8 @@ class Talk:
 
     def save(self, path: Path) -> None:
         """Write the conversation and its options. RunError: the file cannot be written."""
-        session = self.branch.session
-        fields = {"adapter": session.adapter, "scale": session.scale, "messages": self.branch.messages}
+        adapter, scale = self.branch.session.adapter, self.branch.session.scale
+        fields = {"adapter": adapter, "scale": scale, "messages": self.branch.messages}
         try:
             with files.replacing(path) as file:
                 file.write(json_line({**fields, **self.generation}).encode())
@@ -156,27 +160,23 @@ class Talk:
         self.branches[self.name] = Branch(session, [*messages])
         self.generation = generation
 
-    def compare(self, adapters: Sequence[str | None], messages: Sequence[Message]) -> None:
-        """Print what each adapter (None: the base) answers. The conversation stays as it is."""
+    def compare(self, adapters: Sequence[dict[str, float]], messages: Sequence[Message]) -> None:
+        """Print what the base answers, and what each of these does. The conversation stays as it is."""
         generation = dict(self.generation)
         if generation["seed"] is None:  # the same chance for all
             generation["seed"] = int.from_bytes(os.urandom(8))
-        current = self.branch.session
-        requests = [
-            Request(
-                prompt=messages,
-                adapter=name,
-                scale=current.scale if name == current.adapter else 1.0,
-                generation=generation,
-            )
-            for name in adapters
-        ]
+        uses: list[dict[str, float]] = [{}, *adapters]
+        requests = []
+        for use in uses:
+            name, scale = next(iter(use.items())) if use else (None, 1.0)
+            assert len(use) <= 1, "a session uses one adapter at a time"
+            requests.append(Request(prompt=messages, adapter=name, scale=scale, generation=generation))
         with stderr.status("comparing …"):
             answers = dict(answered(self.engine, requests, len(requests)))
         for answer in answers.values():
             if answer.error is not None:
                 raise answer.error
-        _print_beside({name or "base": answers[at] for at, name in enumerate(adapters)})
+        _print_beside([(label_of(use), answers[at].text) for at, use in enumerate(uses)])
 
 
 def stream(events: Iterator[Event], said: list[str]) -> None:
@@ -202,15 +202,23 @@ def print_speed(stats: Statistics | None) -> None:
     )
 
 
-def _print_beside(answers: dict[str, Answer]) -> None:
+def label_of(adapters: Mapping[str, float]) -> str:
+    """Adapters by name, each with its scale, as people read them."""
+    return (
+        " + ".join(name if scale == 1 else f"{name} × {scale:g}" for name, scale in adapters.items())
+        or "base"
+    )
+
+
+def _print_beside(answers: Sequence[tuple[str, str]]) -> None:
     """In columns where a terminal has room for them, one below the other elsewhere."""
     if not stdout.is_terminal or stdout.width < len(answers) * _COLUMN:
-        for name, answer in answers.items():
-            sys.stdout.write(f"{name}:\n{answer.text}\n\n")
+        for label, text in answers:
+            sys.stdout.write(f"{label}:\n{text}\n\n")
         sys.stdout.flush()
         return
     table = Table(box=None, padding=(0, 3, 0, 0), show_edge=False)
-    for name in answers:
-        table.add_column(Text(name), ratio=1, overflow="fold")
-    table.add_row(*(Text(answer.text) for answer in answers.values()))
+    for label, _ in answers:
+        table.add_column(Text(label), ratio=1, overflow="fold")
+    table.add_row(*(Text(text) for _, text in answers))
     stdout.print(table, soft_wrap=False)

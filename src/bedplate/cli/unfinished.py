@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,7 @@ class Unfinished:
                 whole.write(line[_DIGEST:])
 
     def is_empty(self) -> bool:
-        return self._file.seek(0, 2) == 0
+        return os.fstat(self._file.fileno()).st_size == 0
 
 
 @contextmanager
