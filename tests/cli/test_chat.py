@@ -104,15 +104,29 @@ def test_adapters(chat: Chat, answer: Callable[..., str]) -> None:
         "/use all",
         "/use base",
         "the fox",
+        "/reset",
+        "/adapter all2=0.3 all=0.7",
+        "the fox",
     )
     base = answer("the fox")
     assert result.out == said(
-        answer("the fox", adapter="all"), answer("the fox", adapter="all2", scale=0.5), base, base
+        answer("the fox", adapter="all"),
+        answer("the fox", adapter="all2", scale=0.5),
+        base,
+        base,
+        answer("the fox", adapter={"all": 0.7, "all2": 0.3}),
     )
     assert "  all  rank 4, " in result.err and "* all2  rank 4, " in result.err and ", loaded\n" in result.err
-    wrong = chat("/use nosuch", "/use all hot", "/use base 2", "the fox")
+    wrong = chat(
+        "/use nosuch", "/use all hot", "/use base 2", "/use all=1 all2=", "/use all=1 b=2", "the fox"
+    )
     assert wrong.out == said(base)
-    for words in ("no adapter 'nosuch'", "the scale is hot", "the base has nothing to scale"):
+    for words in (
+        "no adapter 'nosuch'",
+        "the scale is hot",
+        "the base has nothing to scale",
+        "no adapter 'b'",
+    ):
         assert words in wrong.err
 
 
@@ -209,7 +223,7 @@ def test_save_and_load(chat: Chat, answer: Callable[..., str], tmp_path: Path) -
     file = tmp_path / "talk.json"
     chat("/use all 0.5", "the fox", '/set logit_bias {"70": 0.5}', f"/save {file}")
     saved = json.loads(file.read_text())
-    assert (saved["adapter"], saved["scale"], saved["temperature"]) == ("all", 0.5, 0)
+    assert (saved["adapter"], saved["temperature"]) == ({"all": 0.5}, 0)
     assert [one["content"] for one in saved["messages"]] == [
         "the fox",
         answer("the fox", adapter="all", scale=0.5),

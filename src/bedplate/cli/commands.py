@@ -114,11 +114,19 @@ def _completions(talk: Talk, text: str) -> list[str]:
 
 def _use(talk: Talk, argument: str) -> None:
     name, _, scale = argument.partition(" ")
+    if "=" in name:
+        several = dict(one.partition("=")[::2] for one in argument.split())
+        talk.branch.session.use({one: _scale(text) for one, text in several.items()})
+    else:
+        talk.branch.session.use(None if name in ("", "base") else name, scale=_scale(scale or "1"))
+
+
+def _scale(text: str) -> float:
     try:
-        factor = float(scale or 1)
+        return float(text)
     except ValueError:
-        raise RunError(f"the scale is {scale}", hint="write /adapter NAME 0.5") from None
-    talk.branch.session.use(None if name in ("", "base") else name, scale=factor)
+        hint = "write /adapter NAME 0.5, or /adapter NAME=0.7 OTHER=0.3"
+        raise RunError(f"the scale is {text}", hint=hint) from None
 
 
 def _adapters(talk: Talk, argument: str) -> None:
@@ -255,7 +263,10 @@ def _short(text: object) -> str:
 
 COMMANDS = (
     Command(
-        ("/adapter", "/use"), "[NAME [SCALE]]", "go on with an adapter, without a name with the base", _use
+        ("/adapter", "/use"),
+        "[NAME [SCALE] | NAME=SCALE ...]",
+        "go on with an adapter, with several, or with the base",
+        _use,
     ),
     Command(("/adapters",), "", "list the adapters", _adapters),
     Command(("/compare",), "[@NAME ...] [QUESTION]", "answer with base and adapters, side by side", _compare),

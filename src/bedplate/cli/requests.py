@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,10 +23,12 @@ FIELDS = ("id", "prompt", "messages", "adapter", "scale", *GENERATION)
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt and how to answer it. generation: the options of `Session.events`."""
+    """A prompt and how to answer it. adapter, scale: as `Session.use` takes them.  generation: the options of
+    `Session.events`.
+    """
 
     prompt: Prompt
-    adapter: str | None
+    adapter: str | Mapping[str, float] | None
     scale: float
     generation: dict[str, Any]
 

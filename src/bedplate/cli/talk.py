@@ -37,8 +37,7 @@ class Branch:
     @property
     def adapters(self) -> dict[str, float]:
         """What the session uses: adapters by name, each with its scale."""
-        session = self.session
-        return {} if session.adapter is None else {session.adapter: session.scale}
+        return self.session.adapters
 
 
 class Talk:
@@ -134,8 +133,7 @@ class Talk:
 
     def save(self, path: Path) -> None:
         """Write the conversation and its options. RunError: the file cannot be written."""
-        adapter, scale = self.branch.session.adapter, self.branch.session.scale
-        fields = {"adapter": adapter, "scale": scale, "messages": self.branch.messages}
+        fields = {"adapter": self.branch.adapters, "messages": self.branch.messages}
         try:
             with files.replacing(path) as file:
                 file.write(json_line({**fields, **self.generation}).encode())
@@ -166,11 +164,7 @@ class Talk:
         if generation["seed"] is None:  # the same chance for all
             generation["seed"] = int.from_bytes(os.urandom(8))
         uses: list[dict[str, float]] = [{}, *adapters]
-        requests = []
-        for use in uses:
-            name, scale = next(iter(use.items())) if use else (None, 1.0)
-            assert len(use) <= 1, "a session uses one adapter at a time"
-            requests.append(Request(prompt=messages, adapter=name, scale=scale, generation=generation))
+        requests = [Request(prompt=messages, adapter=use, scale=1.0, generation=generation) for use in uses]
         with stderr.status("comparing …"):
             answers = dict(answered(self.engine, requests, len(requests)))
         for answer in answers.values():
