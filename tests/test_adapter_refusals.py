@@ -176,7 +176,7 @@ CASES: list[tuple[str, dict[str, Any], Edit, type[BedplateError], str]] = [
         {},
         with_config(**{**ALORA, "alora_invocation_tokens": [5, 96]}),
         AdapterError,
-        "its invocation has the token 96, but the model has 96 tokens",
+        r"its invocation \(alora_invocation_tokens\) has the token 96, but the model has 96 tokens",
     ),
     *(
         (

@@ -157,8 +157,8 @@ def follow_up(path: str, adapter: str | None) -> dict[str, float]:
 
 def alora(path: str, adapter: str) -> dict[str, float]:
     """Milliseconds to the first token of a call of an activated LoRA after 1,500 tokens that the base has computed:
-    computed as a whole, in the session that has held them, and in another one that finds them in the cache. The
-    answers are the same tokens.
+    computed as a whole, in the session that has held them, and in another one that finds them in the cache. Answers
+    are the same tokens.
     """
     engine, known = open_engine(path), open_engine(path, cache_bytes=1 << 30)
     invocation = [*engine.load(adapter).invocation]

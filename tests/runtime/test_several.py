@@ -213,7 +213,7 @@ def test_the_digest_covers_each_part(engine: Engine) -> None:
     a, b, c = (engine.load(name) for name in ("all", "all2", "all8"))
 
     def root(*parts: tuple[Any, float]) -> str:
-        return Sums().of(base, {str(at): part for at, part in enumerate(parts)}).root(5, "")
+        return Sums().of(base, {str(at): part for at, part in enumerate(parts)}).root("", is_long=False)
 
     roots = [
         root((a, 1.0)),
@@ -225,12 +225,12 @@ def test_the_digest_covers_each_part(engine: Engine) -> None:
         root((a, 1.0), (c, 1.0)),
         root((a, 1.0), (a, 1.0)),
         root((a, 1.0), (a, 0.5)),
-        base.root(5, ""),
+        base.root("", is_long=False),
     ]
     assert len(set(roots)) == len(roots)
     assert root((b, 0.5), (a, 1.0)) == root((a, 1.0), (b, 0.5)) == root((c, 0.0), (a, 1.0), (b, 0.5))
-    assert root((a, 1.0), (b, 0.0)) == a.root(5, "")
-    assert root((a, 0.0), (b, 0.0)) == base.root(5, "")
+    assert root((a, 1.0), (b, 0.0)) == a.root("", is_long=False)
+    assert root((a, 0.0), (b, 0.0)) == base.root("", is_long=False)
 
 
 def test_what_a_session_says_that_it_uses(engine: Engine) -> None:

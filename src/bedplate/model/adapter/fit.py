@@ -192,7 +192,8 @@ def _check_invocation(raw: RawAdapter, own: ModelSpec, base: ModelSpec) -> None:
         return
     if wrong := [token for token in raw.invocation if token >= base.vocab_size]:
         raise AdapterError(
-            f"its invocation has the token {wrong[0]}, but the model has {base.vocab_size} tokens",
+            f"its invocation (alora_invocation_tokens) has the token {wrong[0]}, "
+            f"but the model has {base.vocab_size} tokens",
             where=raw.path,
             hint=_OTHER,
         )
