@@ -31,13 +31,14 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
 from executorch.backends.xnnpack.utils.quant_utils import is_dequant
 from executorch.backends.xnnpack.utils.utils import get_input_node
 from executorch.backends.xnnpack.utils.xnnpack_constants import UINT64_MAX, XNN_INVALID_VALUE_ID
-from executorch.exir import EdgeCompileConfig, ExecutorchProgramManager
+from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchProgramManager
 from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
 from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary, serialize_pte_binary
 from executorch.exir._serialize.data_serializer import DataEntry
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec, Partitioner
 from executorch.exir.delegate import executorch_call_delegate
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.schema import (
     Bool,
@@ -85,6 +86,7 @@ __all__ = [
     "deserialize_pte_binary",
     "emitted",
     "executorch_call_delegate",
+    "forget_weights",
     "partitioner",
     "serialize_pte_binary",
 ]
@@ -145,3 +147,16 @@ def emitted(lowered: ExecutorchProgramManager) -> tuple[Program, dict[str, bytes
     named = lowered._named_data
     data = {key: named.buffers[entry.buffer_index] for key, entry in named.pte_data.items()}
     return lowered._emitter_output.program, data
+
+
+def forget_weights(edge: EdgeProgramManager) -> None:
+    """Take the weights out of a lowered program that is no longer needed.
+
+    Caches of torch and ExecuTorch keep its graphs, and with them its delegates, as long as the process runs.
+    """
+    for name in edge.methods:
+        for module in edge.exported_program(name).graph_module.modules():
+            if isinstance(module, LoweredBackendModule):
+                module.original_module.state_dict.clear()
+                module.original_module.constants.clear()
+                module.named_data_store_output.buffers.clear()

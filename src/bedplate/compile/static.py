@@ -18,7 +18,7 @@ from bedplate.compile.stand_in import fixed_buffers, stand_in_decoder
 from bedplate.compile.symbols import executorch_keys, symbolize
 from bedplate.compile.units import Lowered, StaticShapes, Structure
 from bedplate.compile.xnnpack import RawProgram, quiet_exporter
-from bedplate.executorch_1_5 import EDGE_CONFIG, MemoryPlanningPass, Partitioner, emitted, partitioner
+from bedplate.executorch_1_5 import EDGE_CONFIG, MemoryPlanningPass, Partitioner, emitted, forget_weights, partitioner
 from bedplate.model.decoder import Decoder
 from bedplate.model.static_attention import StaticDecoder
 from bedplate.quantize.foundation import fixed_constants
@@ -75,6 +75,7 @@ def compile_static(structure: Structure, shapes: StaticShapes) -> Lowered:
                 )
             )
     program, data = emitted(lowered)
+    forget_weights(edge)
     raw = RawProgram(program=program, delegate_data=data, joined=frozenset(joined))
     buffers = fixed_buffers(StaticDecoder(decoder, length=1, one_row=False, split_heads=False))
     return symbolize(raw, constants, fixed, buffers)

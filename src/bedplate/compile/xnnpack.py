@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from bedplate.compile.delegate_graph import lean_delegates
 from bedplate.compile.report import check_lowering
-from bedplate.executorch_1_5 import EDGE_CONFIG, emitted, partitioner
+from bedplate.executorch_1_5 import EDGE_CONFIG, emitted, forget_weights, partitioner
 from bedplate.model.decoder import Decoder, register_operators
 
 
@@ -51,6 +51,7 @@ def lower(decoder: Decoder, *, max_chunk: int, symbol_of: Mapping[str, str]) -> 
             ExecutorchBackendConfig(external_constants=True, emit_mutable_buffer_names=True)
         )
     program, data = emitted(lowered)
+    forget_weights(edge)
     return RawProgram(program=program, delegate_data=data, joined=frozenset(joined))
 
 
