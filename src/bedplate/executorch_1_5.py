@@ -38,6 +38,7 @@ from executorch.exir._serialize.data_serializer import DataEntry
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec, Partitioner
 from executorch.exir.delegate import executorch_call_delegate
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.program._program import _generate_edge_program, _remove_invalid_ops_for_not_decompose
 from executorch.exir.schema import (
@@ -87,6 +88,7 @@ __all__ = [
     "deserialize_pte_binary",
     "emitted",
     "executorch_call_delegate",
+    "forget_weights",
     "partitioner",
     "serialize_pte_binary",
     "to_delegates",
@@ -167,3 +169,16 @@ def emitted(lowered: ExecutorchProgramManager) -> tuple[Program, dict[str, bytes
     named = lowered._named_data
     data = {key: named.buffers[entry.buffer_index] for key, entry in named.pte_data.items()}
     return lowered._emitter_output.program, data
+
+
+def forget_weights(edge: EdgeProgramManager) -> None:
+    """Take the weights out of a lowered program that is no longer needed.
+
+    Caches of torch and ExecuTorch keep its graphs, and with them its delegates, as long as the process runs.
+    """
+    for name in edge.methods:
+        for module in edge.exported_program(name).graph_module.modules():
+            if isinstance(module, LoweredBackendModule):
+                module.original_module.state_dict.clear()
+                module.original_module.constants.clear()
+                module.named_data_store_output.buffers.clear()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Literal
 
+from bedplate import _native
 from bedplate.assemble.report import Reporter, load_exporter
 from bedplate.compile.cache import UnitCache
 from bedplate.compile.units import StaticShapes, Structure
@@ -68,6 +70,7 @@ class Templates:
             load_exporter(self._reporter)
             self._reporter.progress("compile", 0, None)
             template = make_template(structure, metadata, self._cache, self._reporter.notice)
+            _free_memory()
             self._reporter.progress("compile", 1, 1)
         return template
 
@@ -78,6 +81,7 @@ class Templates:
             load_exporter(self._reporter)
             self._reporter.progress("compile fixed shapes", 0, None)
             template = make_static_template(structure, shapes, metadata, self._cache)
+            _free_memory()
             self._reporter.progress("compile fixed shapes", 1, 1)
         return template
 
@@ -109,3 +113,9 @@ class Templates:
             "get_vocab_size": structure.spec.vocab_size,
             "use_kv_cache": True,
         }
+
+
+def _free_memory() -> None:
+    """Give the system back what a compilation took: its graphs refer to each other in circles."""
+    gc.collect()
+    _native.return_memory()

@@ -23,6 +23,7 @@ from bedplate.executorch_1_5 import (
     MemoryPlanningPass,
     Partitioner,
     emitted,
+    forget_weights,
     partitioner,
     to_delegates,
 )
@@ -85,6 +86,7 @@ def compile_static(structure: Structure, shapes: StaticShapes) -> Lowered:
                 )
             )
     program, data = emitted(lowered)
+    forget_weights(edge)
     raw = RawProgram(program=program, delegate_data=data, joined=frozenset(joined))
     buffers = fixed_buffers(StaticDecoder(decoder, length=1, one_row=False, split_heads=False))
     return symbolize(raw, constants, fixed, buffers)

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from bedplate.compile.delegate_graph import lean_delegates
 from bedplate.compile.report import check_lowering
-from bedplate.executorch_1_5 import emitted, partitioner, to_delegates
+from bedplate.executorch_1_5 import emitted, forget_weights, partitioner, to_delegates
 from bedplate.model.decoder import Decoder, register_operators
 
 
@@ -46,6 +46,7 @@ def lower(decoder: Decoder, *, max_chunk: int, symbol_of: Mapping[str, str]) -> 
             ExecutorchBackendConfig(external_constants=True, emit_mutable_buffer_names=True)
         )
     program, data = emitted(lowered)
+    forget_weights(edge)
     return RawProgram(program=program, delegate_data=data, joined=frozenset(joined))
 
 
