@@ -102,6 +102,7 @@ def test_memory_waits_for_no_load(toy_bundle: Bundle, monkeypatch: pytest.Monkey
         raise MemoryError
 
     monkeypatch.setattr("bedplate.runtime.engine.load_foundation", load)
+
     def refused() -> None:
         with pytest.raises(MemoryError):
             engine.load()
