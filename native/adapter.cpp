@@ -1,6 +1,8 @@
 #include "adapter.h"
 
 #include <algorithm>
+#include <cmath>
+#include <iterator>
 
 namespace bedplate {
 namespace {
@@ -21,7 +23,7 @@ bool have_all(const std::vector<std::int64_t>& ids, std::int64_t first, std::int
 }
 
 void check_change(const Change& change, const Linears& linears) {
-    if (change.branch != nullptr) check(*change.branch, linears);
+    for (const Term& term : change.terms) check(*term.branch, linears);
     require(change.affines.empty() || change.affines.size() == linears.weights.size(),
             "factors and shifts are not of the linears that are there");
     for (std::size_t i = 0; i < change.affines.size(); ++i) {
@@ -56,9 +58,9 @@ void check_embedding(const Adapter& a, const Model& m) {
     const Adapter::Embedding& e = a.embedding;
     require(e.table == nullptr || (e.table->rows() == a.vocab && e.table->columns() == m.dim),
             "the adapter's embedding does not fit the model");
-    if (e.narrow != nullptr)
-        require(e.narrow->rows() == a.vocab && e.narrow->columns() <= kMostRanks &&
-                    e.back->view().rank == e.narrow->columns() && e.back->view().rows == m.dim,
+    for (const auto& term : e.terms)
+        require(term.narrow->rows() == a.vocab && term.narrow->columns() <= kMostRanks &&
+                    term.back->view().rank == term.narrow->columns() && term.back->view().rows == m.dim,
                 "the branch at the embedding does not fit the model");
     require(e.rows == nullptr || e.rows->columns() == m.dim, "rows of the embedding do not fit the model");
     require(e.has_table() || have_all(e.ids, m.vocab, a.vocab), "a token has no row in the embedding");
@@ -75,17 +77,17 @@ void check_head(const Adapter& a, const Model& m) {
     require(h.is_own() || have_all(h.ids, m.vocab, a.vocab), "a token has no row in the head");
 }
 
-void collect(const std::shared_ptr<const Branch>& branch, Readables& all) {
-    if (branch != nullptr) collect(*branch, all);
+void collect(const std::vector<Term>& terms, Readables& all) {
+    for (const Term& term : terms) collect(*term.branch, all);
 }
 
 Readables all_of(const Adapter& a) {
-    Readables all{a.embedding.table.get(), a.embedding.narrow.get(), a.embedding.back.get(),
-                  a.embedding.rows.get()};
+    Readables all{a.embedding.table.get(), a.embedding.rows.get()};
+    for (const auto& term : a.embedding.terms) all.insert(all.end(), {term.narrow.get(), term.back.get()});
     for (const auto& layer : a.layers)
-        for (const auto& place : layer.places) collect(place.branch, all);
+        for (const auto& place : layer.places) collect(place.terms, all);
     for (const auto& weight : a.head.linears.weights) all.push_back(weight.get());
-    collect(a.head.change.branch, all);
+    collect(a.head.change.terms, all);
     all.push_back(a.head.rows.get());
     all.erase(std::remove(all.begin(), all.end(), nullptr), all.end());
     return all;
@@ -97,7 +99,59 @@ std::size_t floats_of(const Change& change) {
     return count;
 }
 
+bool is_own(const Norm& norm) { return !norm.weight.empty() || !norm.bias.empty(); }
+
+bool has_branches_alone(const Adapter& a) {
+    const auto no_affine = [](const Change& change) { return floats_of(change) == 0; };
+    const Adapter::Embedding& e = a.embedding;
+    const Adapter::Head& h = a.head;
+    if (is_own(a.norm) || e.has_table() || !e.ids.empty() || h.is_own() || !h.ids.empty()) return false;
+    return no_affine(h.change) &&
+           std::all_of(a.layers.begin(), a.layers.end(), [&](const Adapter::OfLayer& layer) {
+               return layer.floats() == 0 &&
+                      std::all_of(std::begin(layer.places), std::end(layer.places), no_affine);
+           });
+}
+
+// Adds those of another adapter, times `factor`.
+template <class T>
+void append(std::vector<T>& terms, const std::vector<T>& more, float factor) {
+    for (T term : more) {
+        term.factor *= factor;
+        terms.push_back(std::move(term));
+    }
+}
+
 }  // namespace
+
+std::shared_ptr<Adapter> sum_of(const std::vector<Weighted>& parts) {
+    require(!parts.empty(), "a sum of no adapters");
+    auto sum = std::make_shared<Adapter>();
+    for (const auto& [adapter, factor] : parts) {
+        require(adapter != nullptr, "an adapter that is none");
+        require(has_branches_alone(*adapter), "an adapter of a sum has more than branches");
+        require(std::isfinite(factor), "a factor of an adapter is no number");
+        if (sum->parts.empty()) {
+            sum->vocab = adapter->vocab;
+            sum->layers.resize(adapter->layers.size());
+            for (std::size_t l = 0; l < sum->layers.size(); ++l)
+                sum->layers[l].base = adapter->layers[l].base;
+        }
+        require(sum->vocab == adapter->vocab && sum->layers.size() == adapter->layers.size(),
+                "adapters of a sum have other tokens or other layers");
+        for (std::size_t l = 0; l < sum->layers.size(); ++l) {
+            require(sum->layers[l].base == adapter->layers[l].base,
+                    "adapters of a sum have other tokens or other layers");
+            for (int place = 0; place < kPlaces; ++place)
+                append(sum->layers[l].places[place].terms, adapter->layers[l].places[place].terms, factor);
+        }
+        append(sum->embedding.terms, adapter->embedding.terms, factor);
+        append(sum->head.change.terms, adapter->head.change.terms, factor);
+        sum->parts.push_back(adapter);
+    }
+    complete(*sum);
+    return sum;
+}
 
 void complete(Adapter& a) {
     require(!a.layers.empty() && a.layers.size() <= kMostLayers,
@@ -109,7 +163,8 @@ void complete(Adapter& a) {
     require(!e.of_head ||
                 (e.table == nullptr && h.is_own() && h.linears.weights[0]->view().coding != Coding::kFour),
             "the adapter's head does not serve as embedding");
-    require((e.narrow == nullptr) == (e.back == nullptr), "the branch at the embedding lacks a half");
+    for (const auto& term : e.terms)
+        require(term.narrow != nullptr && term.back != nullptr, "the branch at the embedding lacks a half");
     check_ids(e.ids, e.rows == nullptr ? 0 : e.rows->rows(), a.vocab);
     check_ids(h.ids, h.rows == nullptr ? 0 : h.rows->rows(), a.vocab);
     require(h.rows == nullptr || h.rows->view().coding == Coding::kFloat,

@@ -15,10 +15,16 @@ struct Affine {
     std::vector<float> factor, shift;
 };
 
+// A branch, and what it is multiplied by beside the scale of a row.
+struct Term {
+    std::shared_ptr<const Branch> branch;
+    float factor;
+};
+
 // What an adapter changes at linears of one input.
 struct Change {
-    std::shared_ptr<const Branch> branch;  // null: none
-    std::vector<Affine> affines;           // of each linear, after the branch; empty: of none
+    std::vector<Term> terms;      // one after the other; of a sum of adapters, several
+    std::vector<Affine> affines;  // of each linear, after the branches; empty: of none
 };
 
 // What an adapter has of its own; the rest it takes from the model.
@@ -29,12 +35,17 @@ struct Adapter {
         Change places[kPlaces];
     };
 
-    // x = embedding_scale · (row of the token + B · the token's row of A)
+    // x = embedding_scale · (row of the token + Σ factor · B · the token's row of A)
     struct Embedding {
-        std::shared_ptr<Table> table;   // null: the model's
-        bool of_head = false;           // rows of its own head
-        std::shared_ptr<Table> narrow;  // A [vocab, rank]; null: none
-        std::shared_ptr<BackMatrix> back;
+        struct Term {
+            std::shared_ptr<Table> narrow;  // A [vocab, rank]
+            std::shared_ptr<BackMatrix> back;
+            float factor;
+        };
+
+        std::shared_ptr<Table> table;  // null: the model's
+        bool of_head = false;          // rows of its own head
+        std::vector<Term> terms;
         std::vector<std::int64_t> ids;  // tokens that have rows of their own, ascending
         std::shared_ptr<Table> rows;    // these, float32; null: none
 
@@ -55,6 +66,7 @@ struct Adapter {
     Norm norm;
     Embedding embedding;
     Head head;
+    std::vector<std::shared_ptr<const Adapter>> parts;  // whose branches it has, if it is a sum
 
     std::size_t bytes() const;
 };
@@ -66,5 +78,14 @@ void read(const Adapter& adapter, int threads);
 void complete(Adapter& adapter);
 // InvalidError: an adapter that is complete does not fit the model.
 void check(const Adapter& adapter, const Model& model);
+
+struct Weighted {
+    std::shared_ptr<const Adapter> adapter;
+    float factor;
+};
+
+// What complete adapters add, each times its factor, in this order; it has no weights of its own.
+// InvalidError: one has more than branches, or they have other layers or other tokens.
+std::shared_ptr<Adapter> sum_of(const std::vector<Weighted>& parts);
 
 }  // namespace bedplate

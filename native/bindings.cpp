@@ -131,7 +131,8 @@ Affine affine(const AffinePart& part) {
 
 Change change(const ChangePart& part) {
     const auto& [branch, affines] = part;
-    Change made{branch, {}};
+    Change made;
+    if (branch != nullptr) made.terms.push_back({branch, 1});
     for (const auto& one : affines) made.affines.push_back(affine(one));
     return made;
 }
@@ -160,8 +161,10 @@ std::shared_ptr<Adapter::Embedding> make_embedding(std::shared_ptr<Table> table,
                                                    std::shared_ptr<BackMatrix> back,
                                                    const std::optional<Range>& tokens,
                                                    std::shared_ptr<Table> rows) {
-    return std::make_shared<Adapter::Embedding>(Adapter::Embedding{
-        std::move(table), of_head, std::move(narrow), std::move(back), ids(tokens), std::move(rows)});
+    auto made = std::make_shared<Adapter::Embedding>(
+        Adapter::Embedding{std::move(table), of_head, {}, ids(tokens), std::move(rows)});
+    if (narrow != nullptr || back != nullptr) made->terms.push_back({std::move(narrow), std::move(back), 1});
+    return made;
 }
 
 std::shared_ptr<Adapter::Head> make_head(std::shared_ptr<Matrix> matrix, const ChangePart& part,
@@ -192,6 +195,12 @@ std::shared_ptr<Adapter> make_adapter(std::int64_t vocab,
     complete(*adapter);
     read(*adapter, readers);
     return adapter;
+}
+
+std::shared_ptr<Adapter> make_sum(const std::vector<std::tuple<std::shared_ptr<Adapter>, float>>& parts) {
+    std::vector<Weighted> weighted;
+    for (const auto& [adapter, factor] : parts) weighted.push_back({adapter, factor});
+    return sum_of(weighted);
 }
 
 Logits step(Decoder& self, const std::vector<RowPart>& parts) {
@@ -276,6 +285,7 @@ void bind_adapter(nb::module_& m) {
     nb::class_<Adapter>(m, "Adapter", nb::is_weak_referenceable())
         .def(nb::new_(&make_adapter), nb::kw_only(), "vocab"_a, "layers"_a, "norm"_a, "embedding"_a, "head"_a,
              "readers"_a)
+        .def_static("sum", &make_sum, "parts"_a)
         .def_prop_ro("nbytes", &Adapter::bytes);
 }
 

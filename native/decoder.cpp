@@ -140,14 +140,16 @@ void Decoder::make_room(std::int64_t last) {
     ranks_ = 0;
     bool aside = !model_.direct;
     const auto change_of = [&](const Change& change, Place place) {
-        if (change.branch != nullptr) ranks_ = std::max(ranks_, change.branch->narrow->blocks() * kBlock);
+        std::int64_t ranks = 0;
+        for (const Term& term : change.terms) ranks += ranks_of(*term.branch);
+        ranks_ = std::max(ranks_, ranks);
         aside |= (place == kAttentionOut || place == kMlpOut) && !change.affines.empty();
     };
     for (std::size_t l = 0; l < layers_.size(); ++l)
         for (int p = 0; p < kPlaces; ++p) {
             const Linears& linears = layer_of(static_cast<std::int64_t>(l)).places[p];
             width = std::max(width, linears.width);
-            change_of({linears.correction, {}}, static_cast<Place>(p));
+            if (linears.correction != nullptr) ranks_ = std::max(ranks_, ranks_of(*linears.correction));
             for (const Run& run : all_.runs)
                 if (run.adapter != nullptr)
                     change_of(run.adapter->layers[l].places[p], static_cast<Place>(p));
@@ -156,8 +158,8 @@ void Decoder::make_room(std::int64_t last) {
     for (const Run& run : all_.runs) {
         if (run.adapter == nullptr) continue;
         change_of(run.adapter->head.change, kHead);
-        if (run.adapter->embedding.narrow != nullptr)
-            scratch = std::max(scratch, run.adapter->embedding.narrow->columns());
+        for (const auto& term : run.adapter->embedding.terms)
+            scratch = std::max(scratch, term.narrow->columns());
         if (run.adapter->head.rows != nullptr) scratch = std::max(scratch, count * kBlock);
     }
     inputs_.fit(count, columns);

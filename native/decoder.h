@@ -95,8 +95,12 @@ class Decoder {
         const Branch* branch;
         Range rows;
         float* t;  // narrow values
-        bool scaled;
+        float factor;
+        bool scaled;  // or neither by the factor nor by the rows' scales
     };
+    // The room that the narrow values of a branch take in a row.
+    static std::int64_t ranks_of(const Branch& branch) { return branch.narrow->blocks() * kBlock; }
+
     struct Finish {  // what becomes of the outputs of a linear for some rows
         const Affine* affine;
         std::size_t linear;
@@ -157,7 +161,7 @@ class Decoder {
     void work(int thread);
     void embed(int thread);
     void read_token(const Row& row, float* x) const;
-    void add_branch(int thread, const Row& row, float* x);
+    void add_branches(int thread, const Row& row, float* x);
     void layer(int thread, std::int64_t index);
     float* residual(int thread);
     Outputs given();

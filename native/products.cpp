@@ -52,7 +52,7 @@ const Decoder::Changes& Decoder::changes_of(int thread, const Work& work) {
     parts.clear();
     finishes.clear();
     if (const auto& correction = work.linears->correction)
-        parts.push_back({correction.get(), work.rows, corrected_.data(), false});
+        parts.push_back({correction.get(), work.rows, corrected_.data(), 1, false});
     for (const Run& run : work.batch->runs) {
         const Range some = overlap(run.rows, work.rows);
         if (run.adapter == nullptr || some.begin >= some.end) continue;
@@ -60,7 +60,11 @@ const Decoder::Changes& Decoder::changes_of(int thread, const Work& work) {
             work.place == kHead
                 ? run.adapter->head.change
                 : run.adapter->layers[static_cast<std::size_t>(work.layer)].places[work.place];
-        if (change.branch != nullptr) parts.push_back({change.branch.get(), some, adapted_.data(), true});
+        float* t = adapted_.data();
+        for (const auto& [branch, factor] : change.terms) {
+            parts.push_back({branch.get(), some, t, factor, true});
+            t += ranks_of(*branch);
+        }
         for (std::size_t l = 0; l < change.affines.size(); ++l)
             if (!change.affines[l].factor.empty()) finishes.push_back({&change.affines[l], l, some});
     }
@@ -138,7 +142,7 @@ void Decoder::narrow(int thread, const Work& work, std::int64_t blocks, const In
         const std::int64_t end = std::min(some.end * kBlock, a.rows());
         for (std::int64_t i = of_rows.begin; i < of_rows.end; ++i)
             for (std::int64_t j = some.begin * kBlock; j < end; ++j)
-                part.t[i * ranks_ + j] *= work.batch->rows[static_cast<std::size_t>(i)].scale;
+                part.t[i * ranks_ + j] *= part.factor * work.batch->rows[static_cast<std::size_t>(i)].scale;
     }
 }
 

@@ -12,7 +12,7 @@ void Decoder::embed(int thread) {
     for (std::int64_t i = some.begin; i < some.end; ++i) {
         float* x = residual(thread) + i * model_.stride;
         read_token(row(i), x);
-        if (row(i).adapter != nullptr) add_branch(thread, row(i), x);
+        if (row(i).adapter != nullptr) add_branches(thread, row(i), x);
         if (factor != 1) kernels_.scale(factor, 0, model_.dim, x);
     }
 }
@@ -30,14 +30,14 @@ void Decoder::read_token(const Row& row, float* x) const {
     model_.head.weights[0]->read_row(row.token, x);
 }
 
-// x += B · the token's row of A.
-void Decoder::add_branch(int thread, const Row& row, float* x) {
-    const Adapter::Embedding& e = row.adapter->embedding;
-    if (e.narrow == nullptr) return;
+// x += B · the token's row of A, of each branch.
+void Decoder::add_branches(int thread, const Row& row, float* x) {
     float* const t = own_[static_cast<std::size_t>(thread)].scratch.data();
-    e.narrow->read_row(row.token, t);
-    for (std::int64_t j = 0; j < e.narrow->columns(); ++j) t[j] *= row.scale;
-    kernels_.back(e.back->view(), t, 0, {0, 1}, {0, whole(model_.dim, kBlock)}, x, 0);
+    for (const auto& [narrow, back, factor] : row.adapter->embedding.terms) {
+        narrow->read_row(row.token, t);
+        for (std::int64_t j = 0; j < narrow->columns(); ++j) t[j] *= factor * row.scale;
+        kernels_.back(back->view(), t, 0, {0, 1}, {0, whole(model_.dim, kBlock)}, x, 0);
+    }
 }
 
 // The rows with logits, each head's together: its weights are then read once. `places`: of them among all

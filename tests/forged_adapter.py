@@ -39,6 +39,7 @@ def forge_adapter(
     *,
     vocab: int,
     layers: Sequence[int] | None = None,
+    invocation: Sequence[int] | None = None,
     scheme: AdapterScheme = "none",
 ) -> None:
     """Add an adapter that holds these tensors, under the names that they have in bundles."""
@@ -58,6 +59,7 @@ def forge_adapter(
             dtype="float32" if scheme == "none" else scheme,
             layers=None if layers is None else tuple(layers),
             vocab=vocab,
+            invocation=None if invocation is None else tuple(invocation),
             source="a" * 64,
             constants=write_ptd(folder / ADAPTER_WEIGHTS, constants_of(tensors, scheme)),
             shared=(),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from families import make_toy, save_toy, save_trained
 from peft import LoraConfig
+from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,16 +29,17 @@ Edit = Callable[[dict[str, Any], dict[str, Tensor]], Any]
 
 
 class Toy:
-    def __init__(self, folder: Path, family: str) -> None:
+    def __init__(self, folder: Path, family: str, variant: str) -> None:
         self.model = folder
-        save_toy(folder, make_toy(family))
+        save_toy(folder, make_toy(family, variant))
         self.spec: ModelSpec = open_checkpoint(folder).spec
 
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Toy]:
     folder = tmp_path_factory.mktemp("toys")
-    return {name: Toy(folder / name, family) for name, family in (("tied", "llama"), ("untied", "qwen3"))}
+    kinds = {"tied": ("llama", "first"), "untied": ("qwen3", "first"), "biased": ("llama", "biases, untied")}
+    return {name: Toy(folder / name, *kind) for name, kind in kinds.items()}
 
 
 def save(toy: Toy, folder: Path, fields: dict[str, Any], edit: Edit = lambda config, tensors: None) -> Path:
@@ -77,6 +79,7 @@ def cut(end: str, rows: int) -> Edit:
 
 HEAD = {"modules_to_save": ["lm_head"]}
 TOKENS = {"trainable_token_indices": [5, 3]}
+ALORA: dict[str, Any] = {"alora_invocation_tokens": [5, 3], "task_type": "CAUSAL_LM"}
 Q = "model.layers.0.self_attn.q_proj"
 CASES: list[tuple[str, dict[str, Any], Edit, type[BedplateError], str]] = [
     # What bedplate does not compute.
@@ -116,6 +119,75 @@ CASES: list[tuple[str, dict[str, Any], Edit, type[BedplateError], str]] = [
         "modules_to_save names lm_head, which is adapted too",
     ),
     ("tied", {}, with_tensor(f"{Q}.base_layer.bias", 64), UnsupportedError, "trained biases"),
+    # What PEFT has on everywhere, though the adapter is on only from its invocation.
+    *(
+        (
+            toy,
+            {**ALORA, **fields},
+            with_config(),
+            UnsupportedError,
+            rf"\(aLoRA\) with {what} is not supported",
+        )
+        for toy, fields, what in (
+            ("tied", {"modules_to_save": ["norm"]}, r"layers\.0\.input_layernorm\.weight of its own"),
+            ("tied", TOKENS, "trained tokens"),
+            ("tied", {"layer_replication": [(0, 2), (1, 3)]}, "replicated layers"),
+            ("biased", {"bias": "all"}, r"layers\.0\.\S+_proj\.bias of its own"),
+        )
+    ),
+    *(
+        (
+            "tied",
+            fields,
+            with_config(**ALORA),
+            AdapterError,
+            f"alora_invocation_tokens and {what} cannot stand together",
+        )
+        for fields, what in (
+            ({"use_dora": True}, "use_dora"),
+            ({"use_bdlora": BdLoraConfig(target_modules_bd_b=["q_proj"], nblocks=2)}, "use_bdlora"),
+            ({"init_lora_weights": "mica"}, 'init_lora_weights = "mica"'),
+            ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, "target_parameters"),
+        )
+    ),
+    (
+        "tied",
+        {"target_modules": ["embed_tokens"]},
+        with_config(**ALORA),
+        AdapterError,
+        "alora_invocation_tokens is set and the embedding is adapted, which PEFT refuses",
+    ),
+    (
+        "tied",
+        {},
+        with_config(alora_invocation_tokens=[5]),
+        UnsupportedError,
+        "task_type = null: PEFT never turns such an adapter on",
+    ),
+    (
+        "tied",
+        {},
+        with_config(**{**ALORA, "task_type": "SEQ_CLS"}),
+        UnsupportedError,
+        'task_type = "SEQ_CLS": PEFT',
+    ),
+    (
+        "tied",
+        {},
+        with_config(**{**ALORA, "alora_invocation_tokens": [5, 96]}),
+        AdapterError,
+        "its invocation has the token 96, but the model has 96 tokens",
+    ),
+    *(
+        (
+            "tied",
+            {},
+            with_config(**{**ALORA, "alora_invocation_tokens": value}),
+            AdapterError,
+            "alora_invocation_tokens must be a list of token ids, got ",
+        )
+        for value in (5, [5, True], [5, -1], ["5"], [[5]], [5.0], {"a": 5}, "5", True)
+    ),
     # What PEFT would drop, or does not find.
     ("tied", HEAD, without("lm_head.weight"), AdapterError, r"trains lm_head in full \(modules_to_save\)"),
     (

@@ -196,11 +196,8 @@ def toys_of(test: Any) -> set[tuple[str, str]]:
 
 
 def cell(family: str, column: str, toys: set[tuple[str, str]]) -> str:
-    """✓: it is tested. Programs: without caps on scores, which none has. –: only for the parts of its layers."""
+    """✓: it is tested. Programs: without caps on scores, which none has."""
     variants = [variant for other, variant in toys if other == family]
-    if column == "program in few bits" and not variants:
-        return "–"
     assert variants, f"{column} is not tested for {family}"
-    capped = all(toy_fields(family, variant).get("attn_logit_softcapping") for variant in variants)
-    has_caps = "attn_logit_softcapping" in toy_fields(family) and column in ("program", "runner")
-    return "✓ without caps" if has_caps and not capped else "✓"
+    without = not any(toy_fields(family, variant).get("attn_logit_softcapping") for variant in variants)
+    return "✓ without caps" if without and toy_fields(family).get("attn_logit_softcapping") else "✓"

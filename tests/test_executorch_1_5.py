@@ -67,6 +67,19 @@ def lowered(module: Everything, graphs: list[private.XNNGraph]) -> tuple[private
         return private.emitted(edge.to_executorch(ExecutorchBackendConfig(external_constants=True)))
 
 
+def test_what_is_decomposed_once_is_what_executorch_gives(
+    module: Everything, lowered: tuple[private.Program, dict[str, bytes]]
+) -> None:
+    exported = torch.export.export(module, (TOKENS,), strict=False)
+    edge = private.to_delegates({"forward": exported}, private.partitioner())
+    again = private.emitted(edge.to_executorch(ExecutorchBackendConfig(external_constants=True)))
+    ours, expected = (
+        bytes(private.serialize_pte_binary(private.PTEFile(program=program)))
+        for program in (again[0], lowered[0])
+    )
+    assert (ours, again[1]) == (expected, lowered[1])
+
+
 def test_it_is_the_installed_version() -> None:
     assert version("executorch").startswith("1.5.")
 

@@ -5,6 +5,7 @@
     run_bedplate.py start BUNDLE TOKENS
     run_bedplate.py adapters BUNDLE
     run_bedplate.py follow_up BUNDLE [ADAPTER]
+    run_bedplate.py alora BUNDLE ADAPTER
 
 `base` is what commit c8bd865 has too: this script also runs there.
 """
@@ -154,6 +155,33 @@ def follow_up(path: str, adapter: str | None) -> dict[str, float]:
     return {**found, "prompt_tokens": other.last.prompt_tokens, "answers": len(answers)}
 
 
+def alora(path: str, adapter: str) -> dict[str, float]:
+    """Milliseconds to the first token of a call of an activated LoRA after 1,500 tokens that the base has computed:
+    computed as a whole, in the session that has held them, and in another one that finds them in the cache. The
+    answers are the same tokens.
+    """
+    engine, known = open_engine(path), open_engine(path, cache_bytes=1 << 30)
+    invocation = [*engine.load(adapter).invocation]
+    known.load(adapter)
+    held = [token for token in (PROMPT * (1 + 3000 // len(PROMPT))) if token not in invocation][:1500]
+    question = [*held, *invocation]
+    base = known.session()
+    base.generate(held, max_tokens=1)
+    found: dict[str, float] = {}
+    answers = set()
+    for _ in range(5):
+        own, other = base.fork(), known.session(adapter)
+        own.use(adapter)
+        for name, one in {"cold": engine.session(adapter), "session": own, "cache": other}.items():
+            ms = 1e3 * timing.seconds(lambda: one.generate(question, max_tokens=1))  # noqa: B023
+            found[f"{name}_ms"] = min(found.get(f"{name}_ms", ms), ms)
+            found[f"{name}_reused"] = one.last.reused_tokens
+    for one in (engine.session(adapter), own, other):
+        events = one.events(question, max_tokens=50, ignore_eos=True)
+        answers.add(tuple(token for event in events for token in event.tokens))
+    return {**found, "prompt_tokens": len(question), "answers": len(answers)}
+
+
 def main() -> None:
     what, *words = sys.argv[1:]
     if what == "start":
@@ -162,6 +190,8 @@ def main() -> None:
         timing.tell(adapters(words[0]))
     elif what == "follow_up":
         timing.tell(follow_up(words[0], words[1] if len(words) > 1 else None))
+    elif what == "alora":
+        timing.tell(alora(words[0], words[1]))
     elif what == "base":
         timing.tell(base(words[2], int(words[0]), int(words[1])))
     else:

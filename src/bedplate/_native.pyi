@@ -154,6 +154,11 @@ class Adapter:
         head: AdapterHead,
         readers: int,
     ) -> None: ...
+    @staticmethod
+    def sum(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
+        """What adapters add, each times its factor, in this order. It uses their weights, which live as long as it.
+        NativeError: one has more than branches, or they have other layers or tokens.
+        """
     @property
     def nbytes(self) -> int: ...
 

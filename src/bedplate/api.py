@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 from bedplate.assemble.report import SILENT, Reporter
 from bedplate.bundle import store
@@ -16,10 +16,46 @@ from bedplate.errors import RecipeError
 from bedplate.quantize.options import METHOD, RECOVERY_RANK, AdapterScheme, Method
 
 if TYPE_CHECKING:
+    from bedplate.assemble.adding import Adding
     from bedplate.assemble.evaluate import Evaluation
     from bedplate.compile.cache import UnitCache
     from bedplate.compile.units import StaticShapes
     from bedplate.runtime.weights import Precision
+
+
+class AddOptions(TypedDict, total=False):
+    """How adapters are added.
+
+    exact_rank: compile for the adapter's own rank, even if there are compiled units of a higher rank. Default: False.
+    allow_noop: add an adapter even if it changes nothing. Without it, the adapter is compared with the base on a short
+        text. Default: False.
+    programs: if False, the adapter gets no program for ExecuTorch. It never gets one if the base has none. Default:
+        True.
+    unit_cache: folder of compiled units. None, the default: the user's cache folder.
+    reporter: gets reports of the progress. Default: nobody does.
+    """
+
+    exact_rank: bool
+    allow_noop: bool
+    programs: bool
+    unit_cache: str | Path | None
+    reporter: Reporter
+
+
+def _adding(
+    *,
+    exact_rank: bool = False,
+    allow_noop: bool = False,
+    programs: bool = True,
+    unit_cache: str | Path | None = None,
+    reporter: Reporter = SILENT,
+) -> Adding:
+    from bedplate.assemble.adding import Adding
+
+    cache = open_cache(unit_cache, reporter)
+    return Adding(
+        exact_rank=exact_rank, allow_noop=allow_noop, programs=programs, cache=cache, reporter=reporter
+    )
 
 
 class Bundle(store.Bundle):
@@ -31,11 +67,7 @@ class Bundle(store.Bundle):
         *,
         name: str,
         quantize: AdapterScheme | None = None,
-        exact_rank: bool = False,
-        allow_noop: bool = False,
-        programs: bool = True,
-        unit_cache: str | Path | None = None,
-        reporter: Reporter = SILENT,
+        **options: Unpack[AddOptions],
     ) -> store.AdapterEntry:
         """Pack a LoRA adapter against this bundle's foundation and add it as `name`.
 
@@ -43,22 +75,10 @@ class Bundle(store.Bundle):
 
         quantize: `8w` stores A and B in 8 bits, `none` in float32. None: in float32 if the foundation is float32,
             otherwise in 8 bits.
-        exact_rank: compile for the adapter's own rank, even if there are compiled units of a higher rank.
-        allow_noop: add the adapter even if it changes nothing. Without it, the adapter is compared with the base on a
-            short text.
-        programs: if False, the adapter gets no program for ExecuTorch. It never gets one if the base has none.
-        unit_cache: folder of compiled units. None: the user's cache folder.
+        options: see `AddOptions`.
         Raises a BedplateError if something does not fit. The bundle is then as it was before.
         """
-        (entry,) = self.add_all(
-            {name: adapter},
-            quantize=quantize,
-            exact_rank=exact_rank,
-            allow_noop=allow_noop,
-            programs=programs,
-            unit_cache=unit_cache,
-            reporter=reporter,
-        )
+        (entry,) = self.add_all({name: adapter}, quantize=quantize, **options)
         return entry
 
     def add_all(
@@ -66,26 +86,13 @@ class Bundle(store.Bundle):
         adapters: Mapping[str, str | Path],
         *,
         quantize: AdapterScheme | None = None,
-        exact_rank: bool = False,
-        allow_noop: bool = False,
-        programs: bool = True,
-        unit_cache: str | Path | None = None,
-        reporter: Reporter = SILENT,
+        **options: Unpack[AddOptions],
     ) -> list[store.AdapterEntry]:
         """Add several adapters, by their names. If one does not fit, none is added. The options are those of `add`."""
         from bedplate.assemble.add import add_adapters
 
         sources = {name: Path(adapter) for name, adapter in adapters.items()}
-        add_adapters(
-            self,
-            sources,
-            quantize=quantize,
-            exact_rank=exact_rank,
-            allow_noop=allow_noop,
-            programs=programs,
-            cache=open_cache(unit_cache, reporter),
-            reporter=reporter,
-        )
+        add_adapters(self, sources, quantize=quantize, adding=_adding(**options))
         return [self.adapters[name] for name in sources]
 
     def merge(
@@ -94,11 +101,7 @@ class Bundle(store.Bundle):
         *,
         name: str,
         quantize: AdapterScheme = "none",
-        exact_rank: bool = False,
-        allow_noop: bool = False,
-        programs: bool = True,
-        unit_cache: str | Path | None = None,
-        reporter: Reporter = SILENT,
+        **options: Unpack[AddOptions],
     ) -> store.AdapterEntry:
         """Add the sum of adapters of this bundle, each by its weight, as `name`. They stay as they are.
 
@@ -109,17 +112,7 @@ class Bundle(store.Bundle):
         """
         from bedplate.assemble.merge import merge_adapters
 
-        merge_adapters(
-            self,
-            weights,
-            name=name,
-            quantize=quantize,
-            exact_rank=exact_rank,
-            allow_noop=allow_noop,
-            programs=programs,
-            cache=open_cache(unit_cache, reporter),
-            reporter=reporter,
-        )
+        merge_adapters(self, weights, name=name, quantize=quantize, adding=_adding(**options))
         return self.adapters[name]
 
     def export(

@@ -33,6 +33,9 @@ ADAPTERS: dict[str, LoraConfig] = {
     "tokens": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5]),
     "biases": LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True),
     "twice": LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 3), (1, 3)]),
+    "activated": LoraConfig(
+        r=2, target_modules=["q_proj"], alora_invocation_tokens=[5, 17], task_type="CAUSAL_LM"
+    ),
     "head": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
 }
 
@@ -130,6 +133,7 @@ def test_a_sum_can_be_rounded_to_8_bits(bundle: Bundle) -> None:
         ("biases", "trained biases"),
         ("twice", "layers that are used more than once"),
         ("head", "a head of its own"),
+        ("activated", r"an invocation \(activated LoRA\)"),
     ],
 )
 def test_what_cannot_be_summed(name: str, what: str, bundle: Bundle) -> None:

@@ -154,14 +154,27 @@ def save_as_it_starts(folder: Path, model: Path, config: LoraConfig) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}, "an activated LoRA (aLoRA)"),
+    ],
+    ids=["dora", "activated"],
+)
 def test_what_a_program_does_not_compute_is_told(
-    bundle_of_float: Bundle, toy_model: Path, unit_cache: Path, tmp_path: Path
+    bundle_of_float: Bundle,
+    toy_model: Path,
+    unit_cache: Path,
+    tmp_path: Path,
+    fields: dict[str, object],
+    what: str,
 ) -> None:
-    adapter = save_trained(tmp_path / "adapter", toy_model, lora(use_dora=True))
+    adapter = save_trained(tmp_path / "adapter", toy_model, lora(**fields))
     recorder = Recorder()
     entry = bundle_of_float.add(adapter, name="a", unit_cache=unit_cache, reporter=recorder)
     assert entry.program is None and bundle_of_float.base_program is not None
-    assert any("a has no program" in notice and "DoRA" in notice for notice in recorder.notices)
+    assert any("a has no program" in notice and what in notice for notice in recorder.notices)
 
 
 @pytest.fixture

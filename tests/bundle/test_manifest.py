@@ -59,6 +59,7 @@ ADAPTER = AdapterInfo(
     dtype="8da8w",
     layers=None,
     vocab=32,
+    invocation=(5, 6),
     source="5" * 64,
     constants=(CONSTANT,),
     shared=(CONSTANT,),
@@ -93,7 +94,7 @@ def test_the_order_of_fields_does_not_show() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: type(d).__name__)
 def test_another_version_is_refused_with_a_hint(document: Any) -> None:
     data = edited(document, lambda fields: fields.update(version=1, shiny="old"))
-    with pytest.raises(BundleError, match="format version 1; this bedplate reads version 4") as caught:
+    with pytest.raises(BundleError, match="format version 1; this bedplate reads version 5") as caught:
         manifest.load(type(document), data, "x.json")
     assert "build the bundle again" in str(caught.value.hint)
 

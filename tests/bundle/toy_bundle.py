@@ -76,6 +76,7 @@ def adapter_writer(
             dtype="float32",
             layers=None,
             vocab=32,
+            invocation=None,
             source="a" * 64,
             constants=infos,
             shared=(),

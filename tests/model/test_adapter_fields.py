@@ -100,7 +100,7 @@ CHANGES: dict[str, list[Any]] = {
     "lora_ga_config": [LoraGAConfig()],
     "use_dora": [True],
     "velora_config": [VeloraConfig(num_groups=8)],
-    "alora_invocation_tokens": [[42], [319, 318], []],
+    "alora_invocation_tokens": [[42], [319, 318], [], [320]],
     "use_qalora": [True],
     "qalora_group_size": [32],
     "monteclora_config": [MontecloraConfig()],
@@ -123,7 +123,10 @@ CHANGES: dict[str, list[Any]] = {
     "ensure_weight_tying": [True],
 }
 # What a field cannot be set without.
-BESIDE: dict[str, dict[str, Any]] = {"layers_pattern": {"layers_to_transform": [0, 2]}}
+BESIDE: dict[str, dict[str, Any]] = {
+    "layers_pattern": {"layers_to_transform": [0, 2]},
+    "alora_invocation_tokens": {"task_type": "CAUSAL_LM"},
+}
 # Values of fields that are taken, which are not: bedplate refuses them, or PEFT does.
 NOT_EQUAL = [
     *(("peft_type", value) for value in CHANGES["peft_type"]),
@@ -133,6 +136,7 @@ NOT_EQUAL = [
     ("target_parameters", ["q_proj.weight"]),  # target_modules names it too
     ("target_parameters", ["norm.weight"]),  # no matrix
     ("use_bdlora", CHANGES["use_bdlora"][2]),  # leaves out v_proj, and is strict
+    ("alora_invocation_tokens", [320]),  # no token of the model
 ]
 
 

@@ -60,6 +60,16 @@ def test_a_rank_of_its_own_has_a_factor_of_its_own(
     equal(oracle, as_gguf(peft, tmp_path / "a.gguf", config), peft)
 
 
+def test_an_activated_lora(oracle: Oracle, config: LlamaConfig, tmp_path: Path) -> None:
+    lora = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[42, 7], task_type="CAUSAL_LM"
+    )
+    peft = oracle.save(tmp_path / "peft", lora)
+    fields = {"adapter.alora.invocation_tokens": [42, 7]}
+    adapter = equal(oracle, as_gguf(peft, tmp_path / "a.gguf", config, fields=fields), peft)
+    assert adapter.invocation == (42, 7)
+
+
 @pytest.mark.parametrize("alpha", [0.0, None])
 def test_without_an_alpha_the_factor_is_one(
     oracle: Oracle, peft: Path, config: LlamaConfig, tmp_path: Path, alpha: float | None
@@ -83,7 +93,8 @@ def test_without_an_alpha_the_factor_is_one(
             AdapterError,
             'architecture "qwen2", but the bundle\'s model is "llama"',
         ),
-        ({"adapter.alora.invocation_tokens": [5, 6]}, UnsupportedError, r"\[5, 6\] \(activated LoRA\)"),
+        ({"adapter.alora.invocation_tokens": 5}, AdapterError, "must be a list of token ids, got 5"),
+        ({"adapter.alora.invocation_tokens": [5, 320]}, AdapterError, "its invocation has the token 320"),
         ({"adapter.lora.next_years": 1}, UnsupportedError, "adapter.lora.next_years = 1"),
         ({"adapter.lora.alpha": "8"}, AdapterError, 'alpha must be a number, got "8"'),
         ({"adapter.lora.alpha": float("nan")}, AdapterError, "alpha must be a number"),

@@ -263,7 +263,7 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
         (
             "tokenizer_config.json",
             '{"added_tokens_decoder": {"9": {"content": "<x>"}}}',
-            r"gives '<x>' the id 9, tokenizer\.json does not",
+            r"gives '<x>' the id 9, the tokenizer does not",
         ),
     ],
 )

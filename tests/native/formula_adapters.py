@@ -63,6 +63,15 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class SumOfChanges(Change):
+    terms: Sequence[tuple[Change, float]]
+
+    def apply(self, x: Doubles, outputs: Sequence[Doubles], scale: float) -> None:
+        for change, factor in self.terms:
+            change.apply(x, outputs, scale * factor)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
     """linear: float32 [tokens, dim], of the tokens `ids`."""
 
@@ -103,6 +112,16 @@ class Embedding:
             ids=None if self.rows is None else stored_or_none(self.rows.ids),
             rows=None if self.rows is None else self.rows.linear.table(),
         )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SumOfEmbeddings(Embedding):
+    terms: Sequence[tuple[Embedding, float]]
+
+    def read(self, base: Doubles, head: Linear | None, tokens: Sequence[int], scale: float) -> Doubles:
+        x = base[list(tokens)]
+        added = [one.read(base, head, tokens, scale * factor) - x for one, factor in self.terms]
+        return sum(added, start=x)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,3 +166,23 @@ class Adapter:
             head=self.head.native(),
             readers=2,
         )
+
+
+def sum_of(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
+    """Of adapters that have branches alone, each times its factor."""
+    layers = [
+        Layer(
+            base=index,
+            places=[
+                SumOfChanges(terms=[(one.layers[index].places[place], factor) for one, factor in parts])
+                for place in range(4)
+            ],
+        )
+        for index in range(len(parts[0][0].layers))
+    ]
+    return Adapter(
+        vocab=parts[0][0].vocab,
+        layers=layers,
+        embedding=SumOfEmbeddings(terms=[(one.embedding, factor) for one, factor in parts]),
+        head=Head(change=SumOfChanges(terms=[(one.head.change, factor) for one, factor in parts])),
+    )

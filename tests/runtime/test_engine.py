@@ -187,7 +187,7 @@ def test_a_name_that_is_none(toy_bundle: Bundle, name: Any) -> None:
     with Engine(toy_bundle) as engine:
         for ask in (engine.session, engine.load, engine.unload, engine.tokenizer_of):
             with pytest.raises(
-                RunError, match=r"the adapter's name is .*\nhint: give text, or None for the base"
+                RunError, match=r"the adapter's name is .*\nhint: give text,.* or None for the base"
             ):
                 ask(name)
         engine.unload("removed since")

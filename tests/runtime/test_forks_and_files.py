@@ -155,6 +155,20 @@ class TestAFile:
         loaded = engine.load_session(tmp_path / "saved")
         np.testing.assert_array_equal(loaded.step(TEXT), engine.session().step(TEXT))
 
+    def test_of_another_adapter_meets_nothing_in_the_cache(self, toy_bundle: Bundle, tmp_path: Path) -> None:
+        """What two loaded sessions compute of one text stays apart."""
+        names = ("all", "all2", None)
+        with Engine(toy_bundle) as engine:
+            for name in names:
+                session = engine.session(name)
+                session.step(TEXT[:70])
+                session.save(tmp_path / str(name))
+            engine.unload()
+            for name in names:
+                got = engine.load_session(tmp_path / str(name)).step(TEXT[70:])
+                alone = engine.session(name, cache_salt=str(name))
+                np.testing.assert_array_equal(got, alone.step(TEXT))
+
     def test_of_other_kernels_is_computed_again(self, toy_bundle: Bundle, saved: Path) -> None:
         before = _native.instruction_set()
         other = next((one for one in _native.instruction_sets() if one != before), None)
@@ -296,7 +310,7 @@ class TestAHostileFile:
     @pytest.mark.parametrize(
         ("changes", "complaint"),
         [
-            ({"version": 2}, "format version 2; this bedplate reads version 1"),
+            ({"version": 3}, "format version 3; this bedplate reads version 2"),
             ({"tokens": 149}, "counts tokens wrongly"),
             ({"tokens": 2**62, "positions": 2**62}, "longer or shorter"),
             ({"tokens": 2**70, "positions": 0, "block_bytes": 0}, "longer or shorter"),
@@ -306,17 +320,22 @@ class TestAHostileFile:
             ({"block_bytes": 0}, "longer or shorter"),
             ({"block_bytes": -49152}, "counts tokens wrongly"),
             ({"block_bytes": 1.5}, "expected int"),
-            ({"name": 5}, "expected str"),
-            ({"name": "../../etc"}, "no adapter"),
-            ({"name": None}, "another adapter of the name None"),
-            ({"scale": "1"}, "expected float"),
-            ({"scale": 0.5}, None),
+            ({"adapters": "all"}, "expected dict"),
+            ({"adapters": {"../../etc": 1.0}}, "no adapter"),
+            ({"adapters": {"all": 1.0, "../../etc": 1.0}}, "no adapter"),
+            ({"adapters": {}}, "other adapters, or none"),
+            ({"adapters": {"all": 1.0, "all2": 1.0}}, "another adapter of the name 'all' or 'all2'"),
+            ({"adapters": {"all": "1"}}, "expected float"),
+            ({"adapters": {"all8": 0.5}}, None),
             ({"precision": "float8"}, "expected one of"),
             ({"precision": "float32"}, "kv='float32' computed"),
             ({"foundation": "0" * 64}, "another foundation"),
             ({"adapter": "base"}, "another adapter"),
             ({"instruction_set": "mmx"}, None),
             ({"is_long": True}, None),
+            ({"start": 5}, "is no activated LoRA"),
+            ({"start": -1}, "counts tokens wrongly"),
+            ({"start": 1.5}, "expected int"),
             ({"more": 1}, "unknown field 'more'"),
         ],
         ids=str,
@@ -336,11 +355,11 @@ class TestAHostileFile:
     @pytest.mark.parametrize("scale", ["NaN", "Infinity", "1e300"])
     def test_that_has_a_scale_which_is_none(self, engine: Engine, saved: Path, scale: str) -> None:
         data = saved.read_bytes()
-        start = data.index(b'"scale": 1.0')
+        start = data.index(b'"all8": 1.0')
         header = len(scale) - 3
         length = int.from_bytes(data[16:20], "little") + header
-        body = data[:16] + length.to_bytes(4, "little") + data[20:start] + f'"scale": {scale}'.encode()
-        saved.write_bytes(sealed(body + data[start + 12 : -32]))
+        body = data[:16] + length.to_bytes(4, "little") + data[20:start] + f'"all8": {scale}'.encode()
+        saved.write_bytes(sealed(body + data[start + 11 : -32]))
         with pytest.raises(RunError, match=r"\nhint: "):
             engine.load_session(saved)
 

@@ -20,6 +20,7 @@ from bedplate.errors import RunError
 from bedplate.runtime.engine import Engine
 from bedplate.runtime.prefix_cache import POSITIONS, digest, digests
 from bedplate.runtime.session import Session
+from bedplate.runtime.weights import Weights
 
 # Of two blocks and a part.
 TEXT = [int(token) for token in np.random.default_rng(3).integers(2, 320, 150)]
@@ -219,7 +220,7 @@ class TestTheBudget:
             engine.session().step(TEXT)
             engine.session().step(TEXT[:64])
             engine.session().step([9] * 140)
-            found = engine.load().cache.find(digests(engine.load().root(1, ""), TEXT, 0))
+            found = engine.load().cache.find(digests(engine.load().root("", is_long=False), TEXT, 0))
             assert len(found) == 1
 
     def test_of_nothing(self, toy_bundle: Bundle) -> None:
@@ -306,13 +307,15 @@ class TestDigests:
         assert not set(whole) & set(digests("root2", TEXT, 0))
 
     def test_of_all_that_keys_and_values_depend_on(self, toy_bundle: Bundle) -> None:
+        def root(weights: Weights, salt: str = "", *, is_long: bool = False) -> str:
+            return weights.root(salt, is_long=is_long)
+
         roots = []
         for kv in ("float16", "float32"):
             with Engine(toy_bundle, kv=kv) as engine:
-                roots += [engine.load(name).root(5, salt) for name in NAMES for salt in ("", "x", "all")]
-                roots += [engine.load("all").scaled(scale).root(5, "") for scale in (0.5, -1.0, 0.0)]
-                roots.append(engine.load()._replace(long_above=4).root(5, ""))
-                assert engine.load()._replace(long_above=5).root(5, "") == engine.load().root(5, "")
+                roots += [root(engine.load(name), salt) for name in NAMES for salt in ("", "x", "all")]
+                roots += [root(engine.load("all").scaled(scale)) for scale in (0.5, -1.0, 0.0)]
+                roots.append(root(engine.load(), is_long=True))
         assert len(set(roots)) == len(roots) == 2 * (4 * 3 + 3 + 1)
 
 

@@ -22,6 +22,8 @@ from bedplate.runtime import steps
 from bedplate.runtime.engine import Engine
 from bedplate.runtime.request import Event
 from bedplate.runtime.session import Session
+from bedplate.runtime.tokenizer import Tokenizer
+from bedplate.runtime.weights import Weights, load_adapter
 
 LONG = "the quick brown fox jumps over the lazy dog and runs away " * 3
 HOT: dict[str, Any] = {"max_tokens": 25, "temperature": 50.0}
@@ -152,6 +154,33 @@ def test_a_task_that_is_cancelled_ends_its_generation(toy_bundle: Bundle, expect
         assert "".join(begin(engine, REQUESTS[0])) == expected[0]
 
 
+def test_a_task_that_is_cancelled_while_it_starts(
+    toy_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting, may = threading.Event(), threading.Event()
+    encode = Tokenizer.encode
+
+    def waiting(self: Tokenizer, text: str) -> list[int]:
+        starting.set()
+        may.wait()
+        return encode(self, text)
+
+    async def leave() -> None:
+        task = asyncio.create_task(engine.session().generate_async("ab", max_tokens=5))
+        await asyncio.to_thread(starting.wait)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not engine._scheduler._active
+        may.set()
+
+    with Engine(toy_bundle) as engine:
+        monkeypatch.setattr(Tokenizer, "encode", waiting)
+        asyncio.run(leave())
+        gc.collect()
+        assert not engine._scheduler._active
+
+
 def test_what_is_refused_reaches_the_task(toy_bundle: Bundle) -> None:
     with Engine(toy_bundle) as engine, pytest.raises(RunError, match="max_tokens is 0"):
         asyncio.run(engine.session().generate_async("ab", max_tokens=0))
@@ -252,7 +281,7 @@ class TestDeadline:
 
     @pytest.mark.parametrize("value", [-1, "soon", float("nan"), True])
     def test_that_is_none(self, toy_bundle: Bundle, value: Any) -> None:
-        with Engine(toy_bundle) as engine, pytest.raises(RunError, match="deadline is .*\nhint: "):
+        with Engine(toy_bundle) as engine, pytest.raises(RunError, match=r"deadline is .*\nhint: "):
             engine.session().events("ab", max_tokens=1, deadline=value)
 
 
@@ -368,3 +397,26 @@ def test_a_refused_memory_ends_one_generation(toy_bundle: Bundle) -> None:
                 assert "memory is full" in str(error)
                 ends.append("full")
         assert ends.count("full") >= 1
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 100_000_000])
+def test_an_adapter_is_loaded_beside_running_steps(
+    toy_bundle: Bundle, expected: list[str], monkeypatch: pytest.MonkeyPatch, memory_bytes: int | None
+) -> None:
+    loading, may = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Weights:
+        loading.set()
+        may.wait()
+        return load_adapter(*arguments)
+
+    with Engine(toy_bundle, memory_bytes=memory_bytes) as engine, ThreadPoolExecutor(1) as pool:
+        pieces = begin(engine, REQUESTS[0])
+        text = next(pieces)
+        monkeypatch.setattr("bedplate.runtime.engine.load_adapter", slow)
+        session = engine.session("all")
+        loaded = pool.submit(session.generate, "ab", **REQUESTS[3][2])
+        loading.wait()
+        assert text + "".join(pieces) == expected[0]
+        may.set()
+        assert loaded.result() == expected[3]

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from bedplate.bundle.values import Values
 from bedplate.constants import TENSOR, Constant
-from bedplate.errors import AdapterError
+from bedplate.errors import AdapterError, UnsupportedError
+from bedplate.model.adapter.fit import BRANCHES_ALONE, activated_with
 from bedplate.model.adapter.types import (
     AGAIN,
     EMBEDDING,
@@ -41,7 +42,8 @@ def pack_adapter(
     recipe: the bundle's, with the adapter's scheme. ranks: of the branches at the linears of layers. A higher one than
     the adapter's gets rows of zeros below A and columns of zeros beside B: they add nothing.
     base: the keys of the foundation's constants, by names in the adapter's model. What is the base's is left out.
-    Raises AdapterError for magnitudes (DoRA) of rows that are zero.
+    Raises AdapterError for magnitudes (DoRA) of rows that are zero, UnsupportedError for an activated LoRA with tables
+    of its own.
     """
     scheme = recipe.adapter
     for path, a, b in adapter.matrices():
@@ -57,6 +59,9 @@ def pack_adapter(
     rows = _few_rows(adapter, recipe, foundation)
     for constants in chain(_tables(adapter, recipe, rows), _norms(adapter)):
         if any(base.get(constant.name) != constant.key for constant in constants):
+            if adapter.invocation is not None:
+                what = activated_with(f"{constants[0].name} of its own")
+                raise UnsupportedError(what, where=adapter.path, hint=BRANCHES_ALONE)
             yield from constants
     for place in _affine_places(adapter):
         yield from _affine(place, adapter, foundation)
@@ -184,6 +189,7 @@ def no_program(adapter: Adapter, spec: ModelSpec) -> str | None:
     """
     pairs = adapter.pairs
     parts = {
+        "an activated LoRA (aLoRA), which is on only from certain tokens": adapter.invocation is not None,
         "more tokens than the base": adapter.spec.vocab_size != spec.vocab_size,
         "DoRA": any(pair.magnitude is not None for pair in pairs.values()),
         "trained biases": any(name.endswith("_proj.bias") for name in adapter.parameters),

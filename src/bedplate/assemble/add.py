@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from bedplate.assemble.adding import Adding
 from bedplate.assemble.bundle_structure import read_recipe
 from bedplate.assemble.publish import Publisher
-from bedplate.assemble.report import Reporter
 from bedplate.bundle.store import Bundle
-from bedplate.compile.cache import UnitCache
 from bedplate.errors import AdapterError, RunError
 from bedplate.model.adapter import read_adapter
 from bedplate.model.adapter.text import AdapterText, read_text
@@ -26,33 +25,18 @@ def add_adapters(
     sources: Mapping[str, Path],
     *,
     quantize: AdapterScheme | None,
-    exact_rank: bool,
-    allow_noop: bool,
-    programs: bool,
-    cache: UnitCache,
-    reporter: Reporter,
+    adding: Adding,
 ) -> None:
     """Pack LoRA adapters against the bundle's foundation and add them under the names in `sources`: all or none.
 
     quantize: None: the default for the bundle's recipe.
-    exact_rank: compile for the adapter's own rank, even if there are units of a higher rank.
-    allow_noop: also add an adapter that changes nothing. Without it, base and adapters run on a short text.
-    programs: add the programs too that the base has. If False, nothing is compiled, and ExecuTorch is not needed.
     Raises AdapterError, UnsupportedError, NameTakenError, NotFoundError, LoweringError. After an error, the
     bundle is as it was before.
     """
     for name in sources:
         bundle.check_name(name)
     spec = read_spec(bundle)
-    publisher = Publisher(
-        bundle,
-        spec,
-        exact_rank=exact_rank,
-        allow_noop=allow_noop,
-        programs=programs,
-        cache=cache,
-        reporter=reporter,
-    )
+    publisher = Publisher(bundle, spec, adding)
     adapters = {name: read_adapter(source, spec) for name, source in sources.items()}
     tokenizer = bundle.manifest.tokenizer
     base = BaseTokenizer(bundle.tokenizer_file, tokenizer.special_tokens)
@@ -65,7 +49,7 @@ def add_adapters(
             *_other_end(source, texts[name], base, tokenizer.eos_ids),
             *_no_tokenizer(source, texts[name], adapters[name].spec.vocab_size - spec.vocab_size),
         ):
-            reporter.notice(warning)
+            adding.reporter.notice(warning)
     scheme = quantize or default_adapter_scheme(read_recipe(bundle))
     publisher.publish({name: (adapters[name], texts[name]) for name in sources}, scheme)
 

@@ -22,7 +22,7 @@ from bedplate.oracle import stock_program
 from bedplate.runtime.effect import log_softmax
 from bedplate.runtime.engine import Engine
 from bedplate.runtime.tokenizer import open_backend
-from bedplate.runtime.weights import Precision
+from bedplate.runtime.weights import Precision, last_place
 
 if TYPE_CHECKING:
     from bedplate.model.checkpoint import Checkpoint
@@ -68,7 +68,8 @@ def evaluate_bundle(
 ) -> list[Evaluation]:
     """Compare the base and the named adapters (None: all) with the float model.
 
-    The float model gets each adapter as the bundle stores it.
+    The float model gets each adapter as the bundle stores it. For an activated LoRA, its invocation stands before each
+    piece of the text, so that it is on. Pieces that hold it again are left out.
 
     programs: if True, run the programs in ExecuTorch's own runtime instead of bedplate's runtime. Its keys
     and values are float32.
@@ -102,7 +103,17 @@ def evaluate_bundle(
             if programs:
                 program = stock_program(bundle, name or BASE)
                 length, logits = program.limits.max_context, program.logits
-            texts = texts_of(tokenizers[name], text, min(SEQUENCE, length))
+            invocation = () if name is None else bundle.adapters[name].info.invocation or ()
+            texts = texts_of(tokenizers[name], text, max(1, min(SEQUENCE, length) - len(invocation)))
+            if invocation:
+                begun = [[*invocation, *text] for text in texts]
+                texts = [text for text in begun if last_place(invocation, text) == 0]
+            if not texts:
+                raise RunError(
+                    f"no piece of the text is without the invocation of {name}",
+                    where=text_file,
+                    hint="give another text",
+                )
             found.append(_evaluate(bundle, checkpoint, name, texts, logits, reporter))
         return found
 

@@ -9,33 +9,23 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from bedplate.assemble.adding import Adding
 from bedplate.assemble.publish import Publisher
 from bedplate.assemble.report import Reporter
 from bedplate.bundle import manifest
 from bedplate.bundle.named import NamedConstants
 from bedplate.bundle.store import AdapterEntry, Bundle
 from bedplate.bundle.values import Values
-from bedplate.compile.cache import UnitCache
 from bedplate.errors import AdapterError, NotFoundError, UnsupportedError
 from bedplate.model.adapter import Adapter
 from bedplate.model.adapter.text import AdapterText
 from bedplate.model.adapter.types import EMBEDDING, HEAD, LoraPair, Place, folded_b, module_of
-from bedplate.names import parts_of
 from bedplate.quantize.options import AdapterScheme
+from bedplate.runtime.adapter_weights import beyond_branches
 from bedplate.runtime.model_spec import read_spec
 from bedplate.spec import ModelSpec, linear_shapes
 
 _MERGE = "merge them before they are added (PEFT: add_weighted_adapter), or use adapters that are LoRAs alone"
-# What is in a name of a constant that is no half of a branch.
-_OTHERS = (
-    (".factor", "DoRA"),
-    (".shift", "trained biases"),
-    ("norm.weight", "norms of its own"),
-    ("norm.bias", "norms of its own"),
-    (".rows.", "trained tokens"),
-    (f"{HEAD}.weight", "a head of its own"),
-    (f"{EMBEDDING}.weight", "an embedding of its own"),
-)
 
 
 def merge_adapters(
@@ -44,13 +34,9 @@ def merge_adapters(
     *,
     name: str,
     quantize: AdapterScheme,
-    exact_rank: bool,
-    allow_noop: bool,
-    programs: bool,
-    cache: UnitCache,
-    reporter: Reporter,
+    adding: Adding,
 ) -> None:
-    """Add the sum of adapters, each by its weight, as `name`. The other arguments: see `add_adapters`.
+    """Add the sum of adapters, each by its weight, as `name`.
 
     Raises AdapterError, UnsupportedError, NameTakenError, NotFoundError, LoweringError. After an error, the bundle is
     as it was before.
@@ -58,21 +44,13 @@ def merge_adapters(
     bundle.check_name(name)
     _check(bundle, weights)
     spec = read_spec(bundle)
-    publisher = Publisher(
-        bundle,
-        spec,
-        exact_rank=exact_rank,
-        allow_noop=allow_noop,
-        programs=programs,
-        cache=cache,
-        reporter=reporter,
-    )
+    publisher = Publisher(bundle, spec, adding)
     pairs: dict[Place, list[LoraPair]] = {}
     for one, weight in weights.items():
         for place, pair in _read(bundle, bundle.adapters[one], spec).items():
             pairs.setdefault(place, []).append(LoraPair(a=pair.a, b=pair.b, scale=weight))
     adapter = _adapter(bundle, {place: _side_by_side(found) for place, found in pairs.items()}, weights, spec)
-    publisher.publish({name: (adapter, _text(bundle, weights, reporter))}, quantize)
+    publisher.publish({name: (adapter, _text(bundle, weights, adding.reporter))}, quantize)
 
 
 def _check(bundle: Bundle, weights: Mapping[str, float]) -> None:
@@ -94,13 +72,7 @@ def _check(bundle: Bundle, weights: Mapping[str, float]) -> None:
 def _read(bundle: Bundle, entry: AdapterEntry, spec: ModelSpec) -> dict[Place, LoraPair]:
     """The branches of an adapter, with the scale in B and without what is zero. UnsupportedError: it has more."""
     info = entry.read_info()
-    infos = (*info.constants, *info.shared)
-    names = {part.partition("#")[0] for one in infos for part in parts_of(one.name)}
-    what = next((what for part, what in _OTHERS if any(part in name for name in names)), None)
-    if info.vocab != spec.vocab_size:
-        what = "more tokens than the base"
-    if info.layers is not None:
-        what = "layers that are used more than once"
+    infos, what = (*info.constants, *info.shared), beyond_branches(info, spec)
     if what is not None:
         raise UnsupportedError(
             f"{entry.name} has {what}, which cannot be summed", where=bundle.path, hint=_MERGE
@@ -152,6 +124,7 @@ def _adapter(
         alpha=float(max((len(pair.a) for pair in pairs.values()), default=0)),
         spec=spec,
         layers=None,
+        invocation=None,
         ranks=ranks,
         shapes={linear: shapes[linear] for linear in ranks},
         pairs=pairs,

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from bedplate.assemble.adapter_constants import no_program, pack_adapter
+from bedplate.assemble.adding import Adding
 from bedplate.assemble.bundle_structure import adapter_structure, static_shapes
-from bedplate.assemble.report import Reporter
 from bedplate.assemble.templates import Templates, Wanted
 from bedplate.background import Background
 from bedplate.bundle import files, manifest
@@ -19,7 +19,6 @@ from bedplate.bundle.named import NamedConstants
 from bedplate.bundle.ptd import describe, write_ptd
 from bedplate.bundle.store import AdapterFacts, Bundle
 from bedplate.bundle.values import Values
-from bedplate.compile.cache import UnitCache
 from bedplate.compile.units import Structure
 from bedplate.constants import Constant
 from bedplate.errors import AdapterError
@@ -39,31 +38,25 @@ SMALL_RANK = 16
 
 
 class Publisher:
-    """Adds adapters to one bundle. What measures their effect is loaded from the start, unless `allow_noop`.
+    """Adds adapters to one bundle. What measures their effect is loaded from the start, unless they may have none.
 
-    spec: of the bundle's model. The other arguments: see `add_adapters`.
+    spec: of the bundle's model.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        spec: ModelSpec,
-        *,
-        exact_rank: bool,
-        allow_noop: bool,
-        programs: bool,
-        cache: UnitCache,
-        reporter: Reporter,
-    ) -> None:
-        self._bundle, self._spec, self._exact_rank, self._reporter = bundle, spec, exact_rank, reporter
-        self._loading = None if allow_noop else Background(partial(_load, bundle, spec))
+    def __init__(self, bundle: Bundle, spec: ModelSpec, adding: Adding) -> None:
+        self._bundle, self._spec, self._adding = bundle, spec, adding
+        self._loading = None if adding.allow_noop else Background(partial(_load, bundle, spec))
         tokenizer = bundle.manifest.tokenizer
         wanted = Wanted(
-            program=programs and bundle.base_program is not None,
-            static=static_shapes(bundle) if programs else None,
+            program=adding.programs and bundle.base_program is not None,
+            static=static_shapes(bundle) if adding.programs else None,
         )
         self._templates = Templates(
-            wanted, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, cache=cache, reporter=reporter
+            wanted,
+            bos_id=tokenizer.bos_id,
+            eos_ids=tokenizer.eos_ids,
+            cache=adding.cache,
+            reporter=adding.reporter,
         )
 
     def publish(self, adapters: Mapping[str, tuple[Adapter, AdapterText]], scheme: AdapterScheme) -> None:
@@ -71,7 +64,7 @@ class Publisher:
 
         Raises AdapterError, UnsupportedError, NameTakenError, LoweringError. After an error, the bundle is as it was.
         """
-        packer = _Packer(self._bundle, self._spec, scheme, self._exact_rank, self._templates, self._reporter)
+        packer = _Packer(self._bundle, self._spec, scheme, self._adding, self._templates)
         sources = {name: adapter.path for name, (adapter, _) in adapters.items()}
         self._bundle.add_adapters(
             {name: partial(packer.write, name, *ready) for name, ready in adapters.items()},
@@ -102,12 +95,11 @@ class _Packer:
         bundle: Bundle,
         spec: ModelSpec,
         quantize: AdapterScheme,
-        exact_rank: bool,
+        adding: Adding,
         templates: Templates,
-        reporter: Reporter,
     ) -> None:
         self._bundle, self._spec, self._quantize = bundle, spec, quantize
-        self._templates, self._exact_rank, self._reporter = templates, exact_rank, reporter
+        self._adding, self._templates = adding, templates
         self._foundation = {constant.name: constant.key for constant in bundle.foundation_info.constants}
 
     def write(self, name: str, adapter: Adapter, text: AdapterText, folder: Path) -> AdapterFacts:
@@ -116,7 +108,7 @@ class _Packer:
         if adapter.layers is not None:
             structure = _of_layers(structure, adapter.layers)
         has_program = self._templates.wanted and self._can_have_program(name, adapter)
-        if has_program and not self._exact_rank:
+        if has_program and not self._adding.exact_rank:
             structure = _at_unit_rank(structure, self._templates)
         made = self._templates.get(structure) if has_program else {}
         together = joined_names(_branch_schemes(structure, adapter.spec.n_layers))
@@ -147,6 +139,7 @@ class _Packer:
             dtype="float32" if self._quantize == "none" else self._quantize,
             layers=adapter.layers,
             vocab=adapter.spec.vocab_size,
+            invocation=adapter.invocation,
             source=adapter.fingerprint,
             constants=own,
             shared=tuple(sorted((i for i in infos if i.key in in_foundation), key=lambda info: info.name)),
@@ -168,7 +161,7 @@ class _Packer:
 
     def _can_have_program(self, name: str, adapter: Adapter) -> bool:
         if what := no_program(adapter, self._spec):
-            self._reporter.notice(
+            self._adding.reporter.notice(
                 f"{name} has no program: ExecuTorch's program of a LoRA does not compute {what}"
             )
             return False

@@ -11,7 +11,7 @@ from bedplate.bundle import proof, usage
 from bedplate.bundle.ptd import read_ptd
 from bedplate.bundle.store import Bundle
 from bedplate.bundle.usage import BASE, Sharing
-from bedplate.runtime.effect import Effect, compare, measure_effects, text_of_effects
+from bedplate.runtime.effect import Effect, compare, texts_of_effects
 from bedplate.runtime.engine import Engine
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Verdict:
 
 
 def verify_bundle(bundle: Bundle, *, programs: bool, threads: int | None) -> Verdict:
-    """Compute every key again, find the keys that programs name, and run base and adapters on one text.
+    """Compute every key again, find the keys that programs name, and run the base and each adapter on a text.
 
     programs: run the stock files, too, in ExecuTorch's own runtime.
     BundleError: a constant is not what its key says, or a program does not find one.  NotFoundError: `programs`, and
@@ -62,13 +62,15 @@ def verify_bundle(bundle: Bundle, *, programs: bool, threads: int | None) -> Ver
     proof.check_keys(bundle)
     sharing = usage.sharing(bundle)
     with Engine(bundle, threads=threads, cache_bytes=0) as engine:
-        ids = text_of_effects(engine)
-        ours = {name: engine.session(name).logits(ids) for name in (None, *bundle.adapters)}
-    found = [effect for static in kinds for effect in _run_programs(bundle, ids, ours, static=static)]
+        texts = texts_of_effects(engine)
+        bases = {text: engine.session().logits(text) for text in set(texts.values())}
+        ours = {name: engine.session(name).logits(text) for name, text in texts.items()}
+    # What has a program has the text of the base.
+    found = [effect for static in kinds for effect in _run_programs(bundle, texts[None], ours, static=static)]
     return Verdict(
         sharing=sharing,
         own={name: _nbytes(entry.weights) for name, entry in bundle.adapters.items()},
-        effects=measure_effects(bundle.adapters, ours.__getitem__),
+        effects=[compare(name, bases[texts[name]], ours[name]) for name in bundle.adapters],
         programs=found if programs else None,
     )
 

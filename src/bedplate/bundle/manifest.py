@@ -16,7 +16,7 @@ from bedplate.bundle import strict_json
 from bedplate.errors import BundleError
 from bedplate.hashing import sha256_of_few
 
-VERSION = 4
+VERSION = 5
 MANIFEST = "bundle.json"
 FOUNDATION = "foundation.ptd"
 FOUNDATION_INFO = "foundation.json"
@@ -76,6 +76,7 @@ class AdapterInfo:
     dtype: how A and B are packed, "float32" or "8w".
     layers: the base's layer of each of its layers, whose weights it uses. None: the base's layers, each once.
     vocab: how many tokens it knows: those of the base, or more.
+    invocation: the tokens that turn an activated LoRA on. None: it is on from the first token of a text.
     source: fingerprint of the files it came from.
     constants: what its `weights.ptd` holds.  shared: its constants that the foundation holds, under the same keys.
     """
@@ -88,6 +89,7 @@ class AdapterInfo:
     dtype: str
     layers: tuple[int, ...] | None
     vocab: int
+    invocation: tuple[int, ...] | None
     source: str
     constants: tuple[ConstantInfo, ...]
     shared: tuple[ConstantInfo, ...]

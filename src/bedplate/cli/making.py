@@ -13,17 +13,13 @@ import typer
 from bedplate import api
 from bedplate.background import Background
 from bedplate.bundle import store
+from bedplate.cli.options import BundlePath
 from bedplate.cli.output import print_json, print_table, progress_bars, size, stderr
 from bedplate.errors import AdapterError, NameTakenError, RecipeError
 from bedplate.quantize.options import METHOD, RECOVERY_RANK, AdapterScheme
 
-BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")]
 CacheFolder = Annotated[
     Path | None, typer.Option(help="Folder of compiled units. Without this option: the user's cache folder.")
-]
-KvPrecision = Annotated[
-    Literal["float16", "float32"],
-    typer.Option(help="How to keep keys and values: float32 takes twice the memory."),
 ]
 ExactRank = Annotated[
     bool,

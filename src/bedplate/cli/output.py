@@ -115,8 +115,21 @@ def show_prefill(done: int, total: int) -> None:
 
 def print_json(data: Any) -> None:
     """Data for a script: one JSON document on stdout, all of it ASCII where stdout is not UTF-8."""
-    shows_all = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
-    sys.stdout.write(json.dumps(data, indent=2, default=_as_json, ensure_ascii=not shows_all) + "\n")
+    sys.stdout.write(json.dumps(data, indent=2, default=_as_json, ensure_ascii=not _shows_all()) + "\n")
+
+
+def print_json_line(data: dict[str, Any]) -> None:
+    """One of many JSON documents on stdout: a line, at once."""
+    sys.stdout.write(json_line(data, ensure_ascii=not _shows_all()))
+    sys.stdout.flush()
+
+
+def json_line(data: dict[str, Any], *, ensure_ascii: bool = False) -> str:
+    return json.dumps(data, ensure_ascii=ensure_ascii, allow_nan=False) + "\n"
+
+
+def _shows_all() -> bool:
+    return codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

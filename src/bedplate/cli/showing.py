@@ -9,16 +9,13 @@ import typer
 
 from bedplate.bundle import usage
 from bedplate.bundle.store import Bundle
-from bedplate.cli.making import BundlePath, KvPrecision
+from bedplate.cli.options import BundlePath, KvPrecision, NoCheck, Threads
 from bedplate.cli.output import print_json, print_table, progress_bars, size, stdout
 
 if TYPE_CHECKING:
     from bedplate.assemble.verify import Verdict
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-Threads = Annotated[
-    int | None, typer.Option(help="How many threads to use. Without this option: one for each physical core.")
-]
 
 
 def list_adapters(bundle: BundlePath, as_json: Json = False) -> None:
@@ -34,6 +31,7 @@ def list_adapters(bundle: BundlePath, as_json: Json = False) -> None:
                     "alpha": entry.info.alpha,
                     "dtype": entry.info.dtype,
                     "targets": entry.info.targets,
+                    "invocation": entry.info.invocation,
                     "bytes": sizes[entry.name],
                 }
                 for entry in entries
@@ -127,6 +125,7 @@ def evaluate(
     ] = False,
     kv: KvPrecision = "float16",
     threads: Threads = None,
+    no_check: NoCheck = False,
     as_json: Json = False,
 ) -> None:
     """Measure what quantization costs. This compares base and adapters with the float model on a text."""
@@ -134,7 +133,7 @@ def evaluate(
 
     with progress_bars() as bars:
         found = api.evaluate(
-            Bundle.open(bundle),
+            Bundle.open(bundle, check=not no_check),
             model,
             text,
             adapters=adapter,
@@ -184,6 +183,7 @@ def bench(
     ] = None,
     runs: Annotated[int, typer.Option(help="How many times to run each test. The best run counts.")] = 3,
     threads: Threads = None,
+    no_check: NoCheck = False,
     as_json: Json = False,
 ) -> None:
     """Measure how fast a bundle runs: tokens per second of prompts and answers, by batch and by position."""
@@ -191,7 +191,7 @@ def bench(
     from bedplate.runtime.engine import Engine
 
     # What a run has computed must not spare the next one its work.
-    with Engine(Bundle.open(bundle), threads=threads, cache_bytes=0) as engine:
+    with Engine(Bundle.open(bundle, check=not no_check), threads=threads, cache_bytes=0) as engine:
         speeds = list(
             measure_speed(
                 engine,

@@ -36,7 +36,7 @@ def lowered_units(structure: Structure, cache: UnitCache) -> Lowered:
 
 
 def compile_structure(structure: Structure, layers: Sequence[LayerSpec]) -> Lowered:
-    """Lower the structure with these layers: about 10 s, and some seconds for each layer. Raises LoweringError."""
+    """Lower the structure with these layers: some seconds, and one or two for each layer. Raises LoweringError."""
     vocabulary = few_rows(structure)
     decoder, constants = stand_in_decoder(vocabulary.structure, layers)
     fixed = fixed_constants(structure.spec, structure.max_context, structure.max_chunk)

@@ -18,7 +18,14 @@ from bedplate.compile.stand_in import fixed_buffers, stand_in_decoder
 from bedplate.compile.symbols import executorch_keys, symbolize
 from bedplate.compile.units import Lowered, StaticShapes, Structure
 from bedplate.compile.xnnpack import RawProgram, quiet_exporter
-from bedplate.executorch_1_5 import EDGE_CONFIG, MemoryPlanningPass, Partitioner, emitted, partitioner
+from bedplate.executorch_1_5 import (
+    EDGE_CONFIG,
+    MemoryPlanningPass,
+    Partitioner,
+    emitted,
+    partitioner,
+    to_delegates,
+)
 from bedplate.model.decoder import Decoder
 from bedplate.model.static_attention import StaticDecoder
 from bedplate.quantize.foundation import fixed_constants
@@ -42,13 +49,15 @@ def lower_static(
     """
     with quiet_exporter():
         return to_edge_transform_and_lower(
-            {
-                PREFILL: _export(decoder, shapes.prefill, shapes, one_row=True),
-                DECODE: _export(decoder, shapes.decode, shapes, one_row=False),
-            },
-            partitioner=list(partitioners),
-            compile_config=EDGE_CONFIG,
+            _methods(decoder, shapes), partitioner=list(partitioners), compile_config=EDGE_CONFIG
         )
+
+
+def _methods(decoder: Decoder, shapes: StaticShapes) -> dict[str, ExportedProgram]:
+    return {
+        PREFILL: _export(decoder, shapes.prefill, shapes, one_row=True),
+        DECODE: _export(decoder, shapes.decode, shapes, one_row=False),
+    }
 
 
 def _export(decoder: Decoder, length: int, shapes: StaticShapes, *, one_row: bool) -> ExportedProgram:
@@ -62,7 +71,8 @@ def compile_static(structure: Structure, shapes: StaticShapes) -> Lowered:
     decoder, constants = stand_in_decoder(structure, structure.spec.layers)
     fixed = fixed_constants(structure.spec, structure.max_context, structure.max_chunk)
     with lean_delegates(executorch_keys({**constants, **fixed})) as joined:
-        edge = lower_static(decoder, shapes, [partitioner()])
+        with quiet_exporter():
+            edge = to_delegates(_methods(decoder, shapes), partitioner())
         # One delegate computes all layers. The head of a prefill is another: it reads one row.
         for method, delegates in ((PREFILL, 2), (DECODE, 1)):
             check_delegates(edge.exported_program(method).graph_module, _OUTSIDE, delegates)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir import ExecutorchBackendConfig
 from torch.export import Dim, ExportedProgram
 
 from bedplate.compile.delegate_graph import lean_delegates
 from bedplate.compile.report import check_lowering
-from bedplate.executorch_1_5 import EDGE_CONFIG, emitted, partitioner
+from bedplate.executorch_1_5 import emitted, partitioner, to_delegates
 from bedplate.model.decoder import Decoder, register_operators
 
 
@@ -39,12 +39,7 @@ def lower(decoder: Decoder, *, max_chunk: int, symbol_of: Mapping[str, str]) -> 
     """
     register_operators()
     with quiet_exporter(), lean_delegates(symbol_of) as joined:
-        exported = _export(decoder, max_chunk)
-        edge = to_edge_transform_and_lower(
-            exported,
-            partitioner=[partitioner()],
-            compile_config=EDGE_CONFIG,
-        )
+        edge = to_delegates({"forward": _export(decoder, max_chunk)}, partitioner())
         check_lowering(edge.exported_program().graph_module, n_layers=len(decoder.layers))
         # external_constants: weights outside of delegates get names instead of places in the file.
         lowered = edge.to_executorch(

@@ -8,21 +8,27 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from bedplate.errors import CheckpointError, UnsupportedError
-from bedplate.model import sentencepiece_file
 from bedplate.model.folder_template import default_template
 from bedplate.model.json_file import damaged, read_optional_object
+from bedplate.model.pieces import add_ends
+from bedplate.model.sentencepiece_file import FILE
+from bedplate.model.sentencepiece_tokenizer import sentencepiece_tokenizer
 from bedplate.model.tokenizer_settings import OLDER, SAVE, SETTINGS, TokenizerSettings, read_settings
 from bedplate.model.tokenizer_source import TokenizerSource, token_ids
+
+_ENDS = ("bos_token", "eos_token")
 
 
 def read_folder(folder: Path) -> TokenizerSource:
     """Raises CheckpointError or UnsupportedError, naming the file."""
     settings = read_settings(folder)
-    path, pieces = folder / SETTINGS, folder / sentencepiece_file.FILE
-    if pieces.is_file() and not (folder / "tokenizer.json").is_file():
-        tokenizer, usual = sentencepiece_file.read_sentencepiece(pieces, settings.values)
+    path, pieces = folder / SETTINGS, folder / FILE
+    configs = [read_optional_object(folder / f"{name}.json") for name in ("generation_config", "config")]
+    of_pieces = pieces.is_file() and not (folder / "tokenizer.json").is_file()
+    if of_pieces:
+        tokenizer, settings = sentencepiece_tokenizer(pieces, settings, configs[1])
     else:
-        tokenizer, usual = _tokenizer(folder / "tokenizer.json"), {}
+        tokenizer = _tokenizer(folder / "tokenizer.json")
     if settings.values.get("split_special_tokens"):
         raise UnsupportedError(
             "split_special_tokens is not supported: special tokens are matched whole",
@@ -30,9 +36,11 @@ def read_folder(folder: Path) -> TokenizerSource:
             hint="remove the field",
         )
     _add_tokens(tokenizer, settings, path)
-    special = usual | settings.special_texts()
+    special = settings.special_texts()
+    if of_pieces:  # a tokenizer.json says itself what stands before a text
+        before, behind = (special.get(name) if settings.values.get(f"add_{name}") else None for name in _ENDS)
+        add_ends(tokenizer, before or None, behind or None)
     ids = {name: tokenizer.token_to_id(token) for name, token in special.items()}
-    configs = [read_optional_object(folder / f"{name}.json") for name in ("generation_config", "config")]
     bos_ids = token_ids([_first(configs, "bos_token_id"), ids.get("bos_token")], tokenizer, folder)
     return TokenizerSource(
         tokenizer=tokenizer,
@@ -84,7 +92,7 @@ def _add_tokens(tokenizer: Tokenizer, settings: TokenizerSettings, path: Path) -
     for number, token in added.items():
         if tokenizer.token_to_id(token.content) != number:
             raise CheckpointError(
-                f"gives {token.content!r} the id {number}, tokenizer.json does not",
+                f"gives {token.content!r} the id {number}, the tokenizer does not",
                 where=path if settings.listed else path.with_name(OLDER),
                 hint=SAVE,
             )

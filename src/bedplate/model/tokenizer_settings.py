@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import AddedToken
 
@@ -13,11 +13,12 @@ from bedplate.errors import CheckpointError, UnsupportedError
 from bedplate.model.fields import shown
 from bedplate.model.json_file import read_optional_object
 
+T = TypeVar("T")
 SETTINGS, OLDER = "tokenizer_config.json", "added_tokens.json"
 SAVE = "save the tokenizer again: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
 # In the order in which transformers adds those that the tokenizer does not have yet.
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_EXTRA, _EXTRA_BEFORE = "extra_special_tokens", "additional_special_tokens"
+EXTRA, _EXTRA_BEFORE = "extra_special_tokens", "additional_special_tokens"
 _BY_NAME = "model_specific_special_tokens"
 _LISTED = "added_tokens_decoder"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -74,27 +75,27 @@ def read_settings(folder: Path) -> TokenizerSettings:
             where=path,
             hint=SAVE,
         )
-    if _EXTRA_BEFORE in values and not values.get(_EXTRA):
-        values[_EXTRA] = values.pop(_EXTRA_BEFORE)
+    if _EXTRA_BEFORE in values and not values.get(EXTRA):
+        values[EXTRA] = values.pop(_EXTRA_BEFORE)
     by_name = {
         name: value
         for name, value in values.items()
         if name.endswith("_token") and name not in _NAMED and isinstance(value, str)
     }
-    if isinstance(values.get(_EXTRA), dict):
-        by_name |= values.pop(_EXTRA)
+    if isinstance(values.get(EXTRA), dict):
+        by_name |= values.pop(EXTRA)
     if by_name:
         values[_BY_NAME] = by_name
     listed = _LISTED in values
     if not listed:
         _take_older(values, folder / "special_tokens_map.json")
-    extra = values.get(_EXTRA, values.get(_EXTRA_BEFORE)) or []
+    extra = values.get(EXTRA, values.get(_EXTRA_BEFORE)) or []
     if not isinstance(extra, list):
-        raise wrong(_EXTRA, "a list", extra, path)
+        raise wrong(EXTRA, "a list", extra, path)
     return TokenizerSettings(
         values=values,
         named=_named(values, path),
-        extra=tuple(_token(token, _EXTRA, path) for token in extra),
+        extra=tuple(_token(token, EXTRA, path) for token in extra),
         added=_listed(values[_LISTED], path) if listed else _added_before(values, extra, folder),
         listed=listed,
     )
@@ -103,16 +104,16 @@ def read_settings(folder: Path) -> TokenizerSettings:
 def _take_older(values: dict[str, Any], path: Path) -> None:
     """What special_tokens_map.json says comes before; its further tokens come beside those there are."""
     for name, value in read_optional_object(path).items():
-        if isinstance(value, dict) and name != _EXTRA:
+        if isinstance(value, dict) and name != EXTRA:
             value = {**value, "__type": "AddedToken", "special": True}
-        elif name == _EXTRA and isinstance(value, list):
-            before = values.get(_EXTRA) or []
+        elif name == EXTRA and isinstance(value, list):
+            before = values.get(EXTRA) or []
             if not isinstance(before, list):
                 continue  # a wrong value, which the check of all values refuses
             value = [*before, *(token for token in value if token not in before)]
         values[name] = value
-    if isinstance(values.get(_EXTRA), dict):
-        by_name = values.pop(_EXTRA)
+    if isinstance(values.get(EXTRA), dict):
+        by_name = values.pop(EXTRA)
         values[_BY_NAME] = _object(values.get(_BY_NAME), _BY_NAME, path) | by_name
 
 
@@ -124,8 +125,13 @@ def _named(values: Mapping[str, Any], path: Path) -> dict[str, Token]:
         if name.endswith("_token") and name not in _NAMED and (isinstance(value, str) or typed):
             found[name] = value
     found |= _object(values.get(_BY_NAME), _BY_NAME, path)
-    usual_first = dict.fromkeys(name for name in _NAMED if name in found) | found
-    return {name: _token(value, name, path) for name, value in usual_first.items()}
+    return {name: _token(value, name, path) for name, value in in_order(found).items()}
+
+
+def in_order(named: Mapping[str, T]) -> dict[str, T]:
+    """The usual names first."""
+    usual = {name: named[name] for name in _NAMED if name in named}
+    return usual | dict(named)
 
 
 def _listed(value: Any, path: Path) -> dict[int, Token]:

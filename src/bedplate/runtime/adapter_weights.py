@@ -13,6 +13,30 @@ from bedplate.spec import NORMS, ModelSpec
 _MOST_TOKENS, _MOST_LAYERS = 1 << 24, 4096  # as the native layer has it
 
 
+# What is in a name of a constant that is no half of a branch.
+_BEYOND_BRANCHES = (
+    (".factor", "DoRA"),
+    (".shift", "trained biases"),
+    ("norm.weight", "norms of its own"),
+    ("norm.bias", "norms of its own"),
+    (".rows.", "trained tokens"),
+    (HEAD, "a head of its own"),
+    (EMBEDDING, "an embedding of its own"),
+)
+
+
+def beyond_branches(info: AdapterInfo, spec: ModelSpec) -> str | None:
+    """What an adapter has beside A and B, so that it cannot be added to others. None: nothing."""
+    if info.invocation is not None:
+        return "an invocation (activated LoRA)"
+    if info.layers is not None:
+        return "layers that are used more than once"
+    if info.vocab != spec.vocab_size:
+        return "more tokens than the base"
+    names = [constant.name for constant in (*info.constants, *info.shared)]
+    return next((what for part, what in _BEYOND_BRANCHES if any(part in name for name in names)), None)
+
+
 class AdapterReader(Reader):
     """Reads the constants of an adapter. BundleError, NativeError: one is missing, or does not fit.
 
@@ -32,6 +56,18 @@ class AdapterReader(Reader):
             raise _native.NativeError(f"the adapter has {info.vocab} tokens; the model has {spec.vocab_size}")
         self._vocab = info.vocab
         self.replicated = None if self._layers == own else self._layers
+        self._check_invocation(info)
+
+    def _check_invocation(self, info: AdapterInfo) -> None:
+        """Before it, the base computes: with as many tokens and the same layers."""
+        if info.invocation is None:
+            return
+        if not info.invocation or not all(0 <= token < self._vocab for token in info.invocation):
+            raise _native.NativeError("the invocation of the adapter is not of tokens of the model")
+        if self.replicated is not None or self._vocab != self.spec.vocab_size:
+            raise _native.NativeError(
+                "the adapter has an invocation, and other tokens or layers than the base"
+            )
 
     def parts(self) -> dict[str, Any]:
         """The arguments of `_native.Adapter`."""

@@ -44,17 +44,30 @@ def real(name: str, value: Any, hint: str) -> float:
     return number
 
 
-def scale(value: Any, *, of_base: bool) -> float:
+def scale(value: Any, name: str = "scale") -> float:
     """What an adapter's branches are multiplied by: a finite number of 32 bits."""
     hint = "give a finite number: 1.0 is the adapter as it is"
-    number = real("scale", value, hint)
+    number = real(name, value, hint)
     try:
         struct.pack("<f", number)
     except OverflowError:
-        _refuse("scale", value, hint)
-    if of_base and number != 1:
-        raise RunError(f"scale is {shown(value)}, and the base has nothing to scale", hint="name an adapter")
+        _refuse(name, value, hint)
     return number + 0.0  # 0 has no sign
+
+
+def adapters(chosen: Any, factor: Any = 1.0) -> dict[str, float]:
+    """The adapters that a session is to use, each with its scale: of one name, `factor`; none: the base."""
+    hint = "give text, a mapping from names to scales, or None for the base"
+    one = scale(factor)
+    if isinstance(chosen, str):
+        return {chosen: one}
+    if one != 1:
+        what = "the base has nothing to scale" if chosen is None else "each adapter has its own"
+        raise RunError(f"scale is {shown(factor)}, and {what}", hint="name one adapter")
+    found = dict(instance("the adapter's name", {} if chosen is None else chosen, Mapping, hint))
+    for name in found:
+        instance("the adapter's name", name, str, hint)
+    return {name: scale(found[name], f"the scale of {name}") for name in sorted(found)}
 
 
 def instance(name: str, value: Any, kind: type[_T] | tuple[type[_T], ...], hint: str) -> _T:

@@ -58,23 +58,28 @@ def measure_speed(
             )
 
 
-def _tokens(engine: Engine, count: int) -> list[int]:
-    """Token ids from the whole vocabulary. The text does not change how long a step takes."""
-    return [i * 7919 % engine.limits.vocab for i in range(count)]
+def _tokens(engine: Engine, adapter: str | None, count: int, *, begin: bool = True) -> list[int]:
+    """Token ids from the whole vocabulary. The text does not change how long a step takes. Only an activated LoRA must
+    be on: a text begins with its invocation, and does not hold it again.
+    """
+    vocab, invocation = engine.limits.vocab, engine.load(adapter).invocation or ()
+    text = [i * 7919 % vocab for i in range(count)]
+    text = [token if token not in invocation[:1] else (token + 1) % vocab for token in text]
+    return [*invocation, *text][:count] if begin else text
 
 
 def _prompt(engine: Engine, adapter: str | None, count: int) -> float:
-    session = engine.session(adapter)
+    session, tokens = engine.session(adapter), _tokens(engine, adapter, count)
     start = time.perf_counter()
-    session.step(_tokens(engine, count))
+    session.step(tokens)
     return count / (time.perf_counter() - start)
 
 
 def _answer(engine: Engine, adapter: str | None, count: int, position: int, tokens: int) -> float:
     sessions = [engine.session(adapter) for _ in range(count)]
     if position:
-        engine.step([(session, _tokens(engine, position)) for session in sessions])
+        engine.step([(session, _tokens(engine, adapter, position)) for session in sessions])
     start = time.perf_counter()
-    for token in _tokens(engine, tokens):
+    for token in _tokens(engine, adapter, tokens, begin=position == 0):
         engine.step([(session, [token]) for session in sessions])
     return count * tokens / (time.perf_counter() - start)

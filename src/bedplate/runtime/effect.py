@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,15 +46,23 @@ class Effect:
         return self.max_difference > 0.0 or self.further_tokens > 0
 
 
-def text_of_effects(engine: Engine) -> list[int]:
-    """The fixed text in the tokens of the base, as far as it fits; first, tokens that adapters have rows of."""
+def texts_of_effects(engine: Engine) -> dict[str | None, tuple[int, ...]]:
+    """The text that shows the effect of each adapter, by its name; of the base (None), that of most of them.
+
+    It is the fixed text in the tokens of the base, as far as it fits; first, tokens that adapters have rows of. Of an
+    activated LoRA, it begins with the invocation.
+    """
     rows = [
         token
         for entry in engine.bundle.adapters.values()
         for token in _own_tokens(entry, engine.limits.vocab)
     ]
     text = engine.tokenizer.encode(_TEXT)
-    return [*rows[:_FEW], *text][: min(engine.limits.max_context, 64)]
+    of_base, most = [*rows[:_FEW], *text][:64], engine.limits.max_context
+    texts: dict[str | None, tuple[int, ...]] = {None: tuple(of_base[:most])}
+    for name, entry in engine.bundle.adapters.items():
+        texts[name] = (*(entry.read_info().invocation or ()), *of_base)[:most]
+    return texts
 
 
 def _own_tokens(entry: AdapterEntry, vocab: int) -> list[int]:
@@ -69,16 +76,8 @@ def _own_tokens(entry: AdapterEntry, vocab: int) -> list[int]:
     return [int(token) for token in ids[: source.size // 8] if token < vocab]
 
 
-def measure_effects(
-    names: Iterable[str], logits_of: Callable[[str | None], NDArray[np.float32]]
-) -> list[Effect]:
-    """The effect of each adapter. logits_of: logits float32 [T, vocab] of the text, by name (None: the base)."""
-    base = logits_of(None)
-    return [compare(name, base, logits_of(name)) for name in names]
-
-
 def without_effect(base: Weights, bundle: Bundle, spec: ModelSpec) -> list[str]:
-    """The adapters that change no bit of the logits after a few tokens. Faster than `measure_effects`.
+    """The adapters that change no bit of the logits after a few tokens, of which an invocation comes first.
 
     BundleError: an adapter's file is damaged.
     """
@@ -86,16 +85,17 @@ def without_effect(base: Weights, bundle: Bundle, spec: ModelSpec) -> list[str]:
     few = [spec.vocab_size * number // _FEW for number in range(_FEW)]
     idle = []
     for name, entry in bundle.adapters.items():
-        ids = [*_own_tokens(entry, spec.vocab_size), *few][: spec.max_positions]
         weights = load_adapter(base, bundle, name, spec)
-        if np.array_equal(_last_logits(weights, ids), _last_logits(base, ids)):
+        first = weights.invocation or _own_tokens(entry, spec.vocab_size)
+        ids = [*first, *few][: spec.max_positions]
+        if np.array_equal(_last_logits(weights.for_text(ids), ids), _last_logits(base, ids)):
             idle.append(name)
     return idle
 
 
 def _last_logits(weights: Weights, ids: list[int]) -> NDArray[np.float32]:
     kv, last = weights.new_kv(weights.is_long(len(ids))), len(ids) - 1
-    rows = [(token, at, kv, weights.adapter, 1.0, at == last) for at, token in enumerate(ids)]
+    rows = [(token, at, kv, *weights.at(at), at == last) for at, token in enumerate(ids)]
     return weights.decoder.step(rows).array
 
 

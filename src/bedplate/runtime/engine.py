@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from bedplate.runtime.prefix_cache import PrefixCache
 from bedplate.runtime.process import Process
 from bedplate.runtime.scheduler import Scheduler
 from bedplate.runtime.session import Host, Session
+from bedplate.runtime.sums import Sums
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.runtime.weights import PRECISIONS, Limits, Precision, Weights, load_adapter, load_foundation
 from bedplate.spec import ModelSpec
@@ -119,14 +120,17 @@ class Engine:
         self._foundation = bundle.foundation_sha256
         self._base: Weights | None = None
         self._adapters: dict[str, _Adapter] = {}  # least recently used first
-        self._alive: weakref.WeakSet[_native.Adapter] = (
-            weakref.WeakSet()
-        )  # also those that only generations use
+        # Also those that only generations use.
+        self._alive: weakref.WeakSet[_native.Adapter] = weakref.WeakSet()
+        self._sums = Sums()
         self._scheduler = Scheduler(arguments.integer("max_step_rows", max_step_rows, least=1), self._reserve)
         self._lookup = arguments.flag("lookup", lookup)
         self._meter = _native.Meter()  # of keys and values
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._own_lock = threading.RLock()
+        self._own_lock = threading.RLock()  # of what is loaded
+        self._room = (
+            threading.RLock()
+        )  # of memory that is counted and then taken: never held while something loads
 
     @property
     def _lock(self) -> threading.RLock:
@@ -150,21 +154,22 @@ class Engine:
             return
         with self._lock:
             sessions = list(self._sessions)
-        for (
-            session
-        ) in sessions:  # a step holds the turn while it waits for the engine's lock: never hold both
+        # A step holds the turn while it waits for the engine's lock: so this never holds both.
+        for session in sessions:
             session.reset()
         self._scheduler.close()
         self.unload()
 
-    def session(self, adapter: str | None = None, *, cache_salt: str = "") -> Session:
-        """Start a new conversation with the base (None) or an adapter. NotFoundError: there is no such adapter.
+    def session(self, adapter: str | Mapping[str, float] | None = None, *, cache_salt: str = "") -> Session:
+        """Start a new conversation with the base (None), with an adapter, or with several at once: a mapping from
+        their names to their scales. Raises what `Session.use` raises.
 
         cache_salt: sessions share cached keys and values only if they have the same. Then nobody else can learn from
         the time that an answer takes what they have asked.
         """
-        self.check_adapter(adapter)
-        session = Session(self._host(), adapter, Held(arguments.text("cache_salt", cache_salt)))
+        adapters = arguments.adapters(adapter)
+        self._check(adapters)
+        session = Session(self._host(), adapters, Held(arguments.text("cache_salt", cache_salt)))
         self._adopt(session)
         return session
 
@@ -173,21 +178,21 @@ class Engine:
 
         Only load files that you trust. Each byte is checked against a hash, but whoever makes a file can make its
         hash too. What a file holds never gets into other sessions.
-        NotFoundError: there is no such file, or its adapter is not in the bundle.  RunError: the file is damaged, or
+        NotFoundError: there is no such file, or an adapter is not in the bundle.  RunError: the file is damaged, or
         another foundation, another adapter or another form of keys and values computed it.
         """
         host = self._host()
         saved = session_file.load(path, host.load, host.reserve, self.limits.max_context)
-        session = Session(host, saved.adapter, saved.held, saved.scale)
+        session = Session(host, saved.adapters, saved.held)
         self._adopt(session)
         return session
 
     def _host(self) -> Host:
         self._process.check()
         return Host(
-            load=self.load,
+            load=self._load_all,
             load_for_text=self._load_for_text,
-            tokenizer_of=self.tokenizer_of,
+            check=self._check,
             adopt=self._adopt,
             reserve=self._reserve,
             scheduler=self._scheduler,
@@ -198,6 +203,13 @@ class Engine:
     def _adopt(self, session: Session) -> None:
         with self._lock:
             self._sessions.add(session)
+
+    def _check(self, adapters: Mapping[str, float]) -> None:
+        """Whether a session can use them: see `Session.use`."""
+        for name in adapters:
+            self.tokenizer_of(name)
+        if len(adapters) > 1 or any(scale != 1 for scale in adapters.values()):
+            self._load_all(adapters)
 
     def check_adapter(self, name: str | None) -> None:
         """NotFoundError: the bundle has no adapter of this name (None is the base). RunError: the name is not text."""
@@ -229,18 +241,39 @@ class Engine:
         """
         return self._load(name, meanwhile=None)
 
-    def _load_for_text(self, name: str | None) -> tuple[Weights, Tokenizer]:
-        """Weights and tokenizer of one adapter, also where another takes its name meanwhile."""
+    def _load_for_text(self, adapters: Mapping[str, float]) -> tuple[Weights, Tokenizer]:
+        """Weights and tokenizer of the same adapters, also where another takes the name of one meanwhile."""
+        # Of several, each has the base's tokenizer.
+        name = next(iter(adapters)) if len(adapters) == 1 else None
         with self._lock:
             while True:
-                weights = self._load(name, meanwhile=self.tokenizer.open)
+                weights = self._load_all(adapters, meanwhile=self.tokenizer.open)
                 tokenizer = self.tokenizer_of(name)
                 tokenizer.open()
-                if name is None or self._adapter(name).weights is weights:
+                now = None if name is None else self._adapter(name).weights
+                if name is None or (now is not None and now.adapter is weights.adapter):
                     return weights, tokenizer
 
-    def _load(self, name: str | None, meanwhile: Callable[[], None] | None) -> Weights:
-        """meanwhile: what else to do while the base is read, if it is not there yet."""
+    def _load_all(
+        self, adapters: Mapping[str, float], meanwhile: Callable[[], None] | None = None
+    ) -> Weights:
+        """What adapters come to, each with its scale. UnsupportedError: they cannot be used so."""
+        if len(adapters) < 2:
+            name, scale = next(iter(adapters.items()), (None, 1.0))
+            return self._load(name, meanwhile).scaled(scale)
+        with self._lock:
+            parts = {
+                name: (self._load(name, meanwhile, beside=adapters), scale)
+                for name, scale in adapters.items()
+            }
+            return self._sums.of(self._load(None, None), parts)
+
+    def _load(
+        self, name: str | None, meanwhile: Callable[[], None] | None, beside: Collection[str] = ()
+    ) -> Weights:
+        """meanwhile: what else to do while the base is read, if it is not there yet.  beside: adapters that are not
+        dropped for this one.
+        """
         self.check_adapter(name)
         with self._lock:
             if self._base is None:
@@ -255,18 +288,19 @@ class Engine:
                     cache_bytes=self._cache_bytes,
                     meanwhile=meanwhile,
                 )
-            return self._base if name is None else self._load_adapter(self._base, name)
+            return self._base if name is None else self._load_adapter(self._base, name, beside)
 
-    def _load_adapter(self, base: Weights, name: str) -> Weights:
+    def _load_adapter(self, base: Weights, name: str, beside: Collection[str]) -> Weights:
         adapter = self._adapter(name)
         if adapter.weights is None:
             self._check_foundation()
             if adapter.state is not None:
-                self._make_room(adapter.state[2])  # about what it will take
+                self._make_room(adapter.state[2], beside)  # about what it will take
             weights = load_adapter(base, self.bundle, name, self._spec)
-            self._make_room(weights.nbytes)
             assert weights.adapter is not None
-            self._alive.add(weights.adapter)
+            with self._room:
+                self._make_room(weights.nbytes, beside)
+                self._alive.add(weights.adapter)
             adapter.weights = weights
         return adapter.weights
 
@@ -290,17 +324,29 @@ class Engine:
         """Take memory for positions [begin, end) of keys and values. RunError: there is none."""
         if self._memory_bytes is None or not any(kv.growth(begin, end) for kv, begin, end in parts):
             return
-        with self._lock:
-            self._make_room(sum(kv.growth(begin, end) for kv, begin, end in parts))
+        while not self._take(parts):
+            with self._lock:  # of adapters, which may have to go
+                self._make_room(sum(kv.growth(begin, end) for kv, begin, end in parts))
+
+    def _take(self, parts: Sequence[tuple[_native.Kv, int, int]]) -> bool:
+        """Take memory for positions, if there is room without dropping anything."""
+        with self._room:
+            growth = sum(kv.growth(begin, end) for kv, begin, end in parts)
+            if self._memory_bytes is not None and self._taken() + growth > self._memory_bytes:
+                return False
             for kv, begin, end in parts:
                 kv.reserve(begin, end)
+            return True
 
-    def _make_room(self, nbytes: int) -> None:
-        """Drop what is needed least, if there is no room. The caller holds the lock. RunError: not enough is left."""
+    def _make_room(self, nbytes: int, kept: Collection[str] = ()) -> None:
+        """Drop what is needed least, if there is no room. The caller holds the lock. RunError: not enough is left.
+
+        kept: adapters that stay, beside those that sessions use.
+        """
         if self._memory_bytes is None:
             return
         cache = PrefixCache(0) if self._base is None else self._base.cache
-        used = {session.adapter for session in self._sessions}
+        used = {*kept, *(name for session in self._sessions for name in session.adapters)}
         idle = {
             name: one.weights.nbytes
             for name, one in self._adapters.items()
@@ -308,17 +354,20 @@ class Engine:
         }
         over = self._taken() + nbytes - self._memory_bytes
         if over > cache.own_nbytes + sum(idle.values()):
-            raise RunError(
-                f"the engine's memory is full: {nbytes:,} bytes more than the {self._taken():,} that are in use would "
-                f"be more than memory_bytes, {self._memory_bytes:,}",
-                hint="reset sessions that you no longer need, or give the engine more memory_bytes",
-            )
+            raise self._full(nbytes)
         if over > 0:
             over -= cache.evict(over)
         for name, size in idle.items():
             if over > 0:
                 self.unload(name)
                 over -= size
+
+    def _full(self, nbytes: int) -> RunError:
+        return RunError(
+            f"the engine's memory is full: {nbytes:,} bytes more than the {self._taken():,} that are in use would "
+            f"be more than memory_bytes, {self._memory_bytes:,}",
+            hint="reset sessions that you no longer need, or give the engine more memory_bytes",
+        )
 
     def _taken(self) -> int:
         return self._meter.nbytes + sum(adapter.nbytes for adapter in self._alive)

@@ -50,30 +50,49 @@ class Held:
         del state.tokens[state.length :]
         self.tokens, _, self.kv, self.computed_by, self._root, self._chain = state
 
-    def kv_of(self, weights: Weights) -> _native.Kv:
-        """Where the keys and values of its next tokens go."""
+    @property
+    def computing(self) -> _native.Kv:
+        """Where the keys and values of its next tokens go, once `begin` or `extend` has made ready for them."""
         assert self.kv is not None
         return self.kv
 
-    def serves(self, weights: Weights, length: int) -> bool:
-        """Whether the keys and values are those of a text of `length` tokens with these weights."""
-        return self.kv is not None and self.computed_by == weights.computed(length)
+    def weights_for(self, weights: Weights, ids: Sequence[int]) -> Weights:
+        """What computes the text that is held, with `ids` after it."""
+        return weights if weights.invocation is None else weights.for_text([*self.tokens, *ids])
+
+    @property
+    def of_base(self) -> int:
+        """How many of the tokens the base computed."""
+        return 0 if self.computed_by is None else min(len(self.tokens), self.computed_by.of_base)
+
+    def keep_of_base(self) -> None:
+        """Hold no more than the base computed."""
+        self._cut(self.of_base)
+
+    def serves(self, weights: Weights, length: int) -> int:
+        """How many of the keys and values are those of a text of `length` tokens with these weights."""
+        if self.kv is None or self.computed_by is None:
+            return 0
+        return min(len(self.tokens), self.computed_by.alike(_computed(weights, length)))
 
     def clear(self, weights: Weights, length: int) -> None:
         """Hold nothing, to compute a text of `length` tokens from its beginning."""
-        self.take(weights.computed(length), weights.new_kv(weights.is_long(length)), [])
-        self._root = weights.root(length, self.salt)
+        is_long = weights.is_long(length)
+        self.take(weights, weights.new_kv(is_long), [], is_long=is_long)
 
-    def take(self, computed_by: Computed, kv: _native.Kv, tokens: list[int]) -> None:
-        """Hold what was computed elsewhere."""
-        self.tokens, self.kv, self.computed_by, self._chain = tokens, kv, computed_by, []
+    def take(self, weights: Weights, kv: _native.Kv, tokens: list[int], *, is_long: bool) -> None:
+        """Hold what these weights computed of a text, long or not."""
+        self.tokens, self.kv, self._chain = tokens, kv, []
+        self.computed_by = weights.computed(is_long=is_long)
+        self._root = weights.root(self.salt, is_long=is_long)
 
     def extend(self, weights: Weights, ids: Sequence[int], length: int) -> list[int]:
         """Make ready to append tokens to a text that is to have `length`. Returns those that are to be computed: also
         what other weights computed before, and nothing that the cache has.
         """
         count = len(self.tokens) + len(ids)
-        if self.serves(weights, length) and count // POSITIONS == len(self.tokens) // POSITIONS:
+        as_before = self.kv is not None and self.computed_by == _computed(weights, length)
+        if as_before and count // POSITIONS == len(self.tokens) // POSITIONS:
             return list(ids)  # they fill no block, and the cache has only full ones
         text = [*self.tokens, *ids]
         return text[self.begin(weights, text, length) :]
@@ -83,18 +102,27 @@ class Held:
         how many tokens that is.
         """
         most = len(text) - 1
-        own = min(_common_prefix(self.tokens, text), most) if self.serves(weights, length) else 0
+        serves = self.serves(weights, length)
+        own = min(_common_prefix(self.tokens, text), most, serves) if serves else 0
         if not own:
             self.clear(weights, length)
-        elif own < len(self.tokens):
-            assert self.kv is not None
-            self.tokens, self.kv, self._chain = text[:own], self.kv.fork(own), self._chain[: own // POSITIONS]
+        else:
+            self._cut(own)
+            self.computed_by = _computed(weights, length)
         return self._find(weights, text, length)
+
+    def _cut(self, count: int) -> None:
+        """Hold the first tokens only. The others may stay in the lists of a `State`."""
+        if count < len(self.tokens):
+            assert self.kv is not None
+            self.tokens, self.kv = self.tokens[:count], self.kv.fork(count)
+            self._chain = self._chain[: count // POSITIONS]
 
     def _find(self, weights: Weights, text: list[int], length: int) -> int:
         """Hold more of a text if the cache has it. Returns how many tokens are held then."""
         chain = self._chain
-        found = weights.cache.find(digests(chain[-1] if chain else self._root, text, len(chain)))
+        before = chain[-1] if chain else self._root
+        found = weights.cache.find(digests(before, text, len(chain), weights.turn))
         count = min((len(chain) + len(found)) * POSITIONS, len(text) - 1)
         if not found or count <= len(self.tokens):
             return len(self.tokens)
@@ -111,8 +139,13 @@ class Held:
         if len(self.tokens) // POSITIONS == first or not weights.cache.budget:
             return
         assert self.kv is not None
-        self._chain += digests(self._chain[-1] if first else self._root, self.tokens, first)
+        before = self._chain[-1] if first else self._root
+        self._chain += digests(before, self.tokens, first, weights.turn)
         weights.cache.put(self._chain, self.kv)
+
+
+def _computed(weights: Weights, length: int) -> Computed:
+    return weights.computed(is_long=weights.is_long(length))
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

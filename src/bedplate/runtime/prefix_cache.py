@@ -6,6 +6,7 @@ import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import chain as chained
+from typing import NamedTuple
 
 from bedplate import _native
 from bedplate.hashing import sha256_of_few
@@ -20,12 +21,21 @@ def digest(**parts: str | bytes) -> str:
     return sha256_of_few(b"".join(len(piece).to_bytes(8, "little") + piece for piece in encoded))
 
 
-def digests(before: str, tokens: Sequence[int], first: int) -> Iterator[str]:
+class Turn(NamedTuple):
+    """Where in a text something else begins to compute. by: the digest of what does."""
+
+    position: int
+    by: str
+
+
+def digests(before: str, tokens: Sequence[int], first: int, turn: Turn | None = None) -> Iterator[str]:
     """Of each full block of a text, from block `first` on. Each covers all tokens up to its end.
 
-    before: of the block before, or of what computes the text.
+    before: of the block before, or of what computes the text.  turn: from there on, something else computes it.
     """
     for start in range(first * POSITIONS, len(tokens) - POSITIONS + 1, POSITIONS):
+        if turn is not None and start <= turn.position < start + POSITIONS:
+            before = digest(before=before, turn=turn.position.to_bytes(8, "little"), by=turn.by)
         block = array("Q", tokens[start : start + POSITIONS])
         before = digest(before=before, tokens=block.tobytes())
         yield before

@@ -197,7 +197,7 @@ class Scheduler:
             held, part = one.held, parts[one]
             try:
                 count = len(held.tokens)
-                self._reserve([(held.kv_of(part.weights), count, count + len(part.tokens))])
+                self._reserve([(held.computing, count, count + len(part.tokens))])
             except Exception as error:
                 self._fail(one, error)
                 del parts[one]

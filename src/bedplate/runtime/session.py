@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from numbers import Integral
 from pathlib import Path
@@ -34,17 +35,18 @@ _LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions 
 
 
 class Host(NamedTuple):
-    """What a session needs of its engine, by the name of an adapter (None: of the base).
+    """What a session needs of its engine, by the adapters that it uses, each with its scale (none: the base).
 
     load_for_text: what makes an answer, of the same files.
+    check: whether adapters can be used so.
     adopt: takes in a session that was made of another.
     reserve: takes memory for positions [begin, end) of keys and values. RunError: there is none.
     lookup: whether generations propose tokens by lookup.
     """
 
-    load: Callable[[str | None], Weights]
-    load_for_text: Callable[[str | None], tuple[Weights, Tokenizer]]
-    tokenizer_of: Callable[[str | None], Tokenizer]
+    load: Callable[[Mapping[str, float]], Weights]
+    load_for_text: Callable[[Mapping[str, float]], tuple[Weights, Tokenizer]]
+    check: Callable[[Mapping[str, float]], None]
     adopt: Callable[[Session], None]
     reserve: Callable[[Sequence[tuple[_native.Kv, int, int]]], None]
     scheduler: Scheduler
@@ -53,21 +55,32 @@ class Host(NamedTuple):
 
 
 class Session:
-    """A conversation with the base or with one adapter at a time. `Engine.session` makes it.
+    """A conversation with the base, with an adapter, or with several at once. `Engine.session` makes it.
 
     last: statistics of the latest generation. None before the first. You can call a session from any thread.
     """
 
-    def __init__(self, host: Host, adapter: str | None, held: Held, scale: float = 1.0) -> None:
+    def __init__(self, host: Host, adapters: Mapping[str, float], held: Held) -> None:
         self._host = host
-        self._adapter, self._scale = adapter, scale
+        self._adapters = adapters
         self._held = held
         self._running: Generation | None = None
         self.last: Statistics | None = None
 
     @property
+    def adapters(self) -> dict[str, float]:
+        """What the session uses: adapters by name, each with its scale. `use` takes it. Empty: the base."""
+        return dict(self._adapters)
+
+    @property
     def adapter(self) -> str | None:
-        return self._adapter
+        """The name of the session's one adapter. None: it uses the base, or several adapters."""
+        return next(iter(self._adapters)) if len(self._adapters) == 1 else None
+
+    @property
+    def scale(self) -> float:
+        """What A and B of the session's one adapter are multiplied by. 1: it uses the base, or several adapters."""
+        return next(iter(self._adapters.values())) if len(self._adapters) == 1 else 1.0
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -80,41 +93,47 @@ class Session:
         kv = self._held.kv
         return 0 if kv is None else kv.nbytes
 
-    @property
-    def scale(self) -> float:
-        """What the adapter's A and B are multiplied by."""
-        return self._scale
+    def use(self, adapter: str | Mapping[str, float] | None, *, scale: float = 1.0) -> None:
+        """Switch to another adapter, to several at once, or to the base (None). The keys and values so far are
+        dropped, because something else computed them. Those that the base computed stay for the base and for activated
+        LoRAs.
 
-    def use(self, adapter: str | None, *, scale: float = 1.0) -> None:
-        """Switch to another adapter, or to the base (None). The keys and values so far are dropped, because another
-        program computed them.
-
-        scale: multiplies what A and B of the adapter add, as PEFT's `set_scale` does. It may be 0 or negative.
-        NotFoundError: the bundle has no such adapter.  RunError: the scale is not a number.  UnsupportedError: the
-        adapter has something that no scale fits.
+        adapter: a name, or a mapping from names to scales: `{"a": 0.7, "b": 0.3}`.
+        scale: multiplies what A and B of the one adapter add, as PEFT's `set_scale` does. It may be 0 or negative.
+        NotFoundError: the bundle has no such adapter.  RunError: the scale is not a number.  UnsupportedError: an
+        adapter has something that no scale fits, or that cannot be used together with others.
         """
-        self._host.tokenizer_of(adapter)
-        factor = arguments.scale(scale, of_base=adapter is None)
-        if factor != 1:
-            self._host.load(adapter).scaled(factor)
+        adapters = arguments.adapters(adapter, scale)
+        self._host.check(adapters)
+        begins_with_base = self._begins_with_base(adapters)  # which may load them
         with self._host.scheduler.turn():
-            if (adapter, factor) != (self._adapter, self._scale):
-                self._reset()
-                self._adapter, self._scale = adapter, factor
+            if adapters != self._adapters:
+                if begins_with_base:
+                    self.cancel()
+                    self._held.keep_of_base()
+                else:
+                    self._reset()
+                self._adapters = adapters
+
+    def _begins_with_base(self, adapters: Mapping[str, float]) -> bool:
+        """Whether the base's keys and values are also theirs, if the session holds some."""
+        if not adapters or not self._held.of_base:
+            return not adapters
+        return self._host.load(adapters).invocation is not None
 
     def fork(self) -> Session:
         """Another session that has come as far as this one. From there, each goes on alone. What they have in common
         takes memory once.
         """
         with self._host.scheduler.turn():
-            other = Session(self._host, self._adapter, self._held.fork(), self._scale)
+            other = Session(self._host, self._adapters, self._held.fork())
         self._host.adopt(other)
         return other
 
     def save(self, path: str | Path) -> None:
         """Write the session to a file, for `Engine.load_session`. The file is there as a whole or not at all."""
         other = self.fork()  # which nothing changes meanwhile
-        session_file.save(path, other._held, other._load(), other._adapter)
+        session_file.save(path, other._held, other._load(), other._adapters)
 
     def reset(self) -> None:
         """Forget the conversation and free its memory."""
@@ -153,7 +172,7 @@ class Session:
         wanted = [(session, _ids(token_ids)) for session, token_ids in parts]
         for session, ids in wanted:
             session._check_room(len(session._held.tokens) + len(ids))
-        loaded = [session._load() for session, _ in wanted]
+        loaded = [session._held.weights_for(session._load(), ids) for session, ids in wanted]
         for (_, ids), weights in zip(wanted, loaded, strict=True):
             _check_known(ids, weights)
         before = [session._held.state for session, _ in wanted]
@@ -189,7 +208,7 @@ class Session:
         ids = _ids(token_ids)
         self._check_room(len(ids))
         with self._host.scheduler.turn():
-            weights, before = self._load(), self._held.state
+            weights, before = self._load().for_text(ids), self._held.state
             _check_known(ids, weights)
             try:
                 self._held.clear(weights, len(ids))
@@ -267,7 +286,7 @@ class Session:
         `contextlib.aclosing`) if you leave it before its end.
         """
         on_prefill = options.get("on_prefill")
-        generation = await asyncio.to_thread(self._start, prompt, max_tokens, logprobs, options)
+        generation = await self._start_async(prompt, max_tokens, logprobs, options)
         async with aclosing(asynchronous(self._host.scheduler, generation, on_prefill)) as events:
             async for event in events:
                 yield event
@@ -276,14 +295,37 @@ class Session:
         generation = self._start(prompt, max_tokens, logprobs, options)
         return Events(self._host.scheduler, generation, options.get("on_prefill"))
 
+    async def _start_async(
+        self, prompt: Prompt, max_tokens: int, logprobs: int | None, options: Options
+    ) -> Generation:
+        """In a thread, because it may load weights. If the task is cancelled, so is what the thread begins."""
+        begun: list[Generation] = []
+        left = threading.Event()
+
+        def start() -> Generation:
+            generation = self._start(prompt, max_tokens, logprobs, options)
+            begun.append(generation)
+            if left.is_set():
+                self._host.scheduler.end(generation)
+            return generation
+
+        try:
+            return await asyncio.to_thread(start)
+        except asyncio.CancelledError:
+            left.set()
+            for generation in begun:
+                self._host.scheduler.end(generation)
+            raise
+
     def _start(self, prompt: Prompt, max_tokens: int, logprobs: int | None, options: Options) -> Generation:
         """Everything is checked and loaded before the session changes."""
         given: dict[str, Any] = {**options}
         allow_special = arguments.flag("allow_special", given.pop("allow_special", False))
         wish = Wish.of(max_tokens=max_tokens, logprobs=logprobs, **given)
-        loaded, tokenizer = self._host.load_for_text(self._adapter)
-        weights, start = loaded.scaled(self._scale), time.perf_counter()
+        weights, tokenizer = self._host.load_for_text(self._adapters)
+        start = time.perf_counter()
         ids = _ids(_encode(tokenizer, prompt, allow_special))
+        weights = weights.for_text(ids)  # as in PEFT, what is generated does not turn an adapter on
         self._check_room(len(ids))
         _check_known(ids, weights)
         _check_known(wish.sampling.tokens, weights)
@@ -315,8 +357,8 @@ class Session:
             return self._running
 
     def _load(self) -> Weights:
-        """The weights that compute the next tokens of the session."""
-        return self._host.load(self._adapter).scaled(self._scale)
+        """The weights of the session's adapters."""
+        return self._host.load(self._adapters)
 
     def _check_room(self, count: int) -> None:
         limit = self._host.limits.max_context

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,12 @@ from bedplate.errors import BundleError, NotFoundError, RunError
 from bedplate.runtime import arguments
 from bedplate.runtime.held import Held
 from bedplate.runtime.prefix_cache import POSITIONS
-from bedplate.runtime.weights import Computed, Precision, Weights
+from bedplate.runtime.weights import Precision, Weights
 
 # MAGIC, the length of the header in 4 bytes, the header, 4 bytes for each token, the blocks, and the SHA-256 of all of
 # this. Numbers are little-endian.
 MAGIC = b"bedplate session"
-VERSION = 1
+VERSION = 2
 _HASH_BYTES = 32
 _MOST_HEADER = 1 << 16
 _CHUNK = 1 << 20
@@ -28,14 +28,14 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """name: of the adapter.  foundation, adapter, instruction_set: see weights.Content.
+    """adapters: by name, each with its scale.  foundation, adapter, instruction_set: see weights.Content.
 
     positions: how many tokens have keys and values in the file, all or none.  block_bytes: of 64 positions.
+    start: the first token that an activated LoRA computed. None: all of them have been computed alike.
     """
 
     version: int
-    name: str | None
-    scale: float
+    adapters: dict[str, float]
     foundation: str
     adapter: str
     instruction_set: str
@@ -44,35 +44,38 @@ class Header:
     tokens: int
     positions: int
     block_bytes: int
+    start: int | None
 
 
 class Saved(NamedTuple):
-    """What a session was. adapter: its name."""
+    """What a session was. adapters: by name, each with its scale."""
 
-    adapter: str | None
-    scale: float
+    adapters: dict[str, float]
     held: Held
 
 
-def save(path: str | Path, held: Held, weights: Weights, name: str | None) -> None:
+def save(path: str | Path, held: Held, weights: Weights, adapters: Mapping[str, float]) -> None:
     """Write what a session holds that uses these weights. RunError: the file cannot be written."""
     import hashlib
 
     count, by = len(held.tokens), held.computed_by
-    kv = held.kv if by is not None and (by.content, by.scale) == (weights.content, weights.scale) else None
+    start = None if weights.invocation is None or by is None or held.of_base == count else by.start
+    is_long = by is not None and by.is_long
+    own = _computing(weights, start).computed(is_long=is_long)
+    kv = None if by is None or by.alike(own) < count else held.kv
     positions = 0 if kv is None else count
     header = Header(
         version=VERSION,
-        name=name,
-        scale=weights.scale,
+        adapters=dict(adapters),
         foundation=weights.content.foundation,
         adapter=weights.content.adapter,
         instruction_set=weights.content.instruction_set,
         precision=weights.precision,
-        is_long=by is not None and by.is_long,
+        is_long=is_long,
         tokens=count,
         positions=positions,
         block_bytes=0 if kv is None else kv.block_nbytes,
+        start=None if kv is None else start,
     )
     said = strict_json.dump(vars(header))
     hashed = hashlib.sha256()
@@ -95,13 +98,14 @@ def save(path: str | Path, held: Held, weights: Weights, name: str | None) -> No
 
 def load(
     path: str | Path,
-    weights_of: Callable[[str | None], Weights],
+    weights_of: Callable[[Mapping[str, float]], Weights],
     reserve: Callable[[Sequence[tuple[_native.Kv, int, int]]], None],
     most: int,
 ) -> Saved:
     """Read a file that `save` wrote.
 
-    weights_of: loads an adapter by its name.  reserve: takes memory.  most: how many tokens a session can hold.
+    weights_of: loads adapters by their names, each with its scale.  reserve: takes memory.  most: how many tokens a
+    session can hold.
     NotFoundError: there is no such file, or no such adapter.  RunError: the file is damaged, is another one's, or does
     not fit the engine.
     """
@@ -115,7 +119,8 @@ def load(
                 where=source,
                 hint="give the engine a larger max_context",
             )
-        weights = weights_of(header.name).scaled(header.scale)
+        adapters = arguments.adapters(header.adapters)
+        weights = weights_of(adapters)
         _check_content(header, weights, source)
         tokens = _unpacked(_exactly(file, 4 * header.tokens, source))
         if any(token >= weights.vocab for token in tokens):
@@ -132,8 +137,13 @@ def load(
             for at in range(_blocks(header.positions)):
                 end = min((at + 1) * POSITIONS, header.positions)
                 kv.write(end, _exactly(file, header.block_bytes, source))
-            held.take(Computed(weights.content, weights.scale, header.is_long), kv, tokens)
-    return Saved(header.name, header.scale, held)
+            held.take(_computing(weights, header.start), kv, tokens, is_long=header.is_long)
+    return Saved(adapters, held)
+
+
+def _computing(weights: Weights, start: int | None) -> Weights:
+    """What computes a text that an activated LoRA computes from there on, or nowhere."""
+    return weights.for_text([]) if start is None else weights.turned_on(start)
 
 
 def _blocks(positions: int) -> int:
@@ -200,7 +210,7 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> Header:
         header = strict_json.decode(Header, fields, "header")
     except BundleError as error:
         raise _damaged(f"{error.where}: {error.what}", path) from error
-    counts = (header.tokens, header.positions, header.block_bytes)
+    counts = (header.tokens, header.positions, header.block_bytes, header.start or 0)
     if min(counts) < 0 or header.positions not in (0, header.tokens):
         raise _damaged("it counts tokens wrongly", path)
     if size != file.tell() + 4 * header.tokens + _blocks(header.positions) * header.block_bytes:
@@ -214,8 +224,11 @@ def _check_content(header: Header, weights: Weights, path: Path) -> None:
     if header.foundation != content.foundation:
         raise _another("another foundation", "open the bundle that it was saved with", path)
     if header.adapter != content.adapter:
-        what = "another adapter of the name " + repr(header.name)
+        names = " or ".join(map(repr, header.adapters))
+        what = f"another adapter of the name {names}" if names else "other adapters, or none,"
         raise _another(what, "add the adapter that it was saved with", path)
+    if header.start is not None and weights.invocation is None:
+        raise _damaged("its adapter is no activated LoRA", path)
     if header.precision != weights.precision:
         what = f"an engine with kv={header.precision!r}"
         raise _another(what, f"make the engine with kv={header.precision!r}", path)

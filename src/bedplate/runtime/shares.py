@@ -32,8 +32,8 @@ class Shares:
     def give(self, generations: Sequence[Generation], most: int) -> dict[Generation, int]:
         """How many of `most` rows each gets in the next step; none: it is not there. All of them want some.
 
-        Prompts get a quantum at least, so that those that generate cannot keep them waiting. A prompt that is read to its
-        end is the last in its step.
+        Prompts get a quantum at least, so that those that generate cannot keep them waiting. A prompt that is read to
+        its end is the last in its step.
         """
         reading = [one for one in generations if one.is_reading]
         kept = min(QUANTUM, most // 2) if reading else 0
@@ -43,13 +43,13 @@ class Shares:
                 self._count(given, one, rows)
         quantum = max(1, min(QUANTUM, most // (len(reading) or 1)))
         self._steps += 1
-        if len(reading) > 1 and self._steps % EVERY == 0:
-            self._count(given, reading[0], min(quantum, reading[0].wanted - 1))
+        oldest_first = self._steps % EVERY == 0
         while reading and (room := most - sum(given.values())) > 0:
-            one = min(reading, key=self._claim)
+            one = reading[0] if oldest_first else min(reading, key=self._claim)
             self._count(given, one, min(quantum, one.wanted - given.get(one, 0), room))
             if given[one] == one.wanted:
                 break  # its first token is next: no rows of others that make it wait
+            oldest_first = False
         return given
 
     def _claim(self, one: Generation) -> tuple[float, int]:

@@ -36,7 +36,7 @@ def compute(parts: Sequence[Part]) -> _native.Logits:
     for held, weights, tokens, wanted in parts:
         begin, unwanted = len(held.tokens), len(tokens) - wanted
         rows += [
-            (token, begin + at, held.kv_of(weights), weights.adapter, weights.scale, at >= unwanted)
+            (token, begin + at, held.computing, *weights.at(begin + at), at >= unwanted)
             for at, token in enumerate(tokens)
         ]
     try:

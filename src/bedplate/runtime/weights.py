@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,19 +13,20 @@ from typing import Literal, NamedTuple, TypeVar
 from bedplate import _native
 from bedplate.background import Background
 from bedplate.bundle import strict_json
-from bedplate.bundle.manifest import FOUNDATION, FOUNDATION_INFO
+from bedplate.bundle.manifest import CHAT_TEMPLATE, FOUNDATION, FOUNDATION_INFO, TOKENIZER
 from bedplate.bundle.named import NamedConstants
 from bedplate.bundle.store import Bundle
 from bedplate.errors import BundleError, UnsupportedError
-from bedplate.runtime.adapter_weights import AdapterReader
+from bedplate.runtime.adapter_weights import AdapterReader, beyond_branches
 from bedplate.runtime.places import EMBEDDING, HEAD, Reader
-from bedplate.runtime.prefix_cache import PrefixCache, digest
+from bedplate.runtime.prefix_cache import PrefixCache, Turn, digest
 from bedplate.spec import NORMS, ModelSpec
 
 _T = TypeVar("_T")
 
 Precision = Literal["float16", "float32"]
 PRECISIONS: tuple[Precision, ...] = ("float16", "float32")
+_BASE = "base"  # no digest
 
 
 class Content(NamedTuple):
@@ -41,12 +43,30 @@ class Content(NamedTuple):
 class Computed(NamedTuple):
     """What computed keys and values: only the same goes on with them. scale: of the adapter's branches.
 
-    is_long: as those of a long text.
+    is_long: as those of a long text.  start: the first position that the adapter computed. The base computed those
+    before, which is more than none if it is an activated LoRA.
     """
 
     content: Content
     scale: float
     is_long: bool
+    start: int = 0
+
+    @property
+    def of_base(self) -> int:
+        """How many positions the base computes, of a text of any length."""
+        return sys.maxsize if self.content.adapter == _BASE else self.start
+
+    def alike(self, other: Computed) -> int:
+        """How many positions of a text both compute in the same way."""
+        if self == other:
+            return sys.maxsize
+        if self._base() != other._base():
+            return 0
+        return min(self.of_base, other.of_base)
+
+    def _base(self) -> Computed:
+        return Computed(self.content._replace(adapter=_BASE), 1.0, self.is_long)
 
 
 class Limits(NamedTuple):
@@ -69,7 +89,9 @@ class Weights(NamedTuple):
     vocab: how many tokens they know.  layers: the base's layers that tokens go through. None: each once. Tokens of one
         native step have the same.
     scale: what the adapter's branches are multiplied by.  unscalable: what the adapter has that has no scale. None: it
-        can be scaled.
+        can be scaled.  unsummable: what it has that cannot be added to other adapters. None: it can be added.
+    invocation: what turns an activated LoRA on: `for_text` comes before anything is computed. None: it is on, or it is
+        none.  start: the first position that the adapter computes. The base computes those before.
     """
 
     decoder: _native.Decoder
@@ -82,6 +104,30 @@ class Weights(NamedTuple):
     layers: tuple[int, ...] | None
     scale: float = 1.0
     unscalable: str | None = None
+    unsummable: str | None = None
+    invocation: tuple[int, ...] | None = None
+    start: int = 0
+
+    def for_text(self, tokens: Sequence[int]) -> Weights:
+        """What computes a text of these tokens, and all that follows. As in PEFT, an activated LoRA is on from the
+        last place where its invocation begins. If it is nowhere, the base computes the text.
+        """
+        if self.invocation is None:
+            return self
+        start = last_place(self.invocation, tokens)
+        if start is None:
+            content = self.content._replace(adapter=_BASE)
+            return self._replace(adapter=None, content=content, scale=1.0, invocation=None)
+        return self.turned_on(start)
+
+    def turned_on(self, start: int) -> Weights:
+        """An activated LoRA that is on from this position."""
+        return self._replace(invocation=None, start=start)
+
+    def at(self, position: int) -> tuple[_native.Adapter | None, float]:
+        """The adapter that computes a position of a text, and its scale."""
+        assert self.invocation is None, "for_text() comes first"
+        return (None, 1.0) if position < self.start else (self.adapter, self.scale)
 
     @property
     def nbytes(self) -> int:
@@ -96,20 +142,29 @@ class Weights(NamedTuple):
         """For a text, which is a long one or not. blocks: what holds its first `positions`."""
         return self.decoder.kv(self.precision == "float16", self.adapter, is_long, blocks, positions)
 
-    def computed(self, length: int) -> Computed:
-        """What the keys and values of a text of so many tokens are computed by."""
-        return Computed(self.content, self.scale, self.is_long(length))
+    def computed(self, *, is_long: bool) -> Computed:
+        """What the keys and values of a text, long or not, are computed by."""
+        assert self.invocation is None, "for_text() comes first"
+        return Computed(self.content, self.scale, is_long, self.start)
 
-    def root(self, length: int, salt: str) -> str:
-        """The digest of all that the keys and values of a text of so many tokens depend on, but for the tokens."""
+    def root(self, salt: str, *, is_long: bool) -> str:
+        """The digest of all that the keys and values of a text, long or not, depend on, but for its tokens, up to the
+        `turn`.
+        """
+        assert self.invocation is None, "for_text() comes first"
         return digest(
             foundation=self.content.foundation,
-            adapter=self.content.adapter,
-            scale=struct.pack("<f", self.scale),
+            **(_by(_BASE, 1.0) if self.start else _by(self.content.adapter, self.scale)),
             precision=self.precision,
-            text="long" if self.is_long(length) else "short",
+            text="long" if is_long else "short",
             salt=salt,
         )
+
+    @property
+    def turn(self) -> Turn | None:
+        """Where the adapter takes over from the base. None: nowhere within a text."""
+        by = digest(**_by(self.content.adapter, self.scale))
+        return Turn(self.start, by) if self.start else None
 
     def scaled(self, scale: float) -> Weights:
         """With the adapter's branches times `scale`. UnsupportedError: it has something that no scale is known for."""
@@ -119,6 +174,18 @@ class Weights(NamedTuple):
                 hint="use it without a scale; adapters of A and B alone can have one",
             )
         return self._replace(scale=scale)
+
+
+def _by(adapter: str, scale: float) -> dict[str, str | bytes]:
+    return {"adapter": adapter, "scale": struct.pack("<f", scale)}
+
+
+def last_place(wanted: tuple[int, ...], tokens: Sequence[int]) -> int | None:
+    """Where tokens stand in a text for the last time. None: they do not."""
+    for start in range(len(tokens) - len(wanted), -1, -1):
+        if tokens[start] == wanted[0] and tuple(tokens[start : start + len(wanted)]) == wanted:
+            return start
+    return None
 
 
 def load_foundation(
@@ -184,7 +251,7 @@ def load_foundation(
     return Weights(
         decoder=decoder,
         adapter=None,
-        content=Content(object(), _digest_of_foundation(bundle, spec), "base", decoder.instruction_set),
+        content=Content(object(), _digest_of_foundation(bundle, spec), _BASE, decoder.instruction_set),
         cache=PrefixCache(cache_bytes),
         precision=precision,
         long_above=next(iter(_long_above(spec)), None),
@@ -266,6 +333,8 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
         vocab=info.vocab,
         layers=reader.replicated,
         unscalable=_unscalable([constant.name for constant in named]),
+        unsummable=beyond_branches(info, spec) or _own_text(bundle, name),
+        invocation=info.invocation,
     )
 
 
@@ -277,6 +346,19 @@ def _unscalable(names: Sequence[str]) -> str | None:
         return "magnitudes (DoRA)"
     if any(name.endswith(".shift") for name in names):
         return "biases"
+    return None
+
+
+def _own_text(bundle: Bundle, name: str) -> str | None:
+    """What an adapter has in place of the base's tokenizer and chat template."""
+    own, base = bundle.manifest.adapters[name], bundle.manifest
+    if TOKENIZER in own.files:
+        return "a tokenizer of its own"
+    template = own.files.get(CHAT_TEMPLATE)
+    if template is not None and template != base.files.get(CHAT_TEMPLATE):
+        return "a chat template of its own"
+    if own.special_tokens not in (None, base.tokenizer.special_tokens):
+        return "special tokens of its own"
     return None
 
 

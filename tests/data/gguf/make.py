@@ -1,6 +1,7 @@
 """Make the files of this folder: tiny models of transformers, converted by llama.cpp's own converter.
 
-usage: python make.py LLAMA_CPP, a folder with its sources (convert_hf_to_gguf.py, conversion/, gguf-py/).
+usage: python make.py LLAMA_CPP [OUT]. LLAMA_CPP: a folder with its sources (convert_hf_to_gguf.py, conversion/,
+gguf-py/). OUT: the folder to write to, to compare; without it, this one.
 
 Each `.gguf` holds float32 weights. `logits.npz` holds what transformers computes of the model before it was converted,
 `configs.json` the fields that its config has.
@@ -150,6 +151,7 @@ def prepare(folder: Path) -> None:
 
 
 def main() -> None:
+    out = Path(sys.argv[2]) if len(sys.argv) > 2 else HERE
     tokens = [int(token) for token in np.random.default_rng(0).integers(0, TINY["vocab_size"], 24)]
     logits, configs = {}, {}
     for name, (family, changes) in MODELS.items():
@@ -160,9 +162,9 @@ def main() -> None:
                 logits[name] = theirs(folder, tokens).numpy()
             configs[name] = json.loads((folder / "config.json").read_text())
             prepare(folder)
-            convert(Path(sys.argv[1]), folder, HERE / f"{name}.gguf", "ALL_F32", eager=True)
-    np.savez_compressed(HERE / "logits.npz", **logits)
-    (HERE / "configs.json").write_text(json.dumps(configs, indent=1, sort_keys=True) + "\n")
+            convert(Path(sys.argv[1]), folder, out / f"{name}.gguf", "ALL_F32", eager=True)
+    np.savez_compressed(out / "logits.npz", **logits)
+    (out / "configs.json").write_text(json.dumps(configs, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from bedplate.model.rotary_order import in_our_order, turned_heads
 from bedplate.model.stored import Rows, sources, stored_linears
 from bedplate.spec import ModelSpec, linear_shapes, parameter_shapes
 
+BRANCHES_ALONE = "train it with nothing but A and B of linears"
 _OTHER = "add the adapter to the model that it was trained on"
 
 
@@ -55,6 +56,7 @@ def fit(raw: RawAdapter, spec: ModelSpec) -> Adapter:
     for place, pair in raw.pairs.items():
         for part, fitting in _parts(place, pair, own, raw.weights):
             pairs[place[0], part] = fitting
+    _check_invocation(raw, own, spec)
     parameters = dict(_parameters(raw, own))
     _check_rows(raw.rows, own, raw.weights)
     if not pairs and not parameters and not raw.rows and raw.layers is None:
@@ -66,6 +68,7 @@ def fit(raw: RawAdapter, spec: ModelSpec) -> Adapter:
         alpha=raw.alpha,
         spec=own,
         layers=raw.layers,
+        invocation=raw.invocation,
         ranks={
             linear: max(len(pair.a) for (_, name), pair in pairs.items() if name == linear)
             for linear in adapted
@@ -177,6 +180,38 @@ def _vocab(raw: RawAdapter, spec: ModelSpec) -> int:
             hint="train it with both of them in target_modules, or with none: PEFT then saves both",
         )
     return size
+
+
+def _check_invocation(raw: RawAdapter, own: ModelSpec, base: ModelSpec) -> None:
+    """Before its invocation, an activated LoRA must be the base. PEFT turns only branches off.
+
+    Raises AdapterError or UnsupportedError. What it has of the embedding and the head may be the base's, see
+    `pack_adapter`.
+    """
+    if raw.invocation is None:
+        return
+    if wrong := [token for token in raw.invocation if token >= base.vocab_size]:
+        raise AdapterError(
+            f"its invocation has the token {wrong[0]}, but the model has {base.vocab_size} tokens",
+            where=raw.path,
+            hint=_OTHER,
+        )
+    tables = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
+    always = [name for name in raw.parameters if name not in tables]
+    parts = {
+        "DoRA": any(pair.magnitude is not None for pair in raw.pairs.values()),
+        f"{(*always, '')[0]} of its own": bool(always),
+        "trained tokens": bool(raw.rows),
+        "replicated layers": raw.layers is not None,
+        "more tokens than the base": own.vocab_size != base.vocab_size,
+    }
+    if what := [name for name, is_there in parts.items() if is_there]:
+        raise UnsupportedError(activated_with(what[0]), where=raw.path, hint=BRANCHES_ALONE)
+
+
+def activated_with(what: str) -> str:
+    """What to say of an activated LoRA that is not the base before its invocation."""
+    return f"an activated LoRA (aLoRA) with {what} is not supported: before its invocation it would not be the base"
 
 
 def _check_rows(rows: Mapping[str, TokenRows], spec: ModelSpec, where: Path) -> None:

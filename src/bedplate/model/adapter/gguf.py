@@ -31,8 +31,9 @@ _AGAIN = "convert the adapter again with llama.cpp's convert_lora_to_gguf.py"
 _HALF = re.compile(r"^blk\.([0-9]{1,6})\.([a-z0-9_]+)\.weight\.lora_([ab])$")
 _OF_HEAD = re.compile(r"^output\.weight\.lora_([ab])$")
 _PREFIX = "adapter.lora.prompt_prefix"
-# Of `adapter.…`: the type, the factor, and what only describes the adapter.
-_KNOWN = {"adapter.type", "adapter.lora.alpha", "adapter.lora.task_name", _PREFIX}
+_INVOCATION = "adapter.alora.invocation_tokens"  # of an activated LoRA, with PEFT's meaning
+# Of `adapter.…`: the type, the factor, the invocation, and what only describes the adapter.
+_KNOWN = {"adapter.type", "adapter.lora.alpha", "adapter.lora.task_name", _PREFIX, _INVOCATION}
 _MEANINGS = (
     (re.compile(r"^token_embd\."), "a LoRA on the embedding table"),
     (re.compile(r"^output\."), "a LoRA on the head"),
@@ -67,6 +68,7 @@ def read_gguf(path: Path, spec: ModelSpec) -> RawAdapter:
         format="gguf",
         weights=path,
         pairs=pairs,
+        invocation=_invocation(fields, path),
         alpha=alpha or float(max((len(pair.a) for pair in pairs.values()), default=0)),
         fingerprint=digest,
         warnings=warnings,
@@ -104,10 +106,7 @@ def _check_fields(fields: Mapping[str, Any], spec: ModelSpec, where: Path) -> tu
         )
     for name, value in fields.items():
         if name.startswith("adapter.") and name not in _KNOWN and value != []:
-            meaning = " (activated LoRA)" if "alora" in name else ""
-            raise UnsupportedError(
-                f"{name} = {short(value)}{meaning} is not supported", where=where, hint=MERGE
-            )
+            raise UnsupportedError(f"{name} = {short(value)} is not supported", where=where, hint=MERGE)
     alpha = fields.get("adapter.lora.alpha", 0.0)
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise AdapterError(
@@ -118,6 +117,14 @@ def _check_fields(fields: Mapping[str, Any], spec: ModelSpec, where: Path) -> tu
         return float(alpha), ()
     text = f"{where}: it was trained on prompts that begin with {short(prefix)}; bedplate does not add this"
     return float(alpha), (text,)
+
+
+def _invocation(fields: Mapping[str, Any], where: Path) -> tuple[int, ...] | None:
+    tokens = fields.get(_INVOCATION, [])
+    if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
+        what = f"{_INVOCATION} must be a list of token ids, got {short(tokens)}"
+        raise AdapterError(what, where=where, hint=_AGAIN)
+    return tuple(tokens) or None
 
 
 def _values(gguf: Any, tensor: Any, where: Path) -> NDArray[np.float32]:

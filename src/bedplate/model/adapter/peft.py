@@ -11,7 +11,7 @@ from types import MappingProxyType
 from bedplate.errors import AdapterError, UnsupportedError
 from bedplate.model.adapter.fit import check_places
 from bedplate.model.adapter.peft_changed import Changed, replicated
-from bedplate.model.adapter.peft_config import CONFIG, MERGE, PeftConfig, read_config
+from bedplate.model.adapter.peft_config import CONFIG, INVOCATION, MERGE, PeftConfig, read_config
 from bedplate.model.adapter.peft_keys import Key, parse_key
 from bedplate.model.adapter.peft_targets import Targets
 from bedplate.model.adapter.peft_weights import Halves, Tensors, make_pair, sort_tensors
@@ -73,6 +73,7 @@ def read_tensors(
         parameters=changed.parameters(),
         rows=changed.rows(),
         layers=layers,
+        invocation=config.invocation,
         alpha=config.alpha,
         fingerprint=digest.hexdigest(),
         warnings=(*_missing(found.halves, targets, config, own, path), *_pissa(path)),
@@ -130,7 +131,11 @@ def _check_embedding(place: Place, halves: Halves, config: PeftConfig, path: Pat
             "use_dora = true on the embedding (DoRA) is not supported", where=path / CONFIG, hint=MERGE
         )
     # PEFT refuses these for an embedding, but for the last two, which it trains in another way only.
-    for field, is_set in (("use_bdlora", config.block_diagonal is not None), ("lora_bias", config.lora_bias)):
+    for field, is_set in (
+        ("use_bdlora", config.block_diagonal is not None),
+        ("lora_bias", config.lora_bias),
+        (INVOCATION, config.invocation is not None),
+    ):
         if is_set:
             raise AdapterError(
                 f"{field} is set and the embedding is adapted, which PEFT refuses",

@@ -25,6 +25,7 @@ MERGE = "merge the adapter into the base model, or train without this option"
 # PEFT's own defaults for what a config leaves out.
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8
 DEFAULT_TARGETS = ("q_proj", "v_proj")
+INVOCATION = "alora_invocation_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class PeftConfig:
     replication: the runs of layers, from one up to another, that the model is made of. None: it is as it is.
     keeps_tied: what is done to the embedding is done to a head that shares its weight.
     starts_at_zero: what the file holds no tensors for, PEFT starts with B·A = 0.
+    invocation: the tokens that turn an activated LoRA on. None: it is on from the first token.
     """
 
     rank: int
@@ -75,6 +77,7 @@ class PeftConfig:
     replication: tuple[tuple[int, int], ...] | None
     keeps_tied: bool
     starts_at_zero: bool
+    invocation: tuple[int, ...] | None
 
 
 def read_config(data: bytes, where: Path) -> PeftConfig:
@@ -115,6 +118,7 @@ def read_config(data: bytes, where: Path) -> PeftConfig:
         replication=_replication(fields),
         keeps_tied=fields.flag("ensure_weight_tying"),
         starts_at_zero=_starts_at_zero(fields),
+        invocation=_invocation(fields),
     )
     _check_together(config, fields)
     return config
@@ -165,19 +169,45 @@ def _is_off(value: Any) -> bool:
 def _check_together(config: PeftConfig, fields: ConfigFields) -> None:
     """What PEFT does not take together."""
     start = fields.get("init_lora_weights", True)
-    others = {
-        "lora_bias": config.lora_bias,
+    variants = {
         "use_bdlora": config.block_diagonal is not None,
         "velora_config": not _is_off(fields.get("velora_config", None)),
         "monteclora_config": not _is_off(fields.get("monteclora_config", None)),
         f"init_lora_weights = {short(start)}": start == "mica",
     }
-    if beside := [name for name, is_set in others.items() if is_set and config.dora]:
-        fields.fail(f"use_dora and {beside[0]} cannot stand together: PEFT refuses it")
+    not_beside = {
+        "use_dora": {"lora_bias": config.lora_bias, **variants} if config.dora else {},
+        INVOCATION: {
+            "use_dora": config.dora,
+            "target_parameters": bool(config.parameters),
+            **variants,
+        }
+        if config.invocation
+        else {},
+    }
+    for name, others in not_beside.items():
+        if beside := [other for other, is_set in others.items() if is_set]:
+            fields.fail(f"{name} and {beside[0]} cannot stand together: PEFT refuses it")
     if config.lora_bias and not isinstance(start, bool):
         fields.fail(
             f"lora_bias and init_lora_weights = {short(start)} cannot stand together: PEFT refuses it"
         )
+
+
+def _invocation(fields: ConfigFields) -> tuple[int, ...] | None:
+    value = fields.get(INVOCATION, None)
+    if _is_off(value):  # of no tokens, it is on everywhere, as in PEFT
+        return None
+    if not isinstance(value, list) or not all(type(token) is int and token >= 0 for token in value):
+        fields.fail(f"{INVOCATION} must be a list of token ids, got {short(value)}")
+    kind = fields.get("task_type", None)
+    if kind != "CAUSAL_LM":
+        raise UnsupportedError(
+            f"{INVOCATION} is set and task_type = {short(kind)}: PEFT never turns such an adapter on",
+            where=fields.where,
+            hint='if it was trained to continue text, set task_type to "CAUSAL_LM"',
+        )
+    return tuple(value)
 
 
 def _saved(fields: ConfigFields) -> tuple[str, ...]:

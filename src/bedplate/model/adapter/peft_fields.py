@@ -25,6 +25,8 @@ USED = frozenset(
         "trainable_token_indices",
         "layer_replication",
         "ensure_weight_tying",
+        "alora_invocation_tokens",
+        "task_type",  # of an activated LoRA
     }
 )
 
@@ -42,7 +44,6 @@ NO_EFFECT = frozenset(
         "qalora_group_size",
         "revision",
         "runtime_config",
-        "task_type",
         "velora_config",  # another backward pass
         # How A and B start, where `init_lora_weights` names it; PEFT leaves them in a converted adapter's config.
         "corda_config",
@@ -63,7 +64,6 @@ NO_EFFECT = frozenset(
 # What is not taken, in the words that a user knows it by.
 REFUSED = {
     "use_qalora": "QALoRA, trained on a base that was quantized in groups",
-    "alora_invocation_tokens": "activated LoRA (aLoRA), on only after certain tokens",
     "kasa_config": "KaSA, which changes the base model's weights",
     "arrow_config": "Arrow, which routes between several adapters",
     "megatron_config": "layers of Megatron",

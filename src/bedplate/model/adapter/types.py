@@ -57,6 +57,7 @@ class RawAdapter:
     parameters: new values of parameters, by their names in the model's files (`layers.0.input_layernorm.weight`).
     rows: of `embed_tokens` and `lm_head`.
     layers: the base's layer that each of its layers is. None: it has the base's layers.
+    invocation: the tokens that turn an activated LoRA on. None: it is on from the first token of a text.
     alpha: lora_alpha, to be shown; the factor that counts is each pair's own.
     fingerprint: SHA-256 over all files that were read.
     warnings: what a user must know though the adapter is taken.
@@ -71,6 +72,7 @@ class RawAdapter:
     parameters: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     rows: Mapping[str, TokenRows] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
+    invocation: tuple[int, ...] | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -79,7 +81,7 @@ class Adapter:
     """A LoRA adapter that fits a model, whose names, rows and order of rows are those of `spec`.
 
     spec: the base's description, with the adapter's own layers and its own number of tokens.
-    layers: as in RawAdapter.
+    layers, invocation: as in RawAdapter.
     ranks: rank of each adapted linear, by its name in a layer (`self_attn.q_proj`): the largest of its layers.
     shapes: (rows, columns) of each adapted linear.
     pairs, parameters, rows, fingerprint, warnings: see RawAdapter.
@@ -90,6 +92,7 @@ class Adapter:
     alpha: float
     spec: ModelSpec
     layers: tuple[int, ...] | None
+    invocation: tuple[int, ...] | None
     ranks: Mapping[str, int]
     shapes: Mapping[str, tuple[int, int]]
     pairs: Mapping[Place, LoraPair]
