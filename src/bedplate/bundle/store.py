@@ -8,6 +8,8 @@ that `bundle.json` does not list. Nobody reads that one, and the next adapter of
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
@@ -34,6 +36,22 @@ __all__ = [
     "create_bundle",
     "remove_adapter",
 ]
+
+
+class _Refreshing:
+    """One thread at a time, so that nobody puts what it has read before in the place of what another has read since. A
+    process that is forked meanwhile has a lock of its own.
+    """
+
+    def __init__(self) -> None:
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)
+
+    def _begin(self) -> None:
+        self.lock = threading.Lock()
+
+
+_refreshing = _Refreshing()
 
 
 class Bundle:
@@ -252,7 +270,8 @@ class Bundle:
 
     def refresh(self) -> None:
         """Read the bundle again, as it is on disk now. Raises the same errors as `open`."""
-        self.manifest, self.adapters = _read(self.path, _manifest_bytes(self.path), check=False)
+        with _refreshing.lock:
+            self.manifest, self.adapters = _read(self.path, _manifest_bytes(self.path), check=False)
 
 
 def check_free(out: Path, *, replace: bool) -> None:
