@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,10 +152,11 @@ class World:
             self.versions[name] = self._replace(name)
 
     def run(self, threads: int, operations: int, seed: int) -> None:
-        """So many operations, in all. Raises what one of them raises."""
+        """So many operations, in all. Raises the first error: others can follow from it."""
         with ThreadPoolExecutor(threads) as pool:
             users = [User(self, f"{seed} {number}") for number in range(threads)]
-            for done in [pool.submit(user.act, operations // threads) for user in users]:
+            acts = [pool.submit(user.act, operations // threads) for user in users]
+            for done in as_completed(acts):
                 done.result()
 
     def forget(self) -> None:

@@ -180,6 +180,9 @@ class TestAFile:
                 loaded = engine.load_session(saved)
                 assert (loaded.tokens, loaded.kv_bytes) == (tuple(TEXT), 0)
                 np.testing.assert_array_equal(loaded.step([3]), engine.session("all8").step([*TEXT, 3]))
+                switched = engine.load_session(saved)
+                switched.use(None)
+                np.testing.assert_array_equal(switched.step([3]), engine.session().step([3]))
         finally:
             _native.use_instruction_set(before)
 

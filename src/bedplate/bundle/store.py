@@ -72,13 +72,7 @@ class Bundle:
         version or was edited, or an adapter was packed against another foundation.
         """
         path = Path(path)
-        while True:
-            data = _manifest_bytes(path)
-            try:
-                return cls(path, *_read(path, data, check))
-            except (BundleError, FileNotFoundError):
-                if _manifest_bytes(path) == data:
-                    raise  # otherwise a writer was at work just now: look again
+        return cls(path, *_read_now(path, check))
 
     @property
     def foundation(self) -> Path:
@@ -271,7 +265,7 @@ class Bundle:
     def refresh(self) -> None:
         """Read the bundle again, as it is on disk now. Raises the same errors as `open`."""
         with _refreshing.lock:
-            self.manifest, self.adapters = _read(self.path, _manifest_bytes(self.path), check=False)
+            self.manifest, self.adapters = _read_now(self.path, check=False)
 
 
 def check_free(out: Path, *, replace: bool) -> None:
@@ -358,6 +352,16 @@ def _manifest_bytes(path: Path) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as error:
         hint = f"build one first: bedplate build MODEL -o {path}"
         raise NotFoundError("not a bundle: it has no bundle.json", where=path, hint=hint) from error
+
+
+def _read_now(path: Path, check: bool) -> tuple[Manifest, dict[str, AdapterEntry]]:
+    while True:
+        data = _manifest_bytes(path)
+        try:
+            return _read(path, data, check)
+        except (BundleError, FileNotFoundError):
+            if _manifest_bytes(path) == data:
+                raise  # otherwise a writer was at work just now: look again
 
 
 def _read(path: Path, data: bytes, check: bool) -> tuple[Manifest, dict[str, AdapterEntry]]:

@@ -114,8 +114,9 @@ class Held:
     def _cut(self, count: int) -> None:
         """Hold the first tokens only. The others may stay in the lists of a `State`."""
         if count < len(self.tokens):
-            assert self.kv is not None
-            self.tokens, self.kv = self.tokens[:count], self.kv.fork(count)
+            self.tokens = self.tokens[:count]
+            if self.kv is not None:  # of a file there can be tokens alone
+                self.kv = self.kv.fork(count)
             self._chain = self._chain[: count // POSITIONS]
 
     def _find(self, weights: Weights, text: list[int], length: int) -> int:
