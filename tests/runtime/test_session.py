@@ -315,7 +315,7 @@ class TestCancel:
                 session.cancel()
 
         assert session.generate("the quick brown fox jumps", max_tokens=5, on_prefill=read) == ""
-        count = len(session._host.tokenizer_of(None).encode("the quick brown fox jumps"))
+        count = len(session._host.load_for_text({})[1].encode("the quick brown fox jumps"))
         assert done == [(2, count), (4, count)]
         assert len(session.tokens) == 4
         assert session.last is not None and session.last.finish_reason == "cancelled"

@@ -70,6 +70,7 @@ class Weights(NamedTuple):
         native step have the same.
     scale: what the adapter's branches are multiplied by.  unscalable: what the adapter has that has no scale. None: it
         can be scaled.  unsummable: what it has that cannot be added to other adapters. None: it can be added.
+    file: SHA-256 of the adapter's constants. It does not depend on the adapter's name.
     """
 
     decoder: _native.Decoder
@@ -83,6 +84,7 @@ class Weights(NamedTuple):
     scale: float = 1.0
     unscalable: str | None = None
     unsummable: str | None = None
+    file: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -268,6 +270,7 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
         layers=reader.replicated,
         unscalable=_unscalable([constant.name for constant in named]),
         unsummable=beyond_branches(info, spec) or _own_text(bundle, name),
+        file=sha256,
     )
 
 
