@@ -212,9 +212,8 @@ class Engine:
 
     def _load_for_text(self, adapters: Mapping[str, float]) -> tuple[Weights, Tokenizer]:
         """Weights and tokenizer of the same adapters, also where another takes the name of one meanwhile."""
-        name = (
-            next(iter(adapters)) if len(adapters) == 1 else None
-        )  # of several, each has the base's tokenizer
+        # Of several, each has the base's tokenizer.
+        name = next(iter(adapters)) if len(adapters) == 1 else None
         with self._lock:
             while True:
                 weights = self._load_all(adapters, meanwhile=self.tokenizer.open)
