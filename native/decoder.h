@@ -98,9 +98,6 @@ class Decoder {
         float factor;
         bool scaled;  // or neither by the factor nor by the rows' scales
     };
-    // The room that the narrow values of a branch take in a row.
-    static std::int64_t ranks_of(const Branch& branch) { return branch.narrow->blocks() * kBlock; }
-
     struct Finish {  // what becomes of the outputs of a linear for some rows
         const Affine* affine;
         std::size_t linear;
@@ -139,6 +136,8 @@ class Decoder {
     std::int64_t rows() const { return static_cast<std::int64_t>(all_.rows.size()); }
     const Row& row(std::int64_t i) const { return all_.rows[static_cast<std::size_t>(i)]; }
     bool alone() const { return all_.rows.size() == 1; }
+    // The room that the narrow values of a branch take in a row.
+    static std::int64_t ranks_of(const Branch& branch) { return branch.narrow->blocks() * kBlock; }
     // The model's layer that stands at a place of the step's.
     const Layer& layer_of(std::int64_t index) const {
         return model_.layers[static_cast<std::size_t>(layers_[static_cast<std::size_t>(index)])];

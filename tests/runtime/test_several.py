@@ -279,6 +279,23 @@ def changing(toy_bundle: Bundle, tmp_path: Path) -> bedplate.Bundle:
     return bedplate.Bundle.open(shutil.copytree(toy_bundle.path, tmp_path / "bundle"))
 
 
+def test_the_same_weights_under_other_names(
+    changing: bedplate.Bundle, toy_adapters: dict[str, Path], engine: Engine
+) -> None:
+    names = ["a", "b", "y", "z"]
+    for name in names:
+        changing.add(toy_adapters["all2"], name=name, quantize="none", programs=False)
+    with Engine(changing) as other:
+        for name in names:
+            np.testing.assert_array_equal(
+                other.session({"all": 0.7, name: 0.3}).logits(IDS), engine.session(BOTH).logits(IDS)
+            )
+        one, two = (
+            other.session(dict(zip("az", scales, strict=True))) for scales in ((0.7, 0.2), (0.2, 0.7))
+        )
+        np.testing.assert_array_equal(one.logits(IDS), two.logits(IDS))
+
+
 def test_a_part_is_replaced(
     changing: bedplate.Bundle, toy_adapters: dict[str, Path], engine: Engine, tmp_path: Path
 ) -> None:

@@ -29,10 +29,10 @@ class Sums:
                     f"the adapter {name} has {weights.unsummable}, so it cannot be used together with others",
                     hint="use it alone; adapters of A and B alone, with the base's tokenizer, can be used together",
                 )
-        # By content, as everything that bits depend on: names are no part of it.
+        # In an order that no name has a part in. What has the same constants and scale adds the same.
         found = sorted(
             ((weights, _single(scale)) for weights, scale in parts.values() if _single(scale) != 0),
-            key=lambda one: (one[0].content.adapter, one[1]),
+            key=lambda one: (one[0].file, one[1], one[0].content.adapter),
         )
         if len(found) < 2:
             return found[0][0].scaled(found[0][1]) if found else base

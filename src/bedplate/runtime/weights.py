@@ -128,6 +128,7 @@ class Weights(NamedTuple):
         """The adapter that computes a position of a text, and its scale."""
         assert self.invocation is None, "for_text() comes first"
         return (None, 1.0) if position < self.start else (self.adapter, self.scale)
+    file: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -335,6 +336,7 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
         unscalable=_unscalable([constant.name for constant in named]),
         unsummable=beyond_branches(info, spec) or _own_text(bundle, name),
         invocation=info.invocation,
+        file=sha256,
     )
 
 
