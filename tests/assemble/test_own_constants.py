@@ -158,7 +158,7 @@ def save_as_it_starts(folder: Path, model: Path, config: LoraConfig) -> Path:
     ("fields", "what"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}, "an activated LoRA (aLoRA)"),
+        ({"alora_invocation_tokens": [5]}, "an activated LoRA (aLoRA)"),
     ],
     ids=["dora", "activated"],
 )
