@@ -18,7 +18,14 @@ from bedplate.compile.stand_in import fixed_buffers, stand_in_decoder
 from bedplate.compile.symbols import executorch_keys, symbolize
 from bedplate.compile.units import Lowered, StaticShapes, Structure
 from bedplate.compile.xnnpack import RawProgram, quiet_exporter
-from bedplate.executorch_1_5 import EDGE_CONFIG, MemoryPlanningPass, Partitioner, emitted, forget_weights, partitioner
+from bedplate.executorch_1_5 import (
+    EDGE_CONFIG,
+    MemoryPlanningPass,
+    Partitioner,
+    emitted,
+    forget_weights,
+    partitioner,
+)
 from bedplate.model.decoder import Decoder
 from bedplate.model.static_attention import StaticDecoder
 from bedplate.quantize.foundation import fixed_constants
