@@ -28,7 +28,7 @@ from bedplate.spec import ModelSpec, corrected_together
 if TYPE_CHECKING:
     from torch import nn
 
-    from bedplate.model.checkpoint import Checkpoint
+    from bedplate.model.checkpoint import Checkpoint, StoredCheckpoint
     from bedplate.model.tokenizer_files import TokenizerFiles
     from bedplate.quantize.calibration import Statistics
 
@@ -182,13 +182,13 @@ def _context(wanted: int | None, max_positions: int, model: Path) -> int:
 
 
 def _foundation(
-    checkpoint: Checkpoint,
+    checkpoint: StoredCheckpoint,
     structure: Structure,
     schemes: Mapping[str, Scheme],
     statistics: Statistics,
     reporter: Reporter,
 ) -> Iterator[Constant]:
-    from bedplate.model.checkpoint import checked_tensor, tied_names
+    from bedplate.model.checkpoint import checked_matrix, checked_tensor, tied_names
     from bedplate.quantize.correction import quantize_corrected
     from bedplate.quantize.foundation import fixed_constants, pack_corrected, pack_tensor, row_norms
 
@@ -202,8 +202,8 @@ def _foundation(
         if name in in_groups:
             continue
         reporter.progress("quantize and pack", done, len(names))
-        tensor = checked_tensor(checkpoint, name)
-        yield from pack_tensor(tied_names(name, checkpoint.spec), tensor, schemes)
+        value = checked_matrix(checkpoint, name)
+        yield from pack_tensor(tied_names(name, checkpoint.spec), value, schemes)
         done += 1
     for place, paths in together.items():
         reporter.progress("quantize and pack", done, len(names))

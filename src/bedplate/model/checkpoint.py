@@ -20,7 +20,7 @@ from bedplate.model.config import check_exists
 from bedplate.model.decoder import Decoder
 from bedplate.model.gguf_file import GgufFile
 from bedplate.model.safetensors_folder import SafetensorsFolder
-from bedplate.spec import ModelSpec
+from bedplate.spec import ModelSpec, parameter_shapes
 
 
 class Checkpoint(Protocol):
@@ -49,13 +49,49 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+class StoredCheckpoint(Checkpoint, Protocol):
+    """A checkpoint whose tensors lie in files."""
+
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """Rows of the parameter `name`: `count` of them from `first` on, or those that there are."""
+        ...
+
+
+# Of the vocabulary, with a row for each token. They are the largest by far, and none of their rows turn.
+_BY_ROWS = ("embed_tokens.weight", "lm_head.weight")
+_PIECE_BYTES = 1 << 25
+
+
+class StoredMatrix:
+    """A matrix of a checkpoint, of which some rows are in memory. Reads more of them when they are asked for.
+
+    A tensor of a mapped file counts as memory of the process as far as it was read, until it is gone.
+    """
+
+    def __init__(self, checkpoint: StoredCheckpoint, name: str, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self._checkpoint, self._name = checkpoint, name
+        self._first, self._piece = 0, torch.empty(0, *shape[1:])
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        first, stop, _ = rows.indices(self.shape[0])
+        if not self._first <= first <= stop <= self._first + len(self._piece):
+            row_bytes = 4 * self.shape[1]  # as float32, which is what quantizing makes of it
+            count = max(stop - first, _PIECE_BYTES // row_bytes)
+            del self._piece  # before the next one is read
+            self._piece = self._checkpoint.rows(self._name, first, count)
+            self._first = first
+            _check_finite(self._checkpoint, self._name, self._piece)
+        return self._piece[first - self._first : stop - self._first]
+
+
+def open_checkpoint(path: Path) -> StoredCheckpoint:
     """Open a model folder or a `.gguf` file, and check names and shapes of its tensors against its config.
 
     Raises NotFoundError, CheckpointError or UnsupportedError.
     """
     check_exists(path)
-    checkpoint: Checkpoint = GgufFile(path) if path.is_file() else SafetensorsFolder(path)
+    checkpoint: StoredCheckpoint = GgufFile(path) if path.is_file() else SafetensorsFolder(path)
     _check_shapes(checkpoint)
     return checkpoint
 
@@ -77,6 +113,18 @@ def expected_model(spec: ModelSpec, corrections: Mapping[str, int] | None = None
 def checked_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     """`checkpoint.tensor(name)`. Raises CheckpointError for values that are not finite."""
     tensor = checkpoint.tensor(name)
+    _check_finite(checkpoint, name, tensor)
+    return tensor
+
+
+def checked_matrix(checkpoint: StoredCheckpoint, name: str) -> Tensor | StoredMatrix:
+    """As `checked_tensor`, but a matrix that is much larger than all others is read as its rows are asked for."""
+    if name not in _BY_ROWS:
+        return checked_tensor(checkpoint, name)
+    return StoredMatrix(checkpoint, name, parameter_shapes(checkpoint.spec)[name])
+
+
+def _check_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
     # NaN is the least and the largest of what holds one. No mask is needed, which would be as large as a layer.
     if not all(map(torch.isfinite, torch.aminmax(tensor))):
         raise CheckpointError(
@@ -84,7 +132,6 @@ def checked_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
             where=checkpoint.path,
             hint="its training diverged, or the file is damaged: download it again",
         )
-    return tensor
 
 
 def checked_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

@@ -100,6 +100,12 @@ class GgufFile:
         rows = RotaryRows(width=self.spec.rotary.width, interleaved=self._architecture.interleaved)
         return in_our_order(tensor, heads, rows) if heads else tensor
 
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        part = self._parts[name]
+        count = min(count, part.count - first)
+        wanted = _Part(name=part.name, first=part.first + first, count=count)
+        return torch.from_numpy(_values(self._stored[part.name], wanted))
+
     @functools.cached_property
     def _parts(self) -> dict[str, _Part]:
         return _parts(self.spec, self._architecture, self._stored)

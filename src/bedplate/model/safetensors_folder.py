@@ -20,6 +20,7 @@ from bedplate.model.stored import Source, sources, stored_shapes
 # Left over in files of old transformers versions; recomputed from the config.
 _RECOMPUTED = ("rotary_emb.inv_freq", "masked_bias")
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_ROWS = 4096  # that are compared at once
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
@@ -58,17 +59,17 @@ class SafetensorsFolder:
 
     def tensor(self, name: str) -> Tensor:
         source = self._sources[name]
-        stored = self._stored[source.name]
-        # Opened for each: a tensor lies in the file's mapping, whose pages count as ours until it is gone.
-        with safe_open(stored.file, framework="pt") as reader:
-            value: Tensor = (
-                reader.get_tensor(stored.name)
-                if source.count == stored.shape[0]
-                else reader.get_slice(stored.name)[source.first : source.first + source.count]
-            )
-        if source.offset:
-            value = value.float() + source.offset
+        value = self._read(source, 0, source.count)
         return in_our_order(value, source.heads, self.spec.rotary) if source.heads else value
+
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        source = self._sources[name]
+        assert not source.heads, f"the rows of {name} stand in another order"
+        return self._read(source, first, min(count, source.count - first))
+
+    def _read(self, source: Source, first: int, count: int) -> Tensor:
+        value = _rows(self._stored[source.name], source.first + first, count)
+        return value.float() + source.offset if source.offset else value
 
     @functools.cached_property
     def _sources(self) -> dict[str, Source]:
@@ -76,17 +77,27 @@ class SafetensorsFolder:
 
     def _check_tied_head(self) -> None:
         # transformers, too, takes a head that differs for a model whose config is wrong.
-        values = []
-        for stored in (self._stored[_HEAD], self._stored[_EMBEDDING]):
-            with safe_open(stored.file, framework="pt") as reader:
-                values.append(reader.get_tensor(stored.name).split(4096))
-        # Block by block: in float32 they would be the largest tensors there are.
-        if not all(torch.equal(a.float(), b.float()) for a, b in zip(*values, strict=True)):
+        head, embedding = self._stored[_HEAD], self._stored[_EMBEDDING]
+        # Block by block: they are the largest tensors there are.
+        blocks = (
+            [_rows(stored, first, _ROWS).float() for stored in (head, embedding)]
+            for first in range(0, max(head.shape[0], embedding.shape[0]), _ROWS)
+        )
+        if head.shape != embedding.shape or not all(torch.equal(a, b) for a, b in blocks):
             raise CheckpointError(
                 "config.json ties the head to the embedding, but lm_head.weight holds other values",
                 where=self._stored[_HEAD].file,
                 hint="set tie_word_embeddings to false in config.json if the head is its own",
             )
+
+
+def _rows(stored: _Stored, first: int, count: int) -> Tensor:
+    """Rows of a tensor, `count` of them from `first` on, or those that there are."""
+    # Opened for each: a tensor lies in the file's mapping, whose pages count as ours until it is gone.
+    with safe_open(stored.file, framework="pt") as reader:
+        if (first, count) == (0, stored.shape[0]):
+            return reader.get_tensor(stored.name)  # type: ignore[no-any-return]
+        return reader.get_slice(stored.name)[first : first + count]  # type: ignore[no-any-return]
 
 
 def _check_no_adapter(path: Path) -> None:

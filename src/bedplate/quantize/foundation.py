@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bedplate.constants import Constant
@@ -15,11 +16,13 @@ from bedplate.names import ROW_NORMS
 from bedplate.quantize.correction import Corrected
 from bedplate.quantize.packing import pack_embedding, pack_float, pack_linear
 from bedplate.quantize.recipe import Scheme
-from bedplate.quantize.weights import QuantizedWeight, quantize_weight, row_blocks
+from bedplate.quantize.weights import Matrix, QuantizedWeight, quantize_weight, row_blocks
 from bedplate.spec import ModelSpec, growing, narrow_windows, qk_norm_shapes
 
 
-def pack_tensor(names: Sequence[str], value: Tensor, schemes: Mapping[str, Scheme]) -> Iterator[Constant]:
+def pack_tensor(
+    names: Sequence[str], value: Tensor | Matrix, schemes: Mapping[str, Scheme]
+) -> Iterator[Constant]:
     """Constants of the parameters `names` (`….q_proj.weight`), which share one value, by the schemes of their modules.
 
     schemes: as `plan` gives them. What has no scheme (norms) is a float32 tensor of the program. Raises RecipeError.
@@ -30,22 +33,30 @@ def pack_tensor(names: Sequence[str], value: Tensor, schemes: Mapping[str, Schem
         scheme = schemes.get(path) or schemes.get(f"{path}.linear")
         is_embedding = path == "embed_tokens"
         if scheme is None or scheme.bits is None or leaf == "bias":
-            dense = value.detach().to(torch.float32).contiguous().numpy()
-            yield from pack_float(name, dense, is_tensor=scheme is None or is_embedding)
+            yield from pack_float(name, _floats(value), is_tensor=scheme is None or is_embedding)
             continue
         if scheme not in quantized:
-            quantized[scheme] = quantize_weight(value.detach(), scheme)
+            quantized[scheme] = quantize_weight(value, scheme)
         yield from pack_quantized(name, quantized[scheme], is_embedding=is_embedding)
         if not is_embedding:
             yield row_norms(path, value)
 
 
-def row_norms(path: str, weight: Tensor) -> Constant:
+def _floats(value: Tensor | Matrix) -> NDArray[np.float32]:
+    if isinstance(value, Tensor):
+        return value.to(torch.float32).contiguous().numpy()
+    floats = np.empty(value.shape, np.float32)
+    for block in row_blocks(value):
+        floats[block] = value[block].to(torch.float32).numpy()
+    return floats
+
+
+def row_norms(path: str, weight: Matrix) -> Constant:
     """The squared lengths of the rows of a linear's weight, [rows, columns], before it was quantized: DoRA needs them.
 
     In numpy, whose sums do not depend on the number of threads.
     """
-    squares = np.empty(len(weight), np.float32)
+    squares = np.empty(weight.shape[0], np.float32)
     for block in row_blocks(weight):
         squares[block] = np.square(weight[block].double().numpy()).sum(axis=1)
     return pack_float(f"{path}.{ROW_NORMS}", squares, is_tensor=False)[0]

@@ -5,8 +5,9 @@ torchao itself is imported for `hqq` alone: it takes longer to import than torch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ from bedplate.quantize.recipe import Scheme
 _BLOCK_NUMBERS = 1 << 17
 # Shares of a group's range that its codes may cover: cutting the ends off makes the steps between finer.
 _RANGES = (1.0, 0.94, 0.88, 0.82, 0.76)
+
+
+class Matrix(Protocol):
+    """Rows of floats: a tensor [rows, columns], or what reads such rows when they are asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,13 +48,13 @@ class QuantizedWeight:
         return self.codes.float() * self.scales.repeat_interleave(self.group_size, dim=1)
 
 
-def quantize_weight(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+def quantize_weight(weight: Matrix, scheme: Scheme) -> QuantizedWeight:
     """Quantize a matrix of floats, [rows, columns], in float32. The scheme has bits 4 or 8.
 
     Goes by blocks of rows, so that beside codes and scales it needs little memory and stays in the processor's cache.
     Raises RecipeError for values so large that no scale is found.
     """
-    assert scheme.bits is not None and weight.ndim == 2
+    assert scheme.bits is not None
     rows, columns = weight.shape
     group_size = scheme.group_size or columns
     codes = torch.empty(rows, columns, dtype=torch.int8)
@@ -118,7 +128,7 @@ def _codes(groups: Tensor, start: Tensor, scale: Tensor) -> Tensor:
     return (groups - start).div_(scale).round_().clamp_(-8, 7)
 
 
-def row_blocks(matrix: Tensor) -> Iterator[slice]:
+def row_blocks(matrix: Matrix) -> Iterator[slice]:
     """Slices of rows that together make the matrix, each of some 2^17 numbers."""
     step = max(1, _BLOCK_NUMBERS // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
