@@ -6,7 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -103,6 +103,25 @@ class TestUnload:
                 text = next(pieces)
                 engine.unload(name)
                 assert text + "".join(pieces) == expected
+
+    def test_sixteen_running_generations_keep_theirs(self, toy_bundle: Bundle) -> None:
+        names, settings = [None, "all", "all2", "all8"] * 4, {"max_tokens": 12, "temperature": 50.0}
+        with Engine(toy_bundle, cache_bytes=0) as engine:
+
+            def begun(number: int) -> Iterator[str]:
+                session = engine.session(names[number])
+                return session.generate([number + 5, 9], seed=number, stream=True, **settings)
+
+            expected = ["".join(begun(number)) for number in range(16)]
+            for gone in ("all", None, "all8"):
+                running = [begun(number) for number in range(16)]
+                texts = [next(pieces) for pieces in running]
+                engine.unload(gone)
+                for number in range(16):
+                    texts[number] += next(running[number], "")
+                engine.unload()
+                assert [text + "".join(rest) for text, rest in zip(texts, running, strict=True)] == expected
+            assert engine.memory().foundation == 0
 
     def test_the_base_goes_with_all_adapters(self, toy_bundle: Bundle) -> None:
         with Engine(toy_bundle) as engine:
