@@ -25,7 +25,7 @@ from bedplate.model.checkpoint import open_checkpoint
 from bedplate.model.families import FAMILIES, glm4
 from bedplate.model.stored import stored_linears
 from bedplate.oracle import stock_program
-from bedplate.runtime.weights import check_native
+from bedplate.runtime.loading import check_native
 from bedplate.spec import LongRope
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"

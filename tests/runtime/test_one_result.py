@@ -81,7 +81,7 @@ class TestAPrompt:
 def test_any_number_of_threads(
     threads: int, toy_bundle: Bundle, engine: Engine, expected: dict[str | None, Logits]
 ) -> None:
-    with Engine(toy_bundle, threads=threads, kv=engine._kv) as other:
+    with Engine(toy_bundle, threads=threads, kv=engine.load().precision) as other:
         for name in NAMES:
             np.testing.assert_array_equal(other.session(name).logits(TOKENS), expected[name])
 

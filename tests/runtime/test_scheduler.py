@@ -20,10 +20,11 @@ from bedplate.bundle.store import Bundle
 from bedplate.errors import RunError
 from bedplate.runtime import steps
 from bedplate.runtime.engine import Engine
+from bedplate.runtime.loading import load_adapter
 from bedplate.runtime.request import Event
 from bedplate.runtime.session import Session
 from bedplate.runtime.tokenizer import Tokenizer
-from bedplate.runtime.weights import Weights, load_adapter
+from bedplate.runtime.weights import Weights
 
 LONG = "the quick brown fox jumps over the lazy dog and runs away " * 3
 HOT: dict[str, Any] = {"max_tokens": 25, "temperature": 50.0}
@@ -413,7 +414,7 @@ def test_an_adapter_is_loaded_beside_running_steps(
     with Engine(toy_bundle, memory_bytes=memory_bytes) as engine, ThreadPoolExecutor(1) as pool:
         pieces = begin(engine, REQUESTS[0])
         text = next(pieces)
-        monkeypatch.setattr("bedplate.runtime.engine.load_adapter", slow)
+        monkeypatch.setattr("bedplate.runtime.loaded.load_adapter", slow)
         session = engine.session("all")
         loaded = pool.submit(session.generate, "ab", **REQUESTS[3][2])
         loading.wait()

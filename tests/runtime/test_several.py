@@ -343,7 +343,7 @@ def test_memory_is_free_when_the_last_user_ends(engine: Engine) -> None:
         engine.unload(name)
     gc.collect()
     assert all(one() is not None for one in watched)
-    assert engine._taken() >= sum(sizes.values()), "what only a generation holds counts too"
+    assert engine._loaded._taken() >= sum(sizes.values()), "what only a generation holds counts too"
     assert text + "".join(pieces) == expected
     gc.collect()
     assert all(one() is None for one in watched) and session.kv_bytes > 0
@@ -354,12 +354,12 @@ def test_sessions_of_the_same_sum_share_it(engine: Engine) -> None:
     pieces = [engine.session(BOTH).generate("ab", stream=True, **names) for _ in range(2)]  # type: ignore[arg-type]
     texts = [next(one) for one in pieces]
     parts = [engine.load(name).adapter for name in BOTH]
-    (known,) = engine._sums._known.values()
+    (known,) = engine._loaded._sums._known.values()
     assert all(part is not None for part in parts) and sys.getrefcount(known) - 2 >= 2
     del known
     assert len({text + "".join(one) for text, one in zip(texts, pieces, strict=True)}) == 1
     gc.collect()
-    assert not engine._sums._known
+    assert not engine._loaded._sums._known
 
 
 def test_a_budget_counts_parts_once_and_drops_none_for_another(toy_bundle: Bundle, engine: Engine) -> None:

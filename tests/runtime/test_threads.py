@@ -101,7 +101,7 @@ def test_memory_waits_for_no_load(toy_bundle: Bundle, monkeypatch: pytest.Monkey
         assert asked.wait(10)
         raise MemoryError
 
-    monkeypatch.setattr("bedplate.runtime.engine.load_foundation", load)
+    monkeypatch.setattr("bedplate.runtime.loaded.load_foundation", load)
 
     def refused() -> None:
         with pytest.raises(MemoryError):

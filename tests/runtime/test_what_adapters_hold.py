@@ -20,6 +20,7 @@ import bedplate
 from bedplate.errors import BundleError, RunError
 from bedplate.quantize.options import AdapterScheme
 from bedplate.runtime.engine import Engine
+from bedplate.runtime.model_spec import read_spec
 from bedplate.spec import linear_shapes
 
 VOCAB, MORE = 320, 23
@@ -174,7 +175,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Made
             folder / "model", folder / "toy.bundle", programs=False, quantize=cast(Any, quantize)
         )
         with Engine(bundle) as engine:
-            every = adapters(engine._spec)
+            every = adapters(read_spec(engine.bundle))
         for name, one in every.items():
             scheme: AdapterScheme = "none" if quantize == "none" else "8w"
             forge_adapter(bundle, name, one.tensors, vocab=one.vocab, layers=one.layers, scheme=scheme)

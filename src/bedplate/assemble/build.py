@@ -22,7 +22,7 @@ from bedplate.link.linker import link
 from bedplate.model.config import check_exists
 from bedplate.quantize.joined import joined, joined_names
 from bedplate.quantize.recipe import Goal, Recipe, Scheme
-from bedplate.runtime.weights import check_native
+from bedplate.runtime.loading import check_native
 from bedplate.spec import ModelSpec, corrected_together
 
 if TYPE_CHECKING:

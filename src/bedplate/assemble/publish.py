@@ -30,7 +30,8 @@ from bedplate.quantize.options import AdapterScheme
 from bedplate.quantize.recipe import Rule, Scheme
 from bedplate.runtime.cores import usable_cores
 from bedplate.runtime.effect import without_effect
-from bedplate.runtime.weights import Weights, load_foundation
+from bedplate.runtime.loading import load_foundation
+from bedplate.runtime.weights import Weights
 from bedplate.spec import ModelSpec, linear_shapes
 
 # Zeros are computed with like any number: a rank is at most doubled for want of units, or raised to this.

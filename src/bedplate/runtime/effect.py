@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from bedplate.bundle.named import NamedConstants
 from bedplate.bundle.store import AdapterEntry, Bundle
-from bedplate.runtime.weights import Weights, load_adapter
+from bedplate.runtime.loading import load_adapter
+from bedplate.runtime.weights import Weights
 from bedplate.spec import ModelSpec
 
 if TYPE_CHECKING:

@@ -5,26 +5,23 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from bedplate import _native
 from bedplate.bundle.store import Bundle
-from bedplate.errors import BundleError, NotFoundError, RunError
+from bedplate.errors import RunError
 from bedplate.runtime import arguments, session_file
 from bedplate.runtime.cores import usable_cores
 from bedplate.runtime.held import Held
+from bedplate.runtime.loaded import Form, Loaded
 from bedplate.runtime.model_spec import read_spec
-from bedplate.runtime.prefix_cache import PrefixCache
-from bedplate.runtime.process import Process
 from bedplate.runtime.scheduler import Scheduler
 from bedplate.runtime.session import Host, Session
-from bedplate.runtime.sums import Sums
 from bedplate.runtime.tokenizer import Tokenizer
-from bedplate.runtime.weights import PRECISIONS, Limits, Precision, Weights, load_adapter, load_foundation
+from bedplate.runtime.weights import PRECISIONS, Limits, Precision, Weights
 from bedplate.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -36,8 +33,6 @@ _MOST_THREADS = 1024  # no processor has more; of a number out of all reason the
 MAX_ROWS = 256
 STEP_ROWS = 48  # of generations: who asks while a prompt is read waits for a step of so many
 CACHE_BYTES = 256 << 20
-# What tells a file from any that stood, or will stand, under its name. None: there is none.
-_State = tuple[int, int, int, int] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +49,6 @@ class MemoryUse:
     adapters: dict[str, int]
     kv: int
     cache: int
-
-
-@dataclass(kw_only=True)
-class _Adapter:
-    """What is loaded of an adapter. state: of the file of its weights, by which it is known."""
-
-    state: _State
-    weights: Weights | None = None
-    tokenizer: Tokenizer | None = None
 
 
 class Engine:
@@ -102,40 +88,39 @@ class Engine:
         lookup: bool = True,
     ) -> None:
         arguments.instance("bundle", bundle, Bundle, "give an open bundle: Bundle.open(path)")
-        self._threads = _thread_count(threads)
-        self._kv: Precision = arguments.one_of("kv", kv, PRECISIONS)
-        self._spec = read_spec(bundle)
-        self.limits = Limits(
-            max_rows=MAX_ROWS,
-            max_context=_context(self._spec, max_context),
-            vocab=self._spec.vocab_size,
+        spec = read_spec(bundle)
+        form = Form(
+            threads=_thread_count(threads),
+            max_context=_context(spec, max_context),
+            precision=arguments.one_of("kv", kv, PRECISIONS),
+            cache_bytes=arguments.integer("cache_bytes", cache_bytes, least=0),
+            memory_bytes=None
+            if memory_bytes is None
+            else arguments.integer("memory_bytes", memory_bytes, least=0),
         )
-        self._cache_bytes = arguments.integer("cache_bytes", cache_bytes, least=0)
-        self._memory_bytes = None
-        if memory_bytes is not None:
-            self._memory_bytes = arguments.integer("memory_bytes", memory_bytes, least=0)
-        self._process = Process()
+        self.limits = Limits(max_rows=MAX_ROWS, max_context=form.max_context, vocab=spec.vocab_size)
         self.bundle = bundle
-        self.tokenizer = Tokenizer.of_bundle(bundle)
-        self._foundation = bundle.foundation_sha256
-        self._base: Weights | None = None
-        self._adapters: dict[str, _Adapter] = {}  # least recently used first
-        # Also those that only generations use.
-        self._alive: weakref.WeakSet[_native.Adapter] = weakref.WeakSet()
-        self._sums = Sums()
-        self._scheduler = Scheduler(arguments.integer("max_step_rows", max_step_rows, least=1), self._reserve)
+        self._loaded = Loaded(bundle, spec, form, self._in_use)
+        self._scheduler = Scheduler(
+            arguments.integer("max_step_rows", max_step_rows, least=1), self._loaded.reserve
+        )
         self._lookup = arguments.flag("lookup", lookup)
-        self._meter = _native.Meter()  # of keys and values
-        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._own_lock = threading.RLock()  # of what is loaded
-        self._room = (
-            threading.RLock()
-        )  # of memory that is counted and then taken: never held while something loads
+        self._own_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._lock = threading.Lock()  # of the sessions
 
     @property
-    def _lock(self) -> threading.RLock:
-        self._process.check()  # before anything waits for a lock that nobody may give up
-        return self._own_lock
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the base."""
+        return self._loaded.tokenizer
+
+    @property
+    def _sessions(self) -> list[Session]:
+        self._loaded.process.check()  # before it waits for a lock that nobody may give up
+        with self._lock:
+            return list(self._own_sessions)
+
+    def _in_use(self) -> set[str]:
+        return {name for session in self._sessions for name in session.adapters}
 
     def __enter__(self) -> Engine:
         return self
@@ -150,12 +135,9 @@ class Engine:
 
         In a process that was forked after the engine was made, this does nothing.
         """
-        if not self._process.is_current:
+        if not self._loaded.process.is_current:
             return
-        with self._lock:
-            sessions = list(self._sessions)
-        # A step holds the turn while it waits for the engine's lock: so this never holds both.
-        for session in sessions:
+        for session in self._sessions:
             session.reset()
         self._scheduler.close()
         self.unload()
@@ -188,13 +170,13 @@ class Engine:
         return session
 
     def _host(self) -> Host:
-        self._process.check()
+        self._loaded.process.check()
         return Host(
-            load=self._load_all,
-            load_for_text=self._load_for_text,
+            load=self._loaded.load_all,
+            load_for_text=self._loaded.load_for_text,
             check=self._check,
             adopt=self._adopt,
-            reserve=self._reserve,
+            reserve=self._loaded.reserve,
             scheduler=self._scheduler,
             limits=self.limits,
             lookup=self._lookup,
@@ -202,36 +184,25 @@ class Engine:
 
     def _adopt(self, session: Session) -> None:
         with self._lock:
-            self._sessions.add(session)
+            self._own_sessions.add(session)
 
     def _check(self, adapters: Mapping[str, float]) -> None:
         """Whether a session can use them: see `Session.use`."""
         for name in adapters:
-            self.tokenizer_of(name)
+            self._loaded.tokenizer_of(name)
         if len(adapters) > 1 or any(scale != 1 for scale in adapters.values()):
-            self._load_all(adapters)
+            self._loaded.load_all(adapters)
 
     def check_adapter(self, name: str | None) -> None:
         """NotFoundError: the bundle has no adapter of this name (None is the base). RunError: the name is not text."""
-        _check_name(name)
-        if name is not None and name not in self.bundle.adapters:
-            known = ", ".join(sorted(self.bundle.adapters)) or "none"
-            hint = f"the bundle has: {known}"
-            raise NotFoundError(f"no adapter {name!r}", where=self.bundle.path, hint=hint)
+        self._loaded.check(name)
 
     def tokenizer_of(self, name: str | None) -> Tokenizer:
         """The tokenizer of the base (None) or of an adapter, which can have further tokens and its own chat template.
 
         NotFoundError: there is no such adapter.  RunError: its chat template cannot be read.
         """
-        self.check_adapter(name)
-        if name is None:
-            return self.tokenizer
-        with self._lock:
-            adapter = self._adapter(name)
-            if adapter.tokenizer is None:
-                adapter.tokenizer = self.tokenizer.of_adapter(self.bundle, name)
-            return adapter.tokenizer
+        return self._loaded.tokenizer_of(name)
 
     def load(self, name: str | None = None) -> Weights:
         """Load the weights of the base (None) or of an adapter, if they are not loaded, and return them.
@@ -239,145 +210,7 @@ class Engine:
         NotFoundError: there is no such adapter.  BundleError: its file is damaged, or the bundle was replaced by
         another one. All other adapters still work after a damaged file.
         """
-        return self._load(name, meanwhile=None)
-
-    def _load_for_text(self, adapters: Mapping[str, float]) -> tuple[Weights, Tokenizer]:
-        """Weights and tokenizer of the same adapters, also where another takes the name of one meanwhile."""
-        # Of several, each has the base's tokenizer.
-        name = next(iter(adapters)) if len(adapters) == 1 else None
-        with self._lock:
-            while True:
-                weights = self._load_all(adapters, meanwhile=self.tokenizer.open)
-                tokenizer = self.tokenizer_of(name)
-                tokenizer.open()
-                now = None if name is None else self._adapter(name).weights
-                if name is None or (now is not None and now.adapter is weights.adapter):
-                    return weights, tokenizer
-
-    def _load_all(
-        self, adapters: Mapping[str, float], meanwhile: Callable[[], None] | None = None
-    ) -> Weights:
-        """What adapters come to, each with its scale. UnsupportedError: they cannot be used so."""
-        if len(adapters) < 2:
-            name, scale = next(iter(adapters.items()), (None, 1.0))
-            return self._load(name, meanwhile).scaled(scale)
-        with self._lock:
-            parts = {
-                name: (self._load(name, meanwhile, beside=adapters), scale)
-                for name, scale in adapters.items()
-            }
-            return self._sums.of(self._load(None, None), parts)
-
-    def _load(
-        self, name: str | None, meanwhile: Callable[[], None] | None, beside: Collection[str] = ()
-    ) -> Weights:
-        """meanwhile: what else to do while the base is read, if it is not there yet.  beside: adapters that are not
-        dropped for this one.
-        """
-        self.check_adapter(name)
-        with self._lock:
-            if self._base is None:
-                self._check_foundation()
-                self._base = load_foundation(
-                    self.bundle,
-                    self._spec,
-                    threads=self._threads,
-                    max_context=self.limits.max_context,
-                    precision=self._kv,
-                    meter=self._meter,
-                    cache_bytes=self._cache_bytes,
-                    meanwhile=meanwhile,
-                )
-            return self._base if name is None else self._load_adapter(self._base, name, beside)
-
-    def _load_adapter(self, base: Weights, name: str, beside: Collection[str]) -> Weights:
-        adapter = self._adapter(name)
-        if adapter.weights is None:
-            self._check_foundation()
-            if adapter.state is not None:
-                self._make_room(adapter.state[2], beside)  # about what it will take
-            weights = load_adapter(base, self.bundle, name, self._spec)
-            assert weights.adapter is not None
-            with self._room:
-                self._make_room(weights.nbytes, beside)
-                self._alive.add(weights.adapter)
-            adapter.weights = weights
-        return adapter.weights
-
-    def _adapter(self, name: str) -> _Adapter:
-        """What is loaded of an adapter: nothing, if the file behind its name has changed since then.
-
-        NotFoundError: it is gone.
-        """
-        there = self._adapters.get(name)
-        if there is not None and there.state == _state(self.bundle.adapters[name].weights):
-            self._adapters[name] = self._adapters.pop(name)
-            return there
-        if there is not None:
-            self.unload(name)
-            self.bundle.refresh()
-            self.check_adapter(name)
-        self._adapters[name] = _Adapter(state=_state(self.bundle.adapters[name].weights))
-        return self._adapters[name]
-
-    def _reserve(self, parts: Sequence[tuple[_native.Kv, int, int]]) -> None:
-        """Take memory for positions [begin, end) of keys and values. RunError: there is none."""
-        if self._memory_bytes is None or not any(kv.growth(begin, end) for kv, begin, end in parts):
-            return
-        while not self._take(parts):
-            with self._lock:  # of adapters, which may have to go
-                self._make_room(sum(kv.growth(begin, end) for kv, begin, end in parts))
-
-    def _take(self, parts: Sequence[tuple[_native.Kv, int, int]]) -> bool:
-        """Take memory for positions, if there is room without dropping anything."""
-        with self._room:
-            growth = sum(kv.growth(begin, end) for kv, begin, end in parts)
-            if self._memory_bytes is not None and self._taken() + growth > self._memory_bytes:
-                return False
-            for kv, begin, end in parts:
-                kv.reserve(begin, end)
-            return True
-
-    def _make_room(self, nbytes: int, kept: Collection[str] = ()) -> None:
-        """Drop what is needed least, if there is no room. The caller holds the lock. RunError: not enough is left.
-
-        kept: adapters that stay, beside those that sessions use.
-        """
-        if self._memory_bytes is None:
-            return
-        cache = PrefixCache(0) if self._base is None else self._base.cache
-        used = {*kept, *(name for session in self._sessions for name in session.adapters)}
-        idle = {
-            name: one.weights.nbytes
-            for name, one in self._adapters.items()
-            if one.weights is not None and name not in used
-        }
-        over = self._taken() + nbytes - self._memory_bytes
-        if over > cache.own_nbytes + sum(idle.values()):
-            raise self._full(nbytes)
-        if over > 0:
-            over -= cache.evict(over)
-        for name, size in idle.items():
-            if over > 0:
-                self.unload(name)
-                over -= size
-
-    def _full(self, nbytes: int) -> RunError:
-        return RunError(
-            f"the engine's memory is full: {nbytes:,} bytes more than the {self._taken():,} that are in use would "
-            f"be more than memory_bytes, {self._memory_bytes:,}",
-            hint="reset sessions that you no longer need, or give the engine more memory_bytes",
-        )
-
-    def _taken(self) -> int:
-        return self._meter.nbytes + sum(adapter.nbytes for adapter in self._alive)
-
-    def _check_foundation(self) -> None:
-        if self.bundle.foundation_sha256 != self._foundation:
-            hint = "open the bundle again, and make a new engine with it"
-            raise BundleError(
-                "the bundle was replaced after the engine was made", where=self.bundle.path, hint=hint
-            )
+        return self._loaded.load(name)
 
     def step(self, parts: Sequence[tuple[Session, Sequence[int]]]) -> NDArray[np.float32]:
         """Append tokens to several sessions in one step. Returns the logits of the last token of each session, float32
@@ -399,9 +232,9 @@ class Engine:
         if not listed:
             raise RunError("there are no parts", hint=hint)
         sessions = [session for session, _ in listed]
-        with self._lock:
-            if not all(one in self._sessions for one in sessions):
-                raise RunError("a session belongs to another engine", hint=hint)
+        known = set(map(id, self._sessions))
+        if not all(id(one) in known for one in sessions):
+            raise RunError("a session belongs to another engine", hint=hint)
         if len(set(map(id, sessions))) < len(sessions):
             raise RunError("a session is given twice", hint=hint)
         return listed
@@ -410,39 +243,20 @@ class Engine:
         """Unload weights, if they are loaded. If the base is unloaded (None), so are all adapters. The memory is free
         when the generations that use it have ended.
         """
-        _check_name(name)  # the adapter itself may have been removed
-        with self._lock:
-            if name is None:
-                self._adapters.clear()
-                self._base = None
-            else:
-                self._adapters.pop(name, None)
+        self._loaded.unload(name)
 
     def memory(self) -> MemoryUse:
         """How much memory is in use now. You can ask at any time: it waits for no step and no load."""
-        self._process.check()
-        base, adapters = self._base, self._adapters.copy()
+        self._loaded.process.check()
+        base = self._loaded.base
         cache = 0 if base is None else base.cache.own_nbytes
         return MemoryUse(
             process=resident_bytes(),
             foundation=0 if base is None else base.decoder.nbytes,
-            adapters={name: one.weights.nbytes for name, one in adapters.items() if one.weights is not None},
-            kv=max(0, self._meter.nbytes - cache),
+            adapters=self._loaded.adapters,
+            kv=max(0, self._loaded.meter.nbytes - cache),
             cache=cache,
         )
-
-
-def _state(file: Path) -> _State:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _check_name(name: str | None) -> None:
-    if name is not None:
-        arguments.instance("the adapter's name", name, str, "give text, or None for the base")
 
 
 def _context(spec: ModelSpec, wanted: int | None) -> int:
