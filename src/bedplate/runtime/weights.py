@@ -128,6 +128,7 @@ class Weights(NamedTuple):
         """The adapter that computes a position of a text, and its scale."""
         assert self.invocation is None, "for_text() comes first"
         return (None, 1.0) if position < self.start else (self.adapter, self.scale)
+
     file: str = ""
 
     @property
