@@ -20,7 +20,10 @@ from toy import save_adapter, save_toy_model, toy_config
 from transformers import AutoModelForCausalLM
 
 from bedplate.errors import BedplateError, CheckpointError, NotFoundError, UnsupportedError
+from bedplate.model import checkpoint as of_checkpoint
 from bedplate.model.checkpoint import (
+    StoredMatrix,
+    checked_matrix,
     checked_tensors,
     fingerprint,
     open_checkpoint,
@@ -381,6 +384,50 @@ def test_one_tensor_at_a_time(toy_model: Path) -> None:
         seen.append(weakref.ref(tensor))
         del tensor
     assert len(seen) > 20
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Three rows of the toy model at a time."""
+    monkeypatch.setattr(of_checkpoint, "_PIECE_BYTES", 3 * 4 * toy_config().hidden_size)
+    return 3
+
+
+def matrix(of: Path) -> StoredMatrix:
+    found = checked_matrix(open_checkpoint(of), "embed_tokens.weight")
+    assert isinstance(found, StoredMatrix)
+    return found
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_the_largest_matrices_are_read_some_rows_at_a_time(
+    toy_model: Path, small_pieces: int, step: int
+) -> None:
+    whole = read(toy_model)["embed_tokens.weight"]
+    stored = matrix(toy_model)
+    assert tuple(stored.shape) == whole.shape
+    blocks, pieces = [], list[weakref.ref[Tensor]]()
+    for first in range(0, len(whole), step):
+        blocks.append(stored[first : first + step].clone())
+        if not pieces or stored._piece is not pieces[-1]():
+            assert not any(piece() is not None for piece in pieces)
+            pieces.append(weakref.ref(stored._piece))
+        assert len(stored._piece) <= max(step, small_pieces)
+    assert torch.equal(torch.cat(blocks), whole)
+
+
+def test_rows_that_are_read_are_checked(folder: Path, small_pieces: int) -> None:
+    edit_weights(folder, lambda tensors: tensors[EMBEDDING][7].fill_(float("nan")))
+    stored = matrix(folder)
+    assert stored[0:6].shape[0] == 6
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight holds NaN"):
+        stored[6:9]
+
+
+def test_other_tensors_are_read_whole(toy_model: Path) -> None:
+    checkpoint = open_checkpoint(toy_model)
+    others = set(checkpoint.names()) - {"embed_tokens.weight", "lm_head.weight"}
+    assert all(isinstance(checked_matrix(checkpoint, name), Tensor) for name in others)
 
 
 def test_loading_copies_nothing_twice(toy_model: Path) -> None:

@@ -125,6 +125,8 @@ def test_float32_gives_every_parameter_back(changes: dict[str, Any], tmp_path: P
     assert set(found) == set(expected)
     assert [tuple(value.shape) for value in found.values()] == [*checkpoint.found().values()]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(checkpoint.rows("embed_tokens.weight", 3, 4), expected["embed_tokens.weight"][3:7])
+    assert len(checkpoint.rows("embed_tokens.weight", 3, 1 << 20)) == len(expected["embed_tokens.weight"]) - 3
     ours, theirs = checkpoint.spec.to_dict(), open_checkpoint(tmp_path / "model").spec.to_dict()
     # The format holds numbers as float32.
     assert ours.pop("norm_eps") == pytest.approx(theirs.pop("norm_eps"), rel=1e-7)

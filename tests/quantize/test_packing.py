@@ -227,3 +227,23 @@ def test_a_quantized_embedding_looks_up_the_dequantized_row(scheme: Scheme) -> N
     quantized = quantize_weight(weight(), scheme)
     found = QuantizedEmbedding(quantized)(torch.tensor([[0, 7, 3, 3]]))
     torch.testing.assert_close(found, quantized.dequantize()[[0, 7, 3, 3]][None], rtol=0, atol=0)
+
+
+class OfRows:
+    """A matrix that gives nothing but some rows at a time."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.shape = values.shape
+        self._values = values
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        return self._values[rows].clone()
+
+
+@pytest.mark.parametrize("scheme", [FLOAT, EIGHT_BIT, GROUPS])
+def test_rows_at_a_time_make_the_same_constants(scheme: Scheme) -> None:
+    values = weight(5000, 64).to(torch.bfloat16)  # several blocks
+    schemes = {"embed_tokens": EIGHT_BIT, "lm_head": scheme}
+    names = [f"{path}.weight" for path in schemes]
+    whole, by_rows = (list(pack_tensor(names, one, schemes)) for one in (values, OfRows(values)))
+    assert keys(by_rows) == keys(whole)
