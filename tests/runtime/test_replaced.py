@@ -96,6 +96,25 @@ class TestAnAdapterUnderItsName:
             session.step(TEXT)
         assert session.tokens == tuple(TEXT)
 
+    def test_is_added_elsewhere(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        expected: dict[str, Logits],
+        toy_adapters: dict[str, Path],
+        unit_cache: Path,
+    ) -> None:
+        """Also one that was removed before, while the engine asked for it."""
+        with pytest.raises(NotFoundError, match="no adapter 'later'"):
+            engine.session("later")
+        for source in ("all", "all2"):
+            other = Bundle.open(bundle.path)
+            other.add(toy_adapters[source], name="later", quantize="none", unit_cache=unit_cache)
+            np.testing.assert_array_equal(engine.session("later").step(TEXT), expected[source])
+            other.remove("later")
+            with pytest.raises(NotFoundError, match="no adapter 'later'"):
+                engine.session("later")
+
     def test_is_edited(self, bundle: Bundle, engine: Engine) -> None:
         """The engine does not answer by weights of which the file says something else now."""
         session = engine.session("all")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from bedplate import _native
 from bedplate.bundle.store import Bundle
-from bedplate.errors import BundleError, NotFoundError, RunError
+from bedplate.errors import BedplateError, BundleError, NotFoundError, RunError
 from bedplate.runtime import arguments
 from bedplate.runtime.loading import load_adapter, load_foundation
 from bedplate.runtime.prefix_cache import PrefixCache
@@ -80,10 +81,15 @@ class Loaded:
     def check(self, name: str | None) -> None:
         """NotFoundError: the bundle has no adapter of this name (None is the base). RunError: the name is not text."""
         _check_name(name)
-        if name is not None and name not in self.bundle.adapters:
+        if name is None or name in self.bundle.adapters:
+            return
+        with suppress(BedplateError):  # which another process may have added
+            self.bundle.refresh()
+        if name not in self.bundle.adapters:
             known = ", ".join(sorted(self.bundle.adapters)) or "none"
-            hint = f"the bundle has: {known}"
-            raise NotFoundError(f"no adapter {name!r}", where=self.bundle.path, hint=hint)
+            raise NotFoundError(
+                f"no adapter {name!r}", where=self.bundle.path, hint=f"the bundle has: {known}"
+            )
 
     def tokenizer_of(self, name: str | None) -> Tokenizer:
         """The tokenizer of the base (None) or of an adapter, which can have further tokens and its own chat template.
