@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from company import Member, check
 from formula import Model, Rules
 from formula_adapters import Adapter
 from hypothesis import given, settings
@@ -149,24 +150,11 @@ def test_a_row_is_the_same_bits_in_any_company(name: str, seed: int, instruction
     random, threads = Random_(seed), 1 + seed % 4
     decoder, natives = decoder_of(name, instruction_set, threads)
     group = random.choices(range(len(natives)), k=random.randint(1, 9))
-    sessions, done = [decoder.kv(half=False) for _ in group], [0] * len(group)
-    while min(done) < len(TEXT):
-        rows, expected = [], []
-        for at, number in enumerate(group):
-            for _ in range(min(random.choice([0, 0, 1, 1, 5, 30]), len(TEXT) - done[at])):
-                wanted = random.random() < 0.5
-                token = text_at(name, number)[done[at]]
-                rows.append((token, done[at], sessions[at], natives[number], 1.0, wanted))
-                expected.append(alone(name, instruction_set, number)[done[at]])
-                done[at] += 1
-        order = list(range(len(rows)))
-        random.shuffle(order)
-        if not rows:
-            continue
-        got = decoder.step([rows[i] for i in order]).array
-        for one, other in zip(got, [expected[i] for i in order if rows[i][-1]], strict=True):
-            assert one[: len(other)].tobytes() == other.tobytes()
-            assert (one[len(other) :] == -np.inf).all()
+    check(
+        random,
+        decoder,
+        [Member(text_at(name, one), natives[one], alone(name, instruction_set, one)) for one in group],
+    )
 
 
 def test_an_adapter_that_changes_nothing_is_the_base() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from company import Member, check
 from formula import Model, Rules
 from formula_adapters import Adapter, sum_of
 from hypothesis import given, settings
@@ -128,22 +129,7 @@ def test_a_row_is_the_same_bits_in_any_company(name: str, seed: int, instruction
     random, threads = Random_(seed), 1 + seed % 4
     decoder, natives = decoder_of(name, instruction_set, threads)
     group = random.choices(range(len(natives)), k=random.randint(2, 9))
-    sessions, done = [decoder.kv(half=False) for _ in group], [0] * len(group)
-    while min(done) < len(TEXT):
-        rows, expected = [], []
-        for at, number in enumerate(group):
-            for _ in range(min(random.choice([0, 0, 1, 1, 5, 30]), len(TEXT) - done[at])):
-                wanted = random.random() < 0.5
-                rows.append((TEXT[done[at]], done[at], sessions[at], natives[number], 1.0, wanted))
-                expected.append(alone(name, instruction_set, number)[done[at]])
-                done[at] += 1
-        order = list(range(len(rows)))
-        random.shuffle(order)
-        if rows:
-            got = decoder.step([rows[i] for i in order]).array
-            np.testing.assert_array_equal(
-                got, np.reshape([expected[i] for i in order if rows[i][-1]], (-1, 50))
-            )
+    check(random, decoder, [Member(TEXT, natives[one], alone(name, instruction_set, one)) for one in group])
 
 
 @pytest.mark.parametrize("name", MODELS)
