@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
 
+from bedplate.errors import RunError
 from bedplate.runtime.generation import Generation, Progress
 from bedplate.runtime.request import Event, OnPrefill
 from bedplate.runtime.scheduler import Scheduler
@@ -15,8 +17,12 @@ class Events(Iterator[Event]):
 
     def __init__(self, scheduler: Scheduler, generation: Generation, on_prefill: OnPrefill | None) -> None:
         self._scheduler, self._generation, self._on_prefill = scheduler, generation, on_prefill
+        self._reading = threading.Lock()
 
     def __next__(self) -> Event:
+        if not self._reading.acquire(blocking=False):
+            hint = "give each thread a session of its own, or hand events on"
+            raise RunError("another thread waits for the next event of this generation", hint=hint)
         start = time.perf_counter()
         try:
             while True:
@@ -29,17 +35,17 @@ class Events(Iterator[Event]):
             raise
         finally:
             _count(self._generation, start)
+            self._reading.release()
         if said is None:
             raise StopIteration
         return said
 
     def close(self) -> None:
         """Cancel the generation. There are no more events."""
-        self._scheduler.end(self._generation)
-        self._generation.outbox.clear()
+        self._scheduler.close_generation(self._generation)
 
     def __del__(self) -> None:
-        self.close()
+        self._scheduler.drop(self._generation)
 
 
 async def asynchronous(

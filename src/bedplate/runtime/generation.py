@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from bedplate.runtime.held import Held
 from bedplate.runtime.lookup import Lookup
 from bedplate.runtime.request import Event, FinishReason, Statistics, TokenLogprobs, Wish
 from bedplate.runtime.steps import Part
@@ -17,7 +18,6 @@ from bedplate.runtime.text import StopFilter, TextStream
 
 if TYPE_CHECKING:
     from bedplate import _native
-    from bedplate.runtime.held import Held
     from bedplate.runtime.sampling import Sampler
     from bedplate.runtime.tokenizer import Tokenizer
     from bedplate.runtime.weights import Weights
@@ -56,7 +56,8 @@ class Generation:
         self.key, self.deadline = request.wish.key, request.wish.deadline
         self.outbox: deque[Event | Progress | BaseException] = deque()
         self.first_chosen: float | None = None  # the time when
-        self.served = 0  # rows of steps
+        self.served, self.last_step = 0, 0  # rows of steps, and the last of them
+        self.cancelled = False  # it will end, and chooses nothing more
         self._request: Request | None = request  # None: it has ended. So it holds no weights.
         self._todo = request.prompt[stats.reused_tokens :]
         self._drafts: Sequence[int] = ()
@@ -106,7 +107,7 @@ class Generation:
         RunError: no token can be chosen.  Any error of the caller's mask.
         """
         request = self._request
-        if request is None:
+        if request is None or self.cancelled:
             return
         read = part.tokens[: len(self._todo)]
         self._todo = self._todo[len(read) :]
@@ -121,11 +122,11 @@ class Generation:
 
     def _choose(self, request: Request, logits: _native.Logits, row: int, read: list[int]) -> None:
         """Choose tokens as long as they are those that were proposed. read: computed tokens, not yet held."""
-        drafts, self._drafts = self._drafts, ()
+        held, drafts, self._drafts = self.held, self._drafts, ()
         right = 0
         while True:
             token = request.sampler.choose(logits, row + right)
-            if self.ended:  # the caller's mask can cancel it
+            if self.cancelled:  # by the caller's mask
                 break
             if self.first_chosen is None:
                 self.first_chosen = time.perf_counter()
@@ -142,9 +143,9 @@ class Generation:
             self.stats.drafted_tokens += len(drafts)
             self.stats.accepted_tokens += right
         if read:
-            self.held.append(request.weights, read)
-        if not self.ended:
-            self._todo = self.held.extend(request.weights, [token], len(self.held.tokens) + 1)
+            held.append(request.weights, read)
+        if not self.ended and not self.cancelled:
+            self._todo = held.extend(request.weights, [token], len(held.tokens) + 1)
 
     def _accept(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> None:
         wish, stats = request.wish, self.stats
@@ -170,14 +171,19 @@ class Generation:
         piece += self._stops.push(self._text.finish()) + self._stops.finish()
         self.stats.finish_reason = "stop" if self._stops.stopped else reason
         self._tell(request, piece)
-        self._request = None
+        self._let_go()
 
     def fail(self, error: BaseException) -> None:
         """End with an error, unless it has ended."""
         if self._request is not None:
             self.stats.finish_reason = "cancelled"
             self.outbox.append(error)
-            self._request = None
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Hold neither weights nor keys and values any more, however long the caller keeps its events."""
+        self._request = None
+        self.held = Held(self.held.salt)
 
     def _tell(self, request: Request, text: str) -> None:
         logprobs = tuple(said for _, said in self._waiting if said is not None)

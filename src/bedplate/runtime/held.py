@@ -114,10 +114,9 @@ class Held:
     def _cut(self, count: int) -> None:
         """Hold the first tokens only. The others may stay in the lists of a `State`."""
         if count < len(self.tokens):
-            self.tokens = self.tokens[:count]
-            if self.kv is not None:  # of a file there can be tokens alone
-                self.kv = self.kv.fork(count)
-            self._chain = self._chain[: count // POSITIONS]
+            # Of a file there can be tokens alone. What can fail is first.
+            kept = None if self.kv is None else self.kv.fork(count)
+            self._chain, self.tokens, self.kv = self._chain[: count // POSITIONS], self.tokens[:count], kept
 
     def _find(self, weights: Weights, text: list[int], length: int) -> int:
         """Hold more of a text if the cache has it. Returns how many tokens are held then."""

@@ -86,10 +86,11 @@ class Loaded:
         with suppress(BedplateError):  # which another process may have added
             self.bundle.refresh()
         if name not in self.bundle.adapters:
-            known = ", ".join(sorted(self.bundle.adapters)) or "none"
-            raise NotFoundError(
-                f"no adapter {name!r}", where=self.bundle.path, hint=f"the bundle has: {known}"
-            )
+            raise self._unknown(name)
+
+    def _unknown(self, name: str) -> NotFoundError:
+        known = ", ".join(sorted(self.bundle.adapters)) or "none"
+        return NotFoundError(f"no adapter {name!r}", where=self.bundle.path, hint=f"the bundle has: {known}")
 
     def tokenizer_of(self, name: str | None) -> Tokenizer:
         """The tokenizer of the base (None) or of an adapter, which can have further tokens and its own chat template.
@@ -162,7 +163,7 @@ class Loaded:
             self._check_foundation()
             if adapter.state is not None:
                 self._make_room(adapter.state[2], beside)  # about what it will take
-            weights = load_adapter(base, self.bundle, name, self._spec)
+            weights = self._read_adapter(base, name)
             assert weights.adapter is not None
             with self._room:
                 self._make_room(weights.nbytes, beside)
@@ -170,20 +171,35 @@ class Loaded:
             adapter.weights = weights
         return adapter.weights
 
+    def _read_adapter(self, base: Weights, name: str) -> Weights:
+        before = self.bundle.manifest.adapters.get(name)
+        try:
+            return load_adapter(base, self.bundle, name, self._spec)
+        except (BundleError, NotFoundError, KeyError) as error:
+            self.bundle.refresh()
+            now = self.bundle.manifest.adapters.get(name)
+            if now is None:
+                raise self._unknown(name) from error
+            if now == before:
+                raise
+        return load_adapter(base, self.bundle, name, self._spec)  # another process has replaced it
+
     def _adapter(self, name: str) -> _Adapter:
         """What is loaded of an adapter: nothing, if the file behind its name has changed since then.
 
         NotFoundError: it is gone.
         """
-        there = self._adapters.get(name)
-        if there is not None and there.state == _state(self.bundle.adapters[name].weights):
+        there, entry = self._adapters.get(name), self.bundle.adapters.get(name)
+        if there is not None and entry is not None and there.state == _state(entry.weights):
             self._adapters[name] = self._adapters.pop(name)
             return there
-        if there is not None:
+        if there is not None or entry is None:
             self.unload(name)
             self.bundle.refresh()
-            self.check(name)
-        self._adapters[name] = _Adapter(state=_state(self.bundle.adapters[name].weights))
+            entry = self.bundle.adapters.get(name)
+        if entry is None:
+            raise self._unknown(name)
+        self._adapters[name] = _Adapter(state=_state(entry.weights))
         return self._adapters[name]
 
     def reserve(self, parts: Sequence[tuple[_native.Kv, int, int]]) -> None:

@@ -51,19 +51,17 @@ class PrefixCache:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self._blocks: dict[str, _native.KvBlock] = {}  # least recently used first
-        self._nbytes = 0
         self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
         """Of its blocks, also of those that sessions hold too."""
-        return self._nbytes
+        return sum(block.nbytes for block in list(self._blocks.values()))
 
     @property
     def own_nbytes(self) -> int:
-        """Of the blocks that nothing else holds."""
-        with self._lock:
-            return sum(block.nbytes for block in self._blocks.values() if not block.is_shared)
+        """Of the blocks that nothing else holds. It waits for nothing, so that it can be asked at any time."""
+        return sum(block.nbytes for block in list(self._blocks.values()) if not block.is_shared)
 
     def find(self, names: Iterator[str]) -> dict[str, _native.KvBlock]:
         """Blocks that follow each other in a text, up to the first that is not there, by the digests of the text."""
@@ -81,10 +79,12 @@ class PrefixCache:
         """Keep all full blocks of a text. names: their digests."""
         with self._lock:
             blocks = {name: self._blocks.get(name) or kv.block(at) for at, name in enumerate(names)}
-            self._nbytes += sum(block.nbytes for name, block in blocks.items() if name not in self._blocks)
             self._use(blocks)
-            while self._nbytes > self.budget:
-                self._drop(next(iter(self._blocks)))
+            over = self.nbytes - self.budget
+            for name in list(self._blocks) if over > 0 else ():
+                if over <= 0:
+                    break
+                over -= self._blocks.pop(name).nbytes
 
     def evict(self, nbytes: int) -> int:
         """Drop blocks that nothing else holds, until this frees so many bytes. Returns how many it freed."""
@@ -95,7 +95,7 @@ class PrefixCache:
                     break
                 if not block.is_shared:
                     freed += block.nbytes
-                    self._drop(name)
+                    del self._blocks[name]
             return freed
 
     def _use(self, blocks: dict[str, _native.KvBlock]) -> None:
@@ -103,6 +103,3 @@ class PrefixCache:
         for name in reversed(blocks):
             self._blocks.pop(name, None)
             self._blocks[name] = blocks[name]
-
-    def _drop(self, name: str) -> None:
-        self._nbytes -= self._blocks.pop(name).nbytes

@@ -4,8 +4,10 @@ There is no thread for it: who waits for an event drives. That thread computes s
 has something to say, while the others wait. So a generation that is alone pays nothing, and none runs for a caller who
 does not ask, but for a few events ahead. Tasks of asyncio must not wait: a thread drives for them.
 
-Two locks: `turn` is held while sessions change, for one step at most. `_state` is held for moments: it guards the list
-of generations, and what they have to say. Who has `_state` never waits for `turn`.
+Two locks: `turn` is held while sessions change: for one step of generations, or for a call of `step` or `logits`.
+`_state` is held for moments: it guards the list of generations, and what they have to say. Who has it never waits
+for `turn`. Python can run a signal's handler, or forget an iterator, in the midst of anything: what then cancels a
+generation only leaves a note (`_dropped`) for who has `_state`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -26,6 +29,7 @@ from bedplate.runtime.steps import Part, compute, groups
 
 AHEAD = 8  # events that a generation may be ahead of its caller
 _DRAFT_ROWS = 32  # a step of more rows has none for tokens that may be wrong
+_PATIENCE = 0.2  # seconds after which the thread for tasks looks whether the interpreter ends
 
 Reserve = Callable[[Sequence[tuple[_native.Kv, int, int]]], None]
 
@@ -38,6 +42,7 @@ class Scheduler:
         self._process = Process()
         self._state = threading.RLock()
         self._active: list[Generation] = []
+        self._dropped: deque[Generation] = deque()  # to be cancelled
         self._shares = Shares()
         self._wakes: dict[Generation, Callable[[], None]] = {}  # of those whose callers wait
         self._driver: int | None = None  # the thread
@@ -74,11 +79,32 @@ class Scheduler:
 
     def end(self, generation: Generation) -> None:
         """Cancel a generation, unless it has ended. Nothing comes of what a running step computes for it."""
+        self.drop(generation)
+        if self._process.is_current and not self._is_inside():
+            with self._state:
+                self._sweep()
+
+    def drop(self, generation: Generation) -> None:
+        """As `end`, but it waits for nothing: at the latest, the next step ends the generation."""
+        generation.cancelled = True
         if not self._process.is_current:
             return  # it may be forgotten in a process that was forked
+        self._dropped.append(generation)
+        if not self._is_inside() and self._state.acquire(blocking=False):
+            try:
+                self._sweep()
+            finally:
+                self._state.release()
+
+    def close_generation(self, generation: Generation) -> None:
+        """Cancel it, and forget what it has said."""
+        self.end(generation)
         with self._state:
-            generation.end("cancelled")
-            self._sweep()
+            generation.outbox.clear()
+
+    def _is_inside(self) -> bool:
+        """Whether this thread is in the midst of a change."""
+        return bool(self._state._is_owned())  # type: ignore[attr-defined]  # as threading.Condition asks it
 
     def take(self, generation: Generation) -> Event | Progress | None:
         """The next of what a generation has to say, and None after the last. Drives if nobody else does.
@@ -88,23 +114,27 @@ class Scheduler:
         me = threading.get_ident()
         self._check_outside(me)
         while True:
+            woken = None
             try:
                 with self._state:
+                    self._sweep()
                     if generation.outbox or generation.ended:
                         return _first(generation)
-                    if drives := self._driver is None:
+                    if self._driver is None:
                         self._driver = me
                     else:
-                        woken = threading.Event()
-                        self._wakes[generation] = woken.set
-                if drives:
+                        woken = threading.Lock()
+                        woken.acquire()
+                        self._wakes[generation] = woken.release
+                if woken is None:
                     self._drive(generation)
                 else:
-                    woken.wait()
+                    woken.acquire()
             finally:
                 with self._state:
                     self._wakes.pop(generation, None)
-                    if self._driver == me:
+                    # Also where it was woken to drive, and does not: then another one must be.
+                    if self._driver is None or self._driver == me:
                         self._leave()
 
     async def take_async(self, generation: Generation) -> Event | Progress | None:
@@ -120,40 +150,57 @@ class Scheduler:
                 self._wakes[generation] = lambda: _call_in(loop, said.set)  # noqa: B023
                 self._tasks.add(generation)
                 if self._thread is None:
-                    self._thread = threading.Thread(
-                        target=self._drive_for_tasks, name="bedplate", daemon=True
-                    )
-                    self._thread.start()
+                    thread = threading.Thread(target=self._drive_for_tasks, name="bedplate")
+                    thread.start()
+                    self._thread = thread
                 self._wanted.notify_all()
             await said.wait()
 
     def close(self) -> None:
         """End all generations, and the thread that drives for tasks."""
         with self._state:
-            for one in list(self._active):
-                one.end("cancelled")
-            self._sweep()
+            self._end_all()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
+    def _end_all(self) -> None:
+        for one in list(self._active):
+            one.end("cancelled")
+        self._sweep()
+
     def _drive_for_tasks(self) -> None:
-        """Drive as long as tasks have generations, also a few events ahead of them. It ends when they have none."""
+        """Drive as long as tasks have generations, also a few events ahead of them. It ends when they have none, or
+        when the interpreter is about to end.
+        """
         me = threading.get_ident()
-        while True:
-            with self._state:
-                self._wanted.wait_for(
-                    lambda: not self._tasks or (self._driver is None and self._tasks_want())
-                )
-                if not self._tasks:
-                    self._thread = None
-                    return
-                self._driver = me
+        while self._has_task():
             try:
                 self._drive(None)
+            except BaseException as error:  # of no generation: all of them would wait for ever
+                with self._state:
+                    for one in list(self._active):
+                        one.fail(error)
+                    self._sweep()
             finally:
                 with self._state:
-                    self._leave()
+                    if self._driver == me:
+                        self._leave()
+
+    def _has_task(self) -> bool:
+        """Wait until tasks want steps, and nobody drives: then this thread does. False: it is to end."""
+        with self._state:
+            while True:
+                self._sweep()
+                if not threading.main_thread().is_alive():
+                    self._end_all()  # the interpreter waits for this thread, and nobody for them
+                if not self._tasks:
+                    self._thread = None
+                    return False
+                if self._driver is None and self._tasks_want():
+                    self._driver = threading.get_ident()
+                    return True
+                self._wanted.wait(_PATIENCE)
 
     def _tasks_want(self) -> bool:
         return any(len(one.outbox) < AHEAD for one in self._tasks)
@@ -162,7 +209,10 @@ class Scheduler:
         """Compute steps until a generation has something to say; None: as long as generations of tasks want any."""
         while True:
             with self._state:
-                if not self._tasks_want() if generation is None else generation.outbox or generation.ended:
+                if generation is None:
+                    if not self._tasks_want() or not threading.main_thread().is_alive():
+                        return
+                elif generation.outbox or generation.ended:
                     return
             with self._gate:
                 pass
@@ -188,7 +238,7 @@ class Scheduler:
         with self._state:
             self._end_late()
             wanting = [one for one in self._active if len(one.outbox) < AHEAD]
-            room = _DRAFT_ROWS - len(wanting)
+            room = min(_DRAFT_ROWS, self._most) - len(wanting)
             for one in wanting:
                 one.propose(room // len(wanting))
             given = self._shares.give(wanting, self._most) if wanting else {}
@@ -221,30 +271,29 @@ class Scheduler:
             row += part.wanted
 
     def _settle(self, one: Generation, part: Part, logits: _native.Logits, row: int) -> None:
-        before = one.held.state
+        held, before = part.held, part.held.state
         try:
             with self._state:
                 one.computed(part, logits, row)
                 self._told(one)
-        except Exception as error:
-            one.held.restore(before)
-            self._fail(one, error)
-        except BaseException:  # Ctrl-C in the midst of it
-            one.held.restore(before)
+        except KeyboardInterrupt:  # Ctrl-C in the midst of it
+            held.restore(before)
             self.end(one)
             raise
+        except BaseException as error:  # of the caller's mask: it is for its caller, whoever drives
+            held.restore(before)
+            self._fail(one, error)
 
-    def _fail(self, one: Generation, error: Exception) -> None:
+    def _fail(self, one: Generation, error: BaseException) -> None:
         with self._state:
             one.fail(error)
             self._told(one)
 
     def _told(self, one: Generation) -> None:
         """A generation may have something to say. The caller holds `_state`."""
-        if one.ended:
-            self._sweep()
-        elif one.outbox:
+        if one.outbox:
             self._wake(one)
+        self._sweep()
 
     def _end_late(self) -> None:
         now = time.perf_counter()
@@ -254,12 +303,17 @@ class Scheduler:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Let go of generations that have ended. The caller holds `_state`."""
-        for one in [one for one in self._active if one.ended]:
-            self._active.remove(one)
+        """Let go of generations that have ended, or are to. The caller holds `_state`."""
+        while self._dropped:
+            self._dropped.popleft().end("cancelled")
+        ended = [one for one in self._active if one.ended]
+        if not ended:
+            return
+        self._active = [one for one in self._active if not one.ended]
+        for one in ended:
             self._tasks.discard(one)
             self._wake(one)
-            self._shares.keep(other.key for other in self._active)
+        self._shares.keep(one.key for one in self._active)
         self._wanted.notify_all()
 
     def _wake(self, generation: Generation) -> None:

@@ -161,6 +161,8 @@ class Session:
     @staticmethod
     def step_together(parts: Sequence[tuple[Session, Sequence[int]]]) -> NDArray[np.float32]:
         """Append tokens to sessions of one engine, see `Engine.step`."""
+        for session, _ in parts:
+            session._load()  # before others have to wait
         with parts[0][0]._host.scheduler.turn():
             return Session._step_together(parts)
 
@@ -207,6 +209,7 @@ class Session:
 
         ids = _ids(token_ids)
         self._check_room(len(ids))
+        self._load()  # before others have to wait
         with self._host.scheduler.turn():
             weights, before = self._load().for_text(ids), self._held.state
             _check_known(ids, weights)
@@ -351,10 +354,11 @@ class Session:
                 self._held.restore(before)
                 raise
             self.cancel()
-            self._running, self.last = Generation(request, self._held, stats), stats
-            self._host.scheduler.begin(self._running)
+            generation = Generation(request, self._held, stats)
+            self._running, self.last = generation, stats
+            self._host.scheduler.begin(generation)
             stats.prefill_seconds = time.perf_counter() - start
-            return self._running
+            return generation
 
     def _load(self) -> Weights:
         """The weights of the session's adapters."""

@@ -17,6 +17,7 @@ class Shares:
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}  # of keys that have generations
+        self._wanting: set[str] = set()  # keys of the last step
         self._steps = 0
 
     def enter(self, key: str) -> None:
@@ -35,27 +36,42 @@ class Shares:
         Prompts get a quantum at least, so that those that generate cannot keep them waiting. A prompt that is read to
         its end is the last in its step.
         """
+        self._steps += 1
+        self._lift({one.key for one in generations})
         reading = [one for one in generations if one.is_reading]
-        kept = min(QUANTUM, most // 2) if reading else 0
+        kept = (min(QUANTUM, most // 2) or self._steps % 2) if reading else 0
         given: dict[Generation, int] = {}
-        for one in sorted((one for one in generations if not one.is_reading), key=self._claim):
+        # Of one key, who was served longest ago comes first: an old one is not kept waiting by those that come later.
+        others = sorted(
+            (one for one in generations if not one.is_reading),
+            key=lambda one: (self._served[one.key], one.last_step),
+        )
+        for one in others:
             if rows := min(one.wanted, most - kept - sum(given.values())):
                 self._count(given, one, rows)
         quantum = max(1, min(QUANTUM, most // (len(reading) or 1)))
-        self._steps += 1
         oldest_first = self._steps % EVERY == 0
         while reading and (room := most - sum(given.values())) > 0:
-            one = reading[0] if oldest_first else min(reading, key=self._claim)
+            one = (
+                reading[0]
+                if oldest_first
+                else min(reading, key=lambda one: (self._served[one.key], one.served))
+            )
             self._count(given, one, min(quantum, one.wanted - given.get(one, 0), room))
             if given[one] == one.wanted:
                 break  # its first token is next: no rows of others that make it wait
             oldest_first = False
         return given
 
-    def _claim(self, one: Generation) -> tuple[float, int]:
-        return self._served[one.key], one.served
+    def _lift(self, wanting: set[str]) -> None:
+        """A key that wanted nothing in the last step has no more claim than those that did."""
+        stayed = [self._served[key] for key in wanting & self._wanting]
+        for key in wanting - self._wanting:
+            self._served[key] = max(self._served[key], min(stayed, default=0))
+        self._wanting = wanting
 
     def _count(self, given: dict[Generation, int], one: Generation, rows: int) -> None:
         given[one] = given.get(one, 0) + rows
         self._served[one.key] += rows
         one.served += rows
+        one.last_step = self._steps
