@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from itertools import zip_longest
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from os_threads import os_threads
@@ -23,6 +26,7 @@ from bedplate.runtime.engine import Engine
 from bedplate.runtime.loading import load_adapter
 from bedplate.runtime.request import Event
 from bedplate.runtime.session import Session
+from bedplate.runtime.shares import Shares
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.runtime.weights import Weights
 
@@ -261,6 +265,89 @@ class TestCancel:
                 one.result(timeout=10)
             assert all(one.last is not None and one.last.finish_reason for one in sessions)
 
+    def test_who_was_to_drive_next(self, toy_bundle: Bundle) -> None:
+        """Another one that waits drives in its place: nobody waits for ever."""
+        text = [5 + i % 50 for i in range(60)]
+        with Engine(toy_bundle, max_step_rows=2, lookup=False, cache_bytes=0) as engine:
+            drawn = random.Random(0)
+            for _ in range(60):
+                first, cancelled, last = (engine.session() for _ in range(3))
+                ended = threading.Event()
+                events = [
+                    first.events(text[:20], max_tokens=1),
+                    *(one.events(text, max_tokens=2) for one in (cancelled, last)),
+                ]
+                threads = [threading.Thread(target=list, args=(one,), daemon=True) for one in events[1:]]
+                threads.append(threading.Thread(target=lambda: (list(events[0]), ended.set()), daemon=True))  # noqa: B023
+                for thread in threads:
+                    thread.start()
+                ended.wait()
+                time.sleep(drawn.uniform(0, 0.0002))
+                cancelled.cancel()
+                for thread in threads:
+                    thread.join(10)
+                assert not any(thread.is_alive() for thread in threads)
+
+    def test_by_whoever_forgets_them_anywhere(self, toy_bundle: Bundle, expected: list[str]) -> None:
+        """The collector finds iterators that refer to each other in the midst of anything."""
+
+        class Cycle:
+            pass
+
+        threshold = gc.get_threshold()
+        gc.set_threshold(20, 2, 2)
+        try:
+            with Engine(toy_bundle) as engine, ThreadPoolExecutor(3) as pool:
+
+                def answers(number: int) -> None:
+                    for i in range(12):
+                        cycle: Any = Cycle()
+                        cycle.own = cycle
+                        cycle.events = engine.session().events("ab", key=str(i % 3), max_tokens=40)
+                        next(cycle.events)
+                        del cycle
+                        request = REQUESTS[(number + i) % len(REQUESTS)]
+                        assert "".join(begin(engine, request)) == expected[(number + i) % len(REQUESTS)]
+                        engine.memory()
+
+                list(pool.map(answers, range(3)))
+        finally:
+            gc.set_threshold(*threshold)
+
+
+def test_events_are_read_by_one_thread_at_a_time(toy_bundle: Bundle) -> None:
+    reading, may = threading.Event(), threading.Event()
+
+    def slow(chosen: tuple[int, ...]) -> None:
+        reading.set()
+        may.wait(10)
+
+    with Engine(toy_bundle) as engine, ThreadPoolExecutor(1) as pool:
+        events = engine.session().events("ab", max_tokens=5, ignore_eos=True, mask=slow)
+        others = pool.submit(list, events)
+        reading.wait()
+        with pytest.raises(RunError, match=r"another thread waits for the next event .*\nhint: "):
+            next(events)
+        may.set()
+        assert others.result()[-1].finish_reason == "length"
+
+
+def test_the_interpreter_ends_while_tasks_generate(toy_bundle: Bundle) -> None:
+    script = f"""if True:
+        import asyncio
+        from bedplate import Bundle, Engine
+        engine = Engine(Bundle.open({str(toy_bundle.path)!r}), threads=1)
+        engine.load()
+        async def main():
+            run = lambda i: engine.session().generate_async([7 + i] * 150, max_tokens=90)
+            some = [asyncio.create_task(run(i)) for i in range(8)]
+            await asyncio.sleep(0.05)
+        asyncio.run(main())
+    """
+    for _ in range(3):
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        assert (ended.returncode, ended.stderr) == (0, "")
+
 
 class TestDeadline:
     def test_that_is_over(self, toy_bundle: Bundle) -> None:
@@ -316,6 +403,56 @@ class TestFairness:
             assert 60 <= served <= 150
 
 
+class Asker:
+    """What Shares needs of a generation that always wants rows."""
+
+    def __init__(self, key: str, wanted: int = 1) -> None:
+        self.key, self.wanted, self.is_reading = key, wanted, wanted > 1
+        self.served, self.last_step, self.got = 0, 0, 0
+
+
+def give(shares: Shares, askers: Sequence[Asker], most: int, steps_: int) -> None:
+    for _ in range(steps_):
+        for one, rows in shares.give(cast("Any", askers), most).items():
+            cast("Any", one).got += rows
+
+
+def of_keys(*keys: str) -> tuple[Shares, list[Asker]]:
+    shares = Shares()
+    for key in keys:
+        shares.enter(key)
+    return shares, [Asker(key) for key in keys]
+
+
+class TestShares:
+    def test_old_ones_of_a_key_are_not_kept_waiting(self) -> None:
+        shares, (old, *young) = of_keys(*["one"] * 50)
+        old.served = 10_000
+        give(shares, [old, *young], 10, 50)
+        assert {one.got for one in (old, *young)} == {10}
+
+    def test_a_key_that_comes_back_has_no_more_claim(self) -> None:
+        shares, (busy, away) = of_keys("busy", "away")
+        give(shares, [busy], 1, 900)
+        give(shares, [busy, away], 1, 100)
+        assert abs(busy.got - 900 - away.got) <= 1
+
+    def test_a_key_that_enters_has_no_more_claim(self) -> None:
+        shares, (paused, busy) = of_keys("paused", "busy")
+        give(shares, [busy], 1, 900)
+        shares.enter("later")
+        later = Asker("later")
+        give(shares, [busy, later], 1, 100)
+        assert abs(busy.got - 900 - later.got) <= 1 and paused.got == 0
+
+    @pytest.mark.parametrize("most", [1, 2, 3])
+    def test_few_rows_are_shared_by_prompts_and_answers(self, most: int) -> None:
+        shares, (answer, _) = of_keys("one", "one")
+        prompt = Asker("one", wanted=1000)
+        give(shares, [answer, prompt], most, 100)
+        assert min(answer.got, prompt.got) >= 30
+
+
 def mask_that(use: Callable[[], object]) -> Callable[[tuple[int, ...]], None]:
     def mask(chosen: tuple[int, ...]) -> None:
         if len(chosen) == 2:
@@ -348,16 +485,27 @@ class TestWithinAStep:
             assert session.last is not None
             assert (session.last.finish_reason, session.last.generated_tokens) == ("cancelled", 2)
 
-    def test_its_error_is_of_its_generation_alone(self, toy_bundle: Bundle, expected: list[str]) -> None:
+    @pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+    def test_its_error_is_of_its_generation_alone(
+        self, toy_bundle: Bundle, expected: list[str], error: type[BaseException]
+    ) -> None:
         def fail() -> None:
-            raise ZeroDivisionError
+            raise error
+
+        async def answer(**options: Any) -> str:
+            return await engine.session().generate_async("ab", **options)
 
         with Engine(toy_bundle) as engine:
-            wrong = engine.session().events("ab", max_tokens=9, ignore_eos=True, mask=mask_that(fail))
+            options: dict[str, Any] = {"max_tokens": 9, "ignore_eos": True, "mask": mask_that(fail)}
+            wrong = engine.session().events("ab", **options)
             assert "".join(begin(engine, REQUESTS[0])) == expected[0]
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(error):
                 list(wrong)
             assert list(wrong) == []
+            if error is not SystemExit:  # which asyncio takes for the end of its loop
+                with pytest.raises(error):
+                    asyncio.run(answer(**options))
+            assert asyncio.run(answer(**REQUESTS[0][2])) == expected[0]
 
 
 def test_an_error_of_a_step_is_of_who_caused_it(
