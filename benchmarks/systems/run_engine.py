@@ -25,6 +25,7 @@ from run_bedplate import open_engine
 from timing import PROMPT
 
 import bedplate
+from bedplate.cli.requests import Request, answered
 
 EIGHT: list[str | None] = [f"a{number}" for number in range(8)]
 LONG, SHORT = 1500, 16
@@ -34,7 +35,7 @@ GREEDY = {"ignore_eos": True}
 
 def sessions(path: str, window: int, turns: int) -> dict[str, float]:
     """Tokens/s of all sessions together, from position 16 on. All take turns."""
-    engine = open_engine(path)
+    engine = open_engine(path, lookup=False)  # it is measured by itself
     measures: dict[str, Callable[[], float]] = {
         "bare_batch": lambda: bare(engine, EIGHT, window),
         "threads": lambda: in_threads(engine, EIGHT, window),
@@ -174,8 +175,12 @@ def batch(path: str) -> dict[str, float]:
         texts.append([answer(one) for one in prompts])
 
     def at_once() -> None:
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            texts.append(list(pool.map(answer, prompts)))
+        """As `run --file` does."""
+        requests = [
+            Request(prompt=prompt, adapter=name, scale=1.0, generation={"max_tokens": ANSWER, **GREEDY})
+            for name, prompt in prompts
+        ]
+        texts.append([one.text for _, one in sorted(answered(engine, requests, PARALLEL))])
 
     seconds = {"one_by_one": timing.seconds(one_by_one), "at_once": timing.seconds(at_once)}
     assert texts[0] == texts[1], "company changes an answer"

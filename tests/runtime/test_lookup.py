@@ -51,7 +51,7 @@ def test_the_latest_place_counts() -> None:
     assert Lookup([1, 2, 3, 4, 0, 1, 2, 3, 5, 0, 1, 2, 3]).propose(1) == [5]
 
 
-@pytest.mark.parametrize("tokens", [[], [1], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 2, 3]])
+@pytest.mark.parametrize("tokens", [[], [1], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 2]])
 def test_nothing_is_known(tokens: list[int]) -> None:
     assert Lookup(tokens).propose(MOST) == []
 

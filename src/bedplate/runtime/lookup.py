@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-GRAM = 3  # tokens that must be the same
+GRAMS = (3, 2)  # so many tokens must be the same: the longer place counts first
 MOST = 8  # tokens proposed at once
 # Parts of a step's time: what a row more takes, and what may be lost of each token's.
 _ROW, _LOSS = 0.3, 0.02
@@ -21,7 +21,7 @@ class Lookup:
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens: list[int] = []
-        self._ends: dict[tuple[int, ...], int] = {}  # of GRAM tokens: where what follows them begins
+        self._ends: dict[tuple[int, ...], int] = {}  # of GRAMS tokens: where what follows them begins
         self._credit = _START  # in steps
         self._length = 2  # how many to propose
         self.extend(tokens)
@@ -33,14 +33,16 @@ class Lookup:
     def append(self, token: int) -> None:
         """The text has one more token."""
         count = len(self._tokens)
-        if count >= GRAM:  # now that something follows them
-            self._ends[tuple(self._tokens[-GRAM:])] = count
+        for size in GRAMS:
+            if count >= size:  # now that something follows them
+                self._ends[tuple(self._tokens[-size:])] = count
         self._tokens.append(token)
 
     def propose(self, most: int) -> list[int]:
         """Up to `most` tokens that may follow. None, if too many were wrong lately."""
         count = min(most, self._length, int(self._credit / _ROW))
-        at = self._ends.get(tuple(self._tokens[-GRAM:]))
+        places = (self._ends.get(tuple(self._tokens[-size:])) for size in GRAMS)
+        at = next((place for place in places if place is not None), None)
         if at is None or count < 1:
             return []
         found = self._tokens[at : at + count]
