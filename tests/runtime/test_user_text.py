@@ -76,6 +76,11 @@ def test_no_text_of_a_message_becomes_a_special_token(kind: str) -> None:
 def test_without_special_text_the_ids_are_those_of_transformers(content: str) -> None:
     for make in KINDS.values():
         toy = make()
+        special = [
+            token.content for token in toy.backend.get_added_tokens_decoder().values() if token.special
+        ]
+        if any(token in content for token in special):
+            continue  # Hypothesis has drawn `<s>`
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "so"}]
         assert toy.ours.encode_chat(messages) == their_ids(toy, messages)
 
