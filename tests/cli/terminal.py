@@ -47,9 +47,14 @@ class Terminal:
         before, _, self._seen = self.rest.partition(text)
         return before + text
 
-    def end(self) -> int:
-        """The exit code. What is still shown is in `rest`."""
-        self._wait(lambda: self.process.poll() is not None)
+    def end(self, asking: str = "") -> int:
+        """The exit code. What is still shown is in `rest`. asking: what is typed until the process ends."""
+
+        def has_ended() -> bool:
+            self.type(asking)  # one that comes before the line is being read asks for nothing
+            return self.process.poll() is not None
+
+        self._wait(has_ended if asking else lambda: self.process.poll() is not None)
         while self._read(0):
             pass
         return self.process.returncode

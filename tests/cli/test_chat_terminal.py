@@ -89,8 +89,7 @@ def test_ctrl_c_stops_an_answer_and_then_the_chat(terminal: Open, tmp_path: Path
     chat.type("so?\n")
     chat.until("2 generated")
     chat.until("base>")
-    chat.type(CTRL_C)
-    assert chat.end() == 130
+    assert chat.end(asking=CTRL_C) == 130
 
 
 def test_ctrl_c_drops_a_text_of_several_lines(terminal: Open) -> None:
