@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import fcntl
+import math
 import os
 import pty
 import re
@@ -48,13 +49,19 @@ class Terminal:
         return before + text
 
     def end(self, asking: str = "") -> int:
-        """The exit code. What is still shown is in `rest`. asking: what is typed until the process ends."""
+        """The exit code. What is still shown is in `rest`. asking: what is typed, and again if nothing ends for long:
+        what comes before the line is being read asks for nothing.
+        """
+        typed = -math.inf
 
         def has_ended() -> bool:
-            self.type(asking)  # one that comes before the line is being read asks for nothing
+            nonlocal typed
+            if self.process.poll() is None and asking and time.monotonic() - typed > 10:
+                self.type(asking)
+                typed = time.monotonic()
             return self.process.poll() is not None
 
-        self._wait(has_ended if asking else lambda: self.process.poll() is not None)
+        self._wait(has_ended)
         while self._read(0):
             pass
         return self.process.returncode
