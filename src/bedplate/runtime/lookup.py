@@ -24,9 +24,6 @@ class Lookup:
         self._ends: dict[tuple[int, ...], int] = {}  # of GRAMS tokens: where what follows them begins
         self._credit = _START  # in steps
         self._length = 2  # how many to propose
-        self.extend(tokens)
-
-    def extend(self, tokens: Sequence[int]) -> None:
         for token in tokens:
             self.append(token)
 

@@ -99,8 +99,9 @@ class Scheduler:
     def close_generation(self, generation: Generation) -> None:
         """Cancel it, and forget what it has said."""
         self.end(generation)
-        with self._state:
-            generation.outbox.clear()
+        if self._process.is_current:  # elsewhere nobody may give the lock up
+            with self._state:
+                generation.outbox.clear()
 
     def _is_inside(self) -> bool:
         """Whether this thread is in the midst of a change."""
@@ -243,16 +244,15 @@ class Scheduler:
                 one.propose(room // len(wanting))
             given = self._shares.give(wanting, self._most) if wanting else {}
             parts = {one: part for one, rows in given.items() if (part := one.part(rows)) is not None}
-        for one in list(parts):
-            held, part = one.held, parts[one]
+        for one, part in list(parts.items()):
+            count = len(part.held.tokens)
             try:
-                count = len(held.tokens)
-                self._reserve([(held.computing, count, count + len(part.tokens))])
+                self._reserve([(part.held.computing, count, count + len(part.tokens))])
             except Exception as error:
                 self._fail(one, error)
                 del parts[one]
-        for group in groups(parts.values()):
-            self._compute([(one, part) for one, part in parts.items() if part.fits == group[0].fits])
+        for group in groups(parts.items(), lambda pair: pair[1]):
+            self._compute(group)
 
     def _compute(self, parts: Sequence[tuple[Generation, Part]]) -> None:
         """Compute parts that fit together in one step."""

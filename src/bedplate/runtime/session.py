@@ -415,7 +415,7 @@ def _append(parts: Sequence[Part], most: int) -> dict[int, NDArray[np.float32]]:
     each, by the id of what holds it.
     """
     found: dict[int, NDArray[np.float32]] = {}
-    for group in groups(parts):
+    for group in groups(parts, lambda part: part):
         for step in packed(group, most):
             logits = compute(step).array
             for part in step:

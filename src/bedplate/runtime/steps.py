@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from bedplate import _native
@@ -46,11 +46,11 @@ def compute(parts: Sequence[Part]) -> _native.Logits:
         raise RunError(f"the step cannot be computed: {error}", hint=hint) from error
 
 
-def groups(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Parts that fit together."""
-    found: dict[tuple[object, object], list[Part]] = {}
-    for part in parts:
-        found.setdefault(part.fits, []).append(part)
+def groups(items: Iterable[_T], part_of: Callable[[_T], Part]) -> Iterator[list[_T]]:
+    """Items whose parts fit together."""
+    found: dict[tuple[object, object], list[_T]] = {}
+    for item in items:
+        found.setdefault(part_of(item).fits, []).append(item)
     yield from found.values()
 
 
