@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import fcntl
-import math
 import os
 import pty
 import re
@@ -42,35 +41,32 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
-    def until(self, text: str) -> str:
-        """What the terminal shows up to a text, without what was seen before."""
-        self._wait(lambda: text in self.rest)
+    def until(self, text: str, asking: str = "") -> str:
+        """What the terminal shows up to a text, without what was seen before. asking: what is typed for it."""
+        self._wait(lambda: text in self.rest, asking)
         before, _, self._seen = self.rest.partition(text)
         return before + text
 
     def end(self, asking: str = "") -> int:
-        """The exit code. What is still shown is in `rest`. asking: what is typed, and again if nothing ends for long:
-        what comes before the line is being read asks for nothing.
-        """
-        typed = -math.inf
-
-        def has_ended() -> bool:
-            nonlocal typed
-            if self.process.poll() is None and asking and time.monotonic() - typed > 10:
-                self.type(asking)
-                typed = time.monotonic()
-            return self.process.poll() is not None
-
-        self._wait(has_ended)
+        """The exit code. What is still shown is in `rest`. asking: what is typed for it."""
+        self._wait(lambda: self.process.poll() is not None, asking)
         while self._read(0):
             pass
         return self.process.returncode
 
-    def _wait(self, there: Callable[[], bool]) -> None:
-        waits = 600  # not a time: a machine may stop this process for a while
+    def _wait(self, there: Callable[[], bool], asking: str = "") -> None:
+        """asking is typed, and again when nothing comes of it for long: readline forgets a signal that comes between
+        what it shows and its waiting for a key.
+        """
+        self.type(asking)
+        silent = 0  # not a time: a machine may stop this process for a while
         while not there():
-            waits -= not self._read(0.1)
-            assert waits, self.rest
+            if self._read(0.1):
+                continue
+            silent += 1
+            assert silent < 600, self.rest
+            if silent % 100 == 0:
+                self.type(asking)
 
     def _read(self, seconds: float) -> bool:
         """Whether something was shown."""
