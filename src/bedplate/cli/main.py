@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from bedplate.cli import making, running, showing
+from bedplate.cli import making, running, serving, showing
 from bedplate.cli.output import prepare_output, reported_errors
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command("eval")(showing.evaluate)
 app.command("bench")(showing.bench)
 app.command("run")(running.run)
 app.command("chat")(running.chat)
+app.command("serve")(serving.serve)
 cache.command("list")(making.cache_list)
 cache.command("clear")(making.cache_clear)
 

@@ -288,11 +288,20 @@ class Session:
         """As `events`, for a task of asyncio. It starts with the first event that is asked for. Close it (`aclose`, or
         `contextlib.aclosing`) if you leave it before its end.
         """
-        on_prefill = options.get("on_prefill")
-        generation = await self._start_async(prompt, max_tokens, logprobs, options)
-        async with aclosing(asynchronous(self._host.scheduler, generation, on_prefill)) as events:
+        async with aclosing(
+            await self.begin_async(prompt, max_tokens=max_tokens, logprobs=logprobs, **options)
+        ) as events:
             async for event in events:
                 yield event
+
+    async def begin_async(
+        self, prompt: Prompt, *, max_tokens: int, logprobs: int | None = None, **options: Unpack[Options]
+    ) -> AsyncGenerator[Event]:
+        """As `events_async`, but the generation has begun when this returns: it raises what is wrong with the request.
+        If you do not ask for the events, `cancel` it.
+        """
+        generation = await self._start_async(prompt, max_tokens, logprobs, options)
+        return asynchronous(self._host.scheduler, generation, options.get("on_prefill"))
 
     def _started(self, prompt: Prompt, max_tokens: int, logprobs: int | None, options: Options) -> Events:
         generation = self._start(prompt, max_tokens, logprobs, options)

@@ -1,0 +1,1 @@
+"""A server of bundles: every adapter is a model (`bedplate serve`)."""

@@ -1,0 +1,219 @@
+"""From a request of any API to the engine's generations, and their events together.
+
+A route makes a `Wanted` of its request. `begin` makes a `Choice` of each answer that is wanted. The route then reads
+`merged`, and says what it reads in its API's words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from bedplate.runtime.request import Event, FinishReason, Statistics
+from bedplate.runtime.sampling import MaskFunction
+from bedplate.runtime.session import Prompt, Session
+from bedplate.serve.catalog import Model
+from bedplate.serve.errors import ApiError
+from bedplate.serve.wire import Sampled
+
+# A deadline is the server's limit on time, as max_tokens is one on tokens.
+FINISH: dict[FinishReason, str] = {
+    "stop": "stop",
+    "length": "length",
+    "deadline": "length",
+    "cancelled": "stop",
+}
+
+
+class Wanted(NamedTuple):
+    """What a request wants of the engine. prompts: each gets `n` answers.  options: of `Session.events`.
+    mask: makes a mask for one answer, or None.
+    """
+
+    model: Model
+    prompts: Sequence[Prompt]
+    n: int
+    max_tokens: int | None
+    logprobs: int | None
+    cache_salt: str
+    seed: int | None
+    options: Mapping[str, Any]
+    mask: Any = None
+
+
+@dataclass(kw_only=True, eq=False)
+class Choice:
+    """One answer of a request, as far as it has come. events: all of it."""
+
+    index: int
+    session: Session
+    prompt: Prompt
+    options: dict[str, Any]
+    started: float
+    first: float | None = None
+    events: list[Event] = field(default_factory=list)
+    _begun: AsyncGenerator[Event] | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events)
+
+    @property
+    def stats(self) -> Statistics:
+        assert self.session.last is not None, "it has begun"
+        return self.session.last
+
+    @property
+    def finish(self) -> str:
+        """As OpenAI names the reasons."""
+        return FINISH[self.stats.finish_reason or "cancelled"]
+
+    async def start(self) -> None:
+        """Begin. Raises what is wrong with the request."""
+        self._begun = await self.session.begin_async(self.prompt, **self.options)
+
+    async def stream(self) -> AsyncGenerator[Event]:
+        """Its events. It can be called once."""
+        if self._begun is None:
+            await self.start()
+        assert self._begun is not None
+        async with aclosing(self._begun) as events:
+            async for event in events:
+                if self.first is None:
+                    self.first = time.perf_counter()
+                self.events.append(event)
+                yield event
+
+
+def begin(wanted: Wanted) -> list[Choice]:
+    """The answers that are wanted: `n` of each prompt, prompt by prompt. None has started."""
+    model, made = wanted.model, list[Choice]()
+    limit = model.base.engine.limits.max_context
+    for prompt in wanted.prompts:
+        for _ in range(wanted.n):
+            session = model.base.engine.session(model.adapters, cache_salt=wanted.cache_salt)
+            options = dict(wanted.options)
+            options["max_tokens"] = limit if wanted.max_tokens is None else wanted.max_tokens
+            options["logprobs"] = wanted.logprobs
+            if wanted.seed is not None:  # so that they differ, and can be had again
+                options["seed"] = (wanted.seed + len(made)) % 2**64
+            mask: MaskFunction | None = None if wanted.mask is None else wanted.mask()
+            options["mask"] = mask
+            started = time.perf_counter()
+            made.append(
+                Choice(index=len(made), session=session, prompt=prompt, options=options, started=started)
+            )
+    return made
+
+
+def sampling_options(request: Sampled) -> dict[str, Any]:
+    """Options of `Session.events`."""
+    try:
+        bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
+    except ValueError:
+        raise ApiError(400, "logit_bias has a name that is no token id.", param="logit_bias") from None
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    return {
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "min_p": request.min_p,
+        "repetition_penalty": request.repetition_penalty,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "logit_bias": bias,
+        "min_tokens": request.min_tokens,
+        "ignore_eos": request.ignore_eos,
+        "stop": [text for text in stop if text],
+    }
+
+
+async def start(made: Sequence[Choice]) -> None:
+    """Begin the first answer of each prompt: see `merged`."""
+    for choice in {id(choice.prompt): choice for choice in reversed(made)}.values():
+        await choice.start()
+
+
+async def merged(made: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Event]]:
+    """The events of all answers as they come. If one fails, or nobody reads on, all are cancelled.
+
+    The answers of a prompt begin when its first one has read it: they find it in the cache.
+    """
+    queue: asyncio.Queue[tuple[Choice, Event] | BaseException | None] = asyncio.Queue(maxsize=len(made))
+    read = {id(choice.prompt): asyncio.Event() for choice in made}
+    firsts = {id(choice.prompt): choice for choice in reversed(made)}
+
+    async def feed(choice: Choice) -> None:
+        known, is_first = read[id(choice.prompt)], firsts[id(choice.prompt)] is choice
+        try:
+            if not is_first:
+                await known.wait()
+            async with aclosing(choice.stream()) as events:
+                async for event in events:
+                    known.set()
+                    await queue.put((choice, event))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(feed(choice)) for choice in made]
+    try:
+        left = len(made)
+        while left:
+            found = await queue.get()
+            if isinstance(found, BaseException):
+                raise found
+            if found is None:
+                left -= 1
+            else:
+                yield found
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def finished(made: Sequence[Choice]) -> None:
+    """Wait for all answers."""
+    async with aclosing(merged(made)) as events:
+        async for _ in events:
+            pass
+
+
+def usage(made: Sequence[Choice], n: int) -> dict[str, Any]:
+    """Tokens of a request. A prompt counts once for all its answers."""
+    firsts = made[::n]
+    prompt = sum(choice.stats.prompt_tokens for choice in firsts)
+    generated = sum(choice.stats.generated_tokens for choice in made)
+    cached = sum(choice.stats.reused_tokens for choice in firsts)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def timings(made: Sequence[Choice]) -> dict[str, Any]:
+    """Of the first answer, under the names that llama.cpp's server gives them."""
+    stats = made[0].stats
+    read = stats.prompt_tokens - stats.reused_tokens
+    return {
+        "cache_n": stats.reused_tokens,
+        "prompt_n": read,
+        "prompt_ms": round(1000 * stats.prefill_seconds, 3),
+        "prompt_per_second": _rate(read, stats.prefill_seconds),
+        "predicted_n": stats.generated_tokens,
+        "predicted_ms": round(1000 * stats.decode_seconds, 3),
+        "predicted_per_second": _rate(max(0, stats.generated_tokens - 1), stats.decode_seconds),
+        "draft_n": stats.drafted_tokens,
+        "draft_n_accepted": stats.accepted_tokens,
+    }
+
+
+def _rate(count: int, seconds: float) -> float:
+    return round(count / seconds, 3) if seconds > 0 else 0.0

@@ -1,0 +1,116 @@
+"""The models that a server has: bundles, their bases and their adapters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bedplate.errors import NameTakenError
+from bedplate.runtime.engine import Engine
+from bedplate.runtime.tokenizer import Tokenizer
+from bedplate.serve.errors import ApiError, unknown_model
+from bedplate.serve.wire import Lora
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A bundle that is served. name: of its base."""
+
+    name: str
+    engine: Engine
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+@dataclass(frozen=True)
+class Model:
+    """What answers a request. id: as it was asked for.  adapters: by name, each with its scale; none: the base."""
+
+    id: str
+    base: Base
+    adapters: dict[str, float]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of its one adapter, else of the base."""
+        name = next(iter(self.adapters)) if len(self.adapters) == 1 else None
+        return self.base.engine.tokenizer_of(name)
+
+
+class Catalog:
+    """Models by name. An adapter's name is enough where one bundle has it; `base:adapter` always names one."""
+
+    def __init__(self, bases: Sequence[Base]) -> None:
+        self.bases = list(bases)
+
+    def cards(self) -> list[Json]:
+        """All models, as `/v1/models` lists them."""
+        return [card for base in self.bases for card in _cards(base)]
+
+    def card(self, name: str) -> Json:
+        """One of them. ApiError: there is none."""
+        base, adapter = self._find(name)
+        return _card(base, adapter, name)
+
+    def find(self, name: str, lora: Sequence[Lora] | None = None) -> Model:
+        """ApiError: there is none, or not the adapters of `lora`."""
+        base, adapter = self._find(name)
+        if lora is None:
+            return Model(name, base, {} if adapter is None else {adapter: 1.0})
+        for one in lora:
+            if one.id not in base.engine.bundle.adapters:
+                message = f"The adapter {one.id!r} does not exist."
+                raise ApiError(404, message, param="lora", code="model_not_found")
+        mixed = {one.id: one.scale for one in lora}
+        if len(mixed) < len(lora):
+            raise ApiError(400, "An adapter stands twice in lora.", param="lora")
+        return Model(name, base, mixed)
+
+    def _find(self, name: str) -> tuple[Base, str | None]:
+        """An adapter's name wins over that of a base, as in vLLM."""
+        for base in self.bases:
+            if name in base.engine.bundle.adapters:
+                return base, name
+        for base in self.bases:
+            if name == base.name:
+                return base, None
+            own = name.removeprefix(f"{base.name}:")
+            if own != name and own in base.engine.bundle.adapters:
+                return base, own
+        raise unknown_model(name, [card["id"] for card in self.cards()])
+
+
+def names_of(bundles: Sequence[Path]) -> list[str]:
+    """What the bases of bundles are called: as their folders, without `.bundle`.
+
+    NameTakenError: two are called alike.
+    """
+    names = [bundle.resolve().name.removesuffix(".bundle") for bundle in bundles]
+    for name in names:
+        if names.count(name) > 1:
+            hint = "rename the folder of one: a bundle is served by the name of its folder"
+            raise NameTakenError(f"two bundles are called {name!r}", hint=hint)
+    return names
+
+
+def _cards(base: Base) -> Iterator[Json]:
+    yield _card(base, None, base.name)
+    for adapter in base.engine.bundle.adapters:
+        yield _card(base, adapter, adapter)
+
+
+def _card(base: Base, adapter: str | None, name: str) -> Json:
+    bundle = base.engine.bundle
+    return {
+        "id": name,
+        "object": "model",
+        "created": base.created,
+        "owned_by": "bedplate",
+        "root": str(bundle.path if adapter is None else bundle.adapters[adapter].folder),
+        "parent": None if adapter is None else base.name,
+        "max_model_len": base.engine.limits.max_context,
+    }

@@ -1,0 +1,108 @@
+"""A conversation and its answers, whatever API they come by.
+
+The APIs of chat make a `ChatRequest` of what they get, and say the `Delta`s of its answers in their own words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bedplate.runtime.request import TokenLogprobs
+from bedplate.serve.answers import Choice, Wanted, begin, merged, sampling_options
+from bedplate.serve.catalog import Model
+from bedplate.serve.wire import Sampled, Strict
+
+
+class TextPart(Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """A turn. Other fields go to the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+
+class ChatRequest(Sampled):
+    """`/v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class Delta(NamedTuple):
+    """What an answer says next. finish: why it has ended, as OpenAI names the reasons. It is in the last one."""
+
+    choice: Choice
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish: str | None
+
+
+class Answer(NamedTuple):
+    """A whole answer."""
+
+    choice: Choice
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish: str
+
+
+class Chat:
+    """A conversation that is being answered.
+
+    ApiError: a field of the request is not honoured.
+    """
+
+    def __init__(self, model: Model, request: ChatRequest, key: str) -> None:
+        self.model, self.request = model, request
+        messages = [message.model_dump(exclude_none=True) for message in request.messages]
+        self.choices = begin(
+            Wanted(
+                model=model,
+                prompts=[messages],
+                n=request.n,
+                max_tokens=request.max_completion_tokens or request.max_tokens,
+                logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+                cache_salt=request.cache_salt,
+                seed=request.seed,
+                options={**sampling_options(request), "key": key},
+            )
+        )
+
+    async def deltas(self) -> AsyncGenerator[Delta]:
+        """What its answers say, as it comes."""
+        async with aclosing(merged(self.choices)) as events:
+            async for choice, event in events:
+                finish = None if event.finish_reason is None else choice.finish
+                yield Delta(choice, event.text, event.logprobs, finish)
+
+    async def answers(self) -> list[Answer]:
+        """All of them, when they have ended."""
+        said: dict[int, list[Delta]] = {choice.index: [] for choice in self.choices}
+        async with aclosing(self.deltas()) as deltas:
+            async for delta in deltas:
+                said[delta.choice.index].append(delta)
+        return [_whole(choice, said[choice.index]) for choice in self.choices]
+
+
+def _whole(choice: Choice, deltas: Sequence[Delta]) -> Answer:
+    known = [delta.logprobs for delta in deltas if delta.logprobs is not None]
+    return Answer(
+        choice=choice,
+        text="".join(delta.text for delta in deltas),
+        logprobs=tuple(one for part in known for one in part) if known else None,
+        finish=choice.finish,
+    )

@@ -1,0 +1,52 @@
+"""What the server says when something goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bedplate.errors import BedplateError, NotFoundError, RunError, UnsupportedError
+
+
+class ApiError(Exception):
+    """An answer with a status from 400 on.
+
+    kind: the type, as OpenAI names them.  param: the field of the request that is wrong.  code: a word for programs.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind = status, message, kind
+        self.param, self.code, self.headers = param, code, dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer, as OpenAI gives it."""
+        said = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": said}
+
+
+def unknown_model(name: str, known: list[str]) -> ApiError:
+    """404: there is no such model."""
+    there = ", ".join(known[:20]) + (" …" if len(known) > 20 else "")
+    return ApiError(
+        404, f"The model {name!r} does not exist. There are: {there}", param="model", code="model_not_found"
+    )
+
+
+def of_bedplate(error: BedplateError) -> ApiError:
+    """400 for what the caller can change, 500 for a bundle that is damaged. No path is told."""
+    message = error.what if error.hint is None else f"{error.what} (hint: {error.hint})"
+    if isinstance(error, NotFoundError):
+        return ApiError(404, message, code="not_found")
+    if isinstance(error, (RunError, UnsupportedError)):
+        return ApiError(400, message)
+    return ApiError(500, message, kind="server_error")

@@ -1,0 +1,71 @@
+"""`/v1/models`, `/tokenize`, `/detokenize`, `/health`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from bedplate.serve.chat import ChatMessage
+from bedplate.serve.errors import ApiError
+from bedplate.serve.server import Server, body_of
+from bedplate.serve.wire import Strict
+
+
+class TokenizeRequest(Strict):
+    """`/tokenize`: of a text, or of a conversation."""
+
+    model: str
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+
+
+class DetokenizeRequest(Strict):
+    """`/detokenize`."""
+
+    model: str
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+def routes(server: Server) -> list[Route]:
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": server.catalog.cards()})
+
+    async def model(request: Request) -> Response:
+        return JSONResponse(server.catalog.card(request.path_params["name"]))
+
+    async def tokenize(request: Request) -> Response:
+        return await _tokenize(server, await body_of(request, TokenizeRequest))
+
+    async def detokenize(request: Request) -> Response:
+        body = await body_of(request, DetokenizeRequest)
+        tokenizer = server.catalog.find(body.model).tokenizer
+        return JSONResponse({"prompt": await run_in_threadpool(tokenizer.decode, body.tokens)})
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    return [
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/health", health),
+    ]
+
+
+async def _tokenize(server: Server, body: TokenizeRequest) -> Response:
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "Give prompt or messages, and not both.", param="prompt")
+    model = server.catalog.find(body.model)
+    if body.prompt is not None:
+        tokens = await run_in_threadpool(model.tokenizer.encode, body.prompt)
+    else:
+        messages = [message.model_dump(exclude_none=True) for message in body.messages or ()]
+        tokens = await run_in_threadpool(model.tokenizer.encode_chat, messages)
+    most = model.base.engine.limits.max_context
+    return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": most})
