@@ -28,7 +28,8 @@ def held_bytes() -> int:
     tensors = [
         one
         for one in objects
-        if issubclass(type(one), torch.Tensor) and not issubclass(type(one), FakeTensor)
+        if issubclass(type(one), torch.Tensor)
+        and not issubclass(type(one), FakeTensor)
         and one.layout is torch.strided  # not the sparse ones of other tests
     ]
     storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
