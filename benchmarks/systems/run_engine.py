@@ -138,12 +138,12 @@ def lookup(path: str, tasks: str) -> dict[str, float]:
     """
     if "lookup" not in inspect.signature(bedplate.Engine).parameters:
         return {}
-    asked = [json.loads(line)["messages"][:1] for line in Path(tasks).read_text().splitlines()[:40]]
-    engines = {name: open_engine(path, lookup=name == "with") for name in ("with", "without")}
-    speeds: dict[str, list[float]] = {name: [] for name in engines}
-    texts: dict[str, list[str]] = {name: [] for name in engines}
+    asked = [json.loads(line)["messages"][:1] for line in Path(tasks).read_text().splitlines()]
+    speeds: dict[str, list[float]] = {"with": [], "without": []}
+    texts: dict[str, list[str]] = {"with": [], "without": []}
     for _ in range(3):
-        for name, engine in engines.items():
+        for name in speeds:
+            engine = open_engine(path, lookup=name == "with")  # which has answered nothing so far
             tokens, seconds = 0, 0.0
             for messages in asked:
                 session = engine.session("extract")
@@ -152,6 +152,7 @@ def lookup(path: str, tasks: str) -> dict[str, float]:
                     tokens + session.last.generated_tokens,
                     seconds + session.last.decode_seconds,
                 )
+            engine.close()
             speeds[name].append(tokens / seconds)
     assert texts["with"] == texts["without"], "speculation changes an answer"
     return {f"{name}_lookup": max(found) for name, found in speeds.items()}
