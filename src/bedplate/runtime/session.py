@@ -17,7 +17,7 @@ from bedplate.runtime import arguments, session_file
 from bedplate.runtime.events import Events, asynchronous
 from bedplate.runtime.generation import Generation, Request, texts
 from bedplate.runtime.held import Held
-from bedplate.runtime.lookup import Lookup
+from bedplate.runtime.lookup import Habits, Lookup
 from bedplate.runtime.messages import Message
 from bedplate.runtime.request import Event, Options, Statistics, Wish
 from bedplate.runtime.sampling import Sampler
@@ -41,7 +41,7 @@ class Host(NamedTuple):
     check: whether adapters can be used so.
     adopt: takes in a session that was made of another.
     reserve: takes memory for positions [begin, end) of keys and values. RunError: there is none.
-    lookup: whether generations propose tokens by lookup.
+    habits: what usually follows what in answers. None: generations propose no tokens by lookup.
     """
 
     load: Callable[[Mapping[str, float]], Weights]
@@ -51,7 +51,7 @@ class Host(NamedTuple):
     reserve: Callable[[Sequence[tuple[_native.Kv, int, int]]], None]
     scheduler: Scheduler
     limits: Limits
-    lookup: bool
+    habits: Habits | None
 
 
 class Session:
@@ -350,7 +350,7 @@ class Session:
             sampler=sampler,
             # The keys and values of the last token are not needed: it may stand just beyond the context.
             room=self._host.limits.max_context - len(ids) + 1,
-            lookup=Lookup(ids) if self._host.lookup else None,
+            lookup=self._lookup(weights, ids),
         )
         stats = Statistics(prompt_tokens=len(ids), seed=sampler.seed)
         with self._host.scheduler.turn():
@@ -368,6 +368,10 @@ class Session:
             self._host.scheduler.begin(generation)
             stats.prefill_seconds = time.perf_counter() - start
             return generation
+
+    def _lookup(self, weights: Weights, ids: list[int]) -> Lookup | None:
+        habits = self._host.habits
+        return None if habits is None else Lookup(ids, habits.of(weights.habit(self._held.salt)))
 
     def _load(self) -> Weights:
         """The weights of the session's adapters."""
