@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from bedplate.errors import BedplateError
-from bedplate.serve import models, openai_chat, openai_text
+from bedplate.serve import models, openai_chat, openai_text, openapi
 from bedplate.serve.catalog import Base, Catalog
 from bedplate.serve.errors import ApiError, of_bedplate
 from bedplate.serve.server import Server
@@ -38,6 +38,7 @@ def create_app(bases: Sequence[Base], settings: Settings | None = None) -> Starl
         ClientDisconnect: _left,
     }
     routes = [route for part in _PARTS for route in part.routes(server)]
+    routes.append(openapi.route(routes))
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=life)
 
 

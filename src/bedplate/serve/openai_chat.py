@@ -10,27 +10,35 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve import stream
 from bedplate.serve.answers import Choice, timings, usage
+from bedplate.serve.api import GENERATES, JSON, SSE, Api, post
 from bedplate.serve.chat import Answer, Chat, ChatRequest
-from bedplate.serve.server import Server, body_of
+from bedplate.serve.server import Server
 
 Json = dict[str, Any]
 
 
-def routes(server: Server) -> list[Route]:
-    async def answer(request: Request) -> Response:
-        return await _answer(server, request)
+def routes(server: Server) -> list[Api]:
+    async def answer(request: Request, asked: ChatRequest) -> Response:
+        return await _answer(server, request, asked)
 
-    return [Route("/v1/chat/completions", answer, methods=["POST"])]
+    return [
+        post(
+            "/v1/chat/completions",
+            ChatRequest,
+            answer,
+            "Answers to a conversation",
+            media=(JSON, SSE),
+            errors=GENERATES,
+        )
+    ]
 
 
-async def _answer(server: Server, request: Request) -> Response:
-    asked = await body_of(request, ChatRequest)
+async def _answer(server: Server, request: Request, asked: ChatRequest) -> Response:
     model = server.catalog.find(asked.model, asked.lora)
     async with server.ticket(request, model, asked.user) as ticket:
         chat = Chat(model, asked, ticket.key)

@@ -11,15 +11,15 @@ from typing import Annotated, Any
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.runtime.session import Prompt
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve import stream
 from bedplate.serve.answers import Choice, Wanted, begin, finished, merged, sampling_options, timings, usage
+from bedplate.serve.api import GENERATES, JSON, SSE, Api, post
 from bedplate.serve.catalog import Model
-from bedplate.serve.server import Server, body_of
+from bedplate.serve.server import Server
 from bedplate.serve.wire import Sampled
 
 Json = dict[str, Any]
@@ -45,15 +45,23 @@ class CompletionRequest(Sampled):
         return list(self.prompt)
 
 
-def routes(server: Server) -> list[Route]:
-    async def answer(request: Request) -> Response:
-        return await _answer(server, request)
+def routes(server: Server) -> list[Api]:
+    async def answer(request: Request, asked: CompletionRequest) -> Response:
+        return await _answer(server, request, asked)
 
-    return [Route("/v1/completions", answer, methods=["POST"])]
+    return [
+        post(
+            "/v1/completions",
+            CompletionRequest,
+            answer,
+            "Continuations of texts",
+            media=(JSON, SSE),
+            errors=GENERATES,
+        )
+    ]
 
 
-async def _answer(server: Server, request: Request) -> Response:
-    asked = await body_of(request, CompletionRequest)
+async def _answer(server: Server, request: Request, asked: CompletionRequest) -> Response:
     model = server.catalog.find(asked.model, asked.lora)
     async with server.ticket(request, model, asked.user) as ticket:
         choices = begin(_wanted(model, asked, ticket.key))

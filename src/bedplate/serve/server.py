@@ -69,6 +69,7 @@ class Server:
     async def ticket(self, request: Request, model: Model, user: str | None) -> AsyncIterator[Ticket]:
         """A place for a request. ApiError: there is none."""
         async with AsyncExitStack() as held:
+            held.enter_context(model.base.watch.running(model))
             yield Ticket(request, user or "", held)
 
 
