@@ -241,7 +241,7 @@ class Scheduler:
             wanting = [one for one in self._active if len(one.outbox) < AHEAD]
             room = min(_DRAFT_ROWS, self._most) - len(wanting)
             for one in wanting:
-                one.propose(room // len(wanting))
+                self._propose(one, room // len(wanting))
             given = self._shares.give(wanting, self._most) if wanting else {}
             parts = {one: part for one, rows in given.items() if (part := one.part(rows)) is not None}
         for one, part in list(parts.items()):
@@ -253,6 +253,16 @@ class Scheduler:
                 del parts[one]
         for group in groups(parts.items(), lambda pair: pair[1]):
             self._compute(group)
+
+    def _propose(self, one: Generation, most: int) -> None:
+        """The caller holds `_state`."""
+        try:
+            one.propose(most)
+        except KeyboardInterrupt:
+            self.end(one)
+            raise
+        except BaseException as error:  # of the caller's mask, as in `_settle`
+            self._fail(one, error)
 
     def _compute(self, parts: Sequence[tuple[Generation, Part]]) -> None:
         """Compute parts that fit together in one step."""

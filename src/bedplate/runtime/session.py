@@ -273,7 +273,8 @@ class Session:
 
         key: whose request it is. If a step has no room for all, the key that was given the fewest tokens comes first.
         deadline: the text ends after so many seconds.
-        mask: a function that gets the tokens so far, and gives packed bits of those that are allowed next.
+        mask: a function that gets the tokens so far, and gives packed bits of those that are allowed next. If it also
+            says which tokens it forces (`ForcingMask`), these take no steps of their own.
         allow_special: the text of a special token in a message becomes that token, see `Tokenizer.encode_chat`.
         logprobs: events have the logarithms of probabilities, also of so many likeliest tokens.
 
