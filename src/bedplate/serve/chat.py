@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.serve.answers import Choice, Wanted, begin, merged, sampling_options
 from bedplate.serve.catalog import Model
+from bedplate.serve.errors import ApiError
+from bedplate.serve.tools import Call, CallPiece, Tool, ToolChoice
 from bedplate.serve.wire import Sampled, Strict
 
 
@@ -40,15 +42,22 @@ class ChatRequest(Sampled):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
 
 
 class Delta(NamedTuple):
-    """What an answer says next. finish: why it has ended, as OpenAI names the reasons. It is in the last one."""
+    """What an answer says next: text, or a piece of a call.
+
+    finish: why it has ended, as OpenAI names the reasons: "stop", "length", "tool_calls". It is in the last one.
+    """
 
     choice: Choice
     text: str
     logprobs: tuple[TokenLogprobs, ...] | None
     finish: str | None
+    call: CallPiece | None = None
 
 
 class Answer(NamedTuple):
@@ -58,6 +67,7 @@ class Answer(NamedTuple):
     text: str
     logprobs: tuple[TokenLogprobs, ...] | None
     finish: str
+    calls: tuple[Call, ...] = ()
 
 
 class Chat:
@@ -68,6 +78,8 @@ class Chat:
 
     def __init__(self, model: Model, request: ChatRequest, key: str) -> None:
         self.model, self.request = model, request
+        if request.tools or request.tool_choice is not None:
+            raise ApiError(400, "tools are not honoured.", param="tools")
         messages = [message.model_dump(exclude_none=True) for message in request.messages]
         self.choices = begin(
             Wanted(
