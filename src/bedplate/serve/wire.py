@@ -84,7 +84,7 @@ class Sampled(Sampling):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class Accepted(BaseModel):
+class Accepted(Asking):
     """Fields that OpenAI's clients send, and that change nothing here. A value that would change something is refused.
 
     metadata: it is for what is stored.  store: nothing is.  service_tier: there is one.  prompt_cache_key and
@@ -97,6 +97,11 @@ class Accepted(BaseModel):
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory"] | None = None
     safety_identifier: str | None = None
+
+    @property
+    def caller(self) -> str | None:
+        """Whose request it is, among those with the same key."""
+        return self.user if self.user is not None else self.safety_identifier
 
 
 def first_problem(problems: list[Any]) -> tuple[str, str | None]:
