@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py FOLDER [--seconds N] [--minutes N] [--peer PYTHON --adapter ADAPTER.gguf]
 
-models.py has made FOLDER. The model is SmolLM2-135M with eight versions of the example `extract`: B is scaled by another
+models.py has made FOLDER. The model is SmolLM2-135M with eight `extract`s: B is scaled by another
 number in each. The server is `bedplate serve` in a process of its own, with 2 threads. Clients ask for what
 `extract.heldout.jsonl` asks for, greedily, with 64 tokens at most.
 

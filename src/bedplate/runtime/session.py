@@ -19,9 +19,10 @@ from bedplate.runtime.generation import Generation, Request, texts
 from bedplate.runtime.held import Held
 from bedplate.runtime.lookup import Habits, Lookup
 from bedplate.runtime.messages import Message
-from bedplate.runtime.request import Event, Options, Statistics, Wish
+from bedplate.runtime.request import Event, Options, Statistics, TokenLogprobs, Wish
 from bedplate.runtime.sampling import Sampler
 from bedplate.runtime.scheduler import Scheduler
+from bedplate.runtime.scoring import scored
 from bedplate.runtime.steps import Part, chunks, compute, groups, packed
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.runtime.weights import Limits, Weights
@@ -225,6 +226,21 @@ class Session:
             except BaseException:
                 self._held.restore(before)
                 raise
+
+    def logprobs(self, token_ids: Sequence[int], *, top: int = 0) -> Iterator[TokenLogprobs]:
+        """How likely a text is: the logarithms of the probabilities of its tokens, but of the first, which nothing
+        comes before. They are computed as you ask for them, some at a time, between the steps of others. What the
+        session holds does not change.
+
+        top: so many likeliest tokens are told at each place.
+        RunError: the text is longer than the context, or an argument has a wrong type or value.
+        """
+        ids, top = _ids(token_ids), arguments.integer("top", top, least=0)
+        self._check_room(len(ids))
+        weights = self._load().for_text(ids)
+        _check_known(ids, weights)
+        scheduler, held = self._host.scheduler, Held(self._held.salt)
+        return scored(held, weights, ids, top, turn=scheduler.turn, reserve=self._host.reserve)
 
     @overload
     def generate(

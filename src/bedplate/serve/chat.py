@@ -94,6 +94,11 @@ class Chat:
             )
         )
 
+    def count(self) -> int:
+        """The tokens that are read."""
+        messages = [message.model_dump(exclude_none=True) for message in self.request.messages]
+        return len(self.model.tokenizer.encode_chat(messages))
+
     async def deltas(self) -> AsyncGenerator[Delta]:
         """What its answers say, as it comes."""
         async with aclosing(merged(self.choices)) as events:
