@@ -14,7 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.serve.answers import Choice, Wanted, begin, merged, sampling_options
 from bedplate.serve.catalog import Model
+from bedplate.serve.limits import Place
 from bedplate.serve.wire import Sampled, Strict
+
+MOST_MESSAGES = 2048
 
 
 class TextPart(Strict):
@@ -36,7 +39,7 @@ class ChatMessage(BaseModel):
 class ChatRequest(Sampled):
     """`/v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -66,19 +69,20 @@ class Chat:
     ApiError: a field of the request is not honoured.
     """
 
-    def __init__(self, model: Model, request: ChatRequest, key: str) -> None:
+    def __init__(self, model: Model, request: ChatRequest, place: Place) -> None:
         self.model, self.request = model, request
         messages = [message.model_dump(exclude_none=True) for message in request.messages]
         self.choices = begin(
             Wanted(
                 model=model,
+                place=place,
                 prompts=[messages],
                 n=request.n,
                 max_tokens=request.max_completion_tokens or request.max_tokens,
                 logprobs=(request.top_logprobs or 0) if request.logprobs else None,
                 cache_salt=request.cache_salt,
                 seed=request.seed,
-                options={**sampling_options(request), "key": key},
+                options=sampling_options(request),
             )
         )
 

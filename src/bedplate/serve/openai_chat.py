@@ -32,8 +32,8 @@ def routes(server: Server) -> list[Route]:
 async def _answer(server: Server, request: Request) -> Response:
     asked = await body_of(request, ChatRequest)
     model = server.catalog.find(asked.model, asked.lora)
-    async with server.ticket(request, model, asked.user) as ticket:
-        chat = Chat(model, asked, ticket.key)
+    async with server.ticket(request, model, asked) as ticket:
+        chat = Chat(model, asked, ticket.place)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:
             return await ticket.stream(_pieces(chat, head), chat.choices)

@@ -19,6 +19,7 @@ from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve import stream
 from bedplate.serve.answers import Choice, Wanted, begin, finished, merged, sampling_options, timings, usage
 from bedplate.serve.catalog import Model
+from bedplate.serve.limits import Place
 from bedplate.serve.server import Server, body_of
 from bedplate.serve.wire import Sampled
 
@@ -55,8 +56,8 @@ def routes(server: Server) -> list[Route]:
 async def _answer(server: Server, request: Request) -> Response:
     asked = await body_of(request, CompletionRequest)
     model = server.catalog.find(asked.model, asked.lora)
-    async with server.ticket(request, model, asked.user) as ticket:
-        choices = begin(_wanted(model, asked, ticket.key))
+    async with server.ticket(request, model, asked, len(asked.prompts)) as ticket:
+        choices = begin(_wanted(model, asked, ticket.place))
         head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -71,16 +72,17 @@ async def _answer(server: Server, request: Request) -> Response:
         return JSONResponse({**head, "choices": found, **counted})
 
 
-def _wanted(model: Model, asked: CompletionRequest, key: str) -> Wanted:
+def _wanted(model: Model, asked: CompletionRequest, place: Place) -> Wanted:
     return Wanted(
         model=model,
+        place=place,
         prompts=asked.prompts,
         n=asked.n,
         max_tokens=asked.max_tokens or _DEFAULT_TOKENS,
         logprobs=asked.logprobs,
         cache_salt=asked.cache_salt,
         seed=asked.seed,
-        options={**sampling_options(asked), "key": key},
+        options=sampling_options(asked),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Stop = Annotated[str, Field(max_length=1000)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -35,12 +36,15 @@ class Asking(Strict):
     """What every request has that generates.
 
     model: the base, an adapter, or `base:adapter`.  lora: adapters, in place of the model's own.
-    user: fair shares are counted for it.  cache_salt: requests share cached keys and values only if it is the same.
+    user: fair shares are counted for it, among the requests of one API key.
+    timeout: seconds after which its answers end, if the server has no shorter limit.
+    cache_salt: requests share cached keys and values only if it is the same.
     """
 
     model: str
     lora: list[Lora] | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     cache_salt: str = ""
 
 
@@ -52,7 +56,7 @@ class Sampled(Asking):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     n: Annotated[int, Field(ge=1, le=128)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     presence_penalty: Penalty = 0.0
