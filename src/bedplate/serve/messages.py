@@ -17,7 +17,7 @@ from bedplate.serve import stream
 from bedplate.serve.answers import timings, usage
 from bedplate.serve.api import GENERATES, JSON, SSE, UNKNOWN_MODEL, Api
 from bedplate.serve.as_chat import named
-from bedplate.serve.chat import Answer, Chat, Delta
+from bedplate.serve.chat import Answer, Chat, Delta, count
 from bedplate.serve.errors import ApiError, of_bedplate
 from bedplate.serve.messages_request import NAMES, Conversation, MessagesRequest, as_chat, counted
 from bedplate.serve.server import Server, body_of
@@ -38,7 +38,7 @@ def routes(server: Server) -> list[Api]:
     async def answer(request: Request) -> Response:
         return await _in_its_words(request, lambda: _answer(server, request))
 
-    async def count(request: Request) -> Response:
+    async def tell_count(request: Request) -> Response:
         return await _in_its_words(request, lambda: _count(server, request))
 
     return [
@@ -54,7 +54,7 @@ def routes(server: Server) -> list[Api]:
         Api(
             "POST",
             "/v1/messages/count_tokens",
-            count,
+            tell_count,
             "How many tokens a conversation has",
             body=Conversation,
             errors={400, 413, *UNKNOWN_MODEL},
@@ -89,8 +89,8 @@ def _error(error: ApiError) -> Json:
 async def _answer(server: Server, request: Request) -> Response:
     asked = await body_of(request, MessagesRequest)
     model = server.catalog.find(asked.model, asked.lora)
-    async with server.ticket(request, model, asked.caller) as ticket:
-        chat = Chat(model, as_chat(asked), ticket.key)
+    async with server.ticket(request, model, asked) as ticket:
+        chat = Chat(model, as_chat(asked), ticket.place)
         if asked.stream:
             return await ticket.stream(_Told(asked, chat).lines(), chat.choices)
         (answered,) = await ticket.whole(chat.answers())
@@ -100,8 +100,8 @@ async def _answer(server: Server, request: Request) -> Response:
 
 async def _count(server: Server, request: Request) -> Response:
     asked = await body_of(request, Conversation)
-    chat = Chat(server.catalog.find(asked.model, asked.lora), counted(asked), "")
-    return JSONResponse({"input_tokens": await run_in_threadpool(chat.count)})
+    model = server.catalog.find(asked.model, asked.lora)
+    return JSONResponse({"input_tokens": await run_in_threadpool(count, model, counted(asked))})
 
 
 def _head(asked: MessagesRequest) -> Json:

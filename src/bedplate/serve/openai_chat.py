@@ -58,8 +58,8 @@ def routes(server: Server) -> list[Api]:
 async def _answer(server: Server, request: Request, asked: ChatCompletionRequest) -> Response:
     asked.check()
     model = server.catalog.find(asked.model, asked.lora)
-    async with server.ticket(request, model, asked.caller) as ticket:
-        chat = Chat(model, asked, ticket.key)
+    async with server.ticket(request, model, asked, asked.n) as ticket:
+        chat = Chat(model, asked, ticket.place)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:
             return await ticket.stream(_pieces(chat, head), chat.choices)

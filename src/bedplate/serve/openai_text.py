@@ -21,6 +21,7 @@ from bedplate.serve.answers import Choice, Wanted, begin, finished, merged, samp
 from bedplate.serve.api import GENERATES, JSON, SSE, Api, post
 from bedplate.serve.catalog import Model
 from bedplate.serve.errors import ApiError
+from bedplate.serve.limits import Place
 from bedplate.serve.logprobs import OfText
 from bedplate.serve.server import Server
 from bedplate.serve.wire import Sampled
@@ -52,7 +53,7 @@ class CompletionRequest(Sampled):
     def prompts(self) -> list[Prompt]:
         """Each for itself."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
+            return [self.prompt]
         return list(self.prompt)
 
     def check(self) -> None:
@@ -121,9 +122,9 @@ def routes(server: Server) -> list[Api]:
 async def _answer(server: Server, request: Request, asked: CompletionRequest) -> Response:
     asked.check()
     model = server.catalog.find(asked.model, asked.lora)
-    async with server.ticket(request, model, asked.user) as ticket:
+    async with server.ticket(request, model, asked, asked.n * len(asked.prompts)) as ticket:
         echoes = [Echo(model, prompt, asked) for prompt in asked.prompts]
-        choices = begin(_wanted(model, asked, ticket.key)) if asked.max_tokens else []
+        choices = begin(_wanted(model, asked, ticket.place)) if asked.max_tokens else []
         told = _Told(model, asked, echoes, choices)
         if asked.stream:
             await ticket.whole(_read(echoes))
@@ -138,16 +139,17 @@ async def _read(echoes: Sequence[Echo]) -> None:
         await echo.read()
 
 
-def _wanted(model: Model, asked: CompletionRequest, key: str) -> Wanted:
+def _wanted(model: Model, asked: CompletionRequest, place: Place) -> Wanted:
     return Wanted(
         model=model,
+        place=place,
         prompts=asked.prompts,
         n=asked.n,
         max_tokens=asked.max_tokens,
         logprobs=asked.logprobs,
         cache_salt=asked.cache_salt,
         seed=asked.seed,
-        options={**sampling_options(asked), "key": key},
+        options=sampling_options(asked),
     )
 
 

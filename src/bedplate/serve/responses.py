@@ -47,8 +47,8 @@ def routes(server: Server) -> list[Api]:
 async def _answer(server: Server, request: Request) -> Response:
     asked = await body_of(request, ResponsesRequest)
     model = server.catalog.find(asked.model, asked.lora)
-    async with server.ticket(request, model, asked.caller) as ticket:
-        chat = Chat(model, as_chat(asked), ticket.key)
+    async with server.ticket(request, model, asked) as ticket:
+        chat = Chat(model, as_chat(asked), ticket.place)
         if asked.stream:
             return await ticket.stream(_Told(asked, chat).lines(), chat.choices)
         (answered,) = await ticket.whole(chat.answers())

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Stop = Annotated[str, Field(max_length=1000)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -36,13 +37,21 @@ class Asking(Strict):
     """What every request has that generates.
 
     model: the base, an adapter, or `base:adapter`.  lora: adapters, in place of the model's own.
-    user: fair shares are counted for it.  cache_salt: requests share cached keys and values only if it is the same.
+    user: fair shares are counted for it, among the requests of one API key.
+    timeout: seconds after which its answers end, if the server has no shorter limit.
+    cache_salt: requests share cached keys and values only if it is the same.
     """
 
     model: str
     lora: list[Lora] | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     cache_salt: str = ""
+
+    @property
+    def caller(self) -> str | None:
+        """Whose request it is, among those of one API key."""
+        return self.user
 
     @model_validator(mode="before")
     @classmethod
@@ -75,7 +84,7 @@ class Sampled(Sampling):
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] = 1
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream_options: StreamOptions | None = None
 
     @property
