@@ -13,13 +13,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from bedplate.errors import BedplateError
-from bedplate.serve import models, openai_chat, openai_text
+from bedplate.serve import models, openai_chat, openai_text, page
 from bedplate.serve.catalog import Base, Catalog
 from bedplate.serve.errors import ApiError, of_bedplate
 from bedplate.serve.server import Server
 from bedplate.serve.settings import Settings
 
-_PARTS = (models, openai_chat, openai_text)
+_PARTS = (models, openai_chat, openai_text, page)
 
 
 def create_app(bases: Sequence[Base], settings: Settings | None = None) -> Starlette:
