@@ -52,6 +52,31 @@ class MemoryUse:
     cache: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A generation that goes on.
+
+    adapters: by name, each with its scale; empty: the base.  read_tokens: of the prompt, with those that were known.
+    """
+
+    adapters: dict[str, float]
+    prompt_tokens: int
+    read_tokens: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activity:
+    """What an engine computes.
+
+    steps: of generations, so far.  rows: their tokens, all together.  running: generations that go on.
+    """
+
+    steps: int
+    rows: int
+    running: list[Running]
+
+
 class Engine:
     """Runs a bundle: sessions on the base or on any adapter, in one process.
 
@@ -257,6 +282,23 @@ class Engine:
             adapters=self._loaded.adapters,
             kv=max(0, self._loaded.meter.nbytes - cache),
             cache=cache,
+        )
+
+    def activity(self) -> Activity:
+        """What is computed now. You can ask at any time: it waits for nothing."""
+        going = [(session, running) for session in self._sessions if (running := session.running) is not None]
+        return Activity(
+            steps=self._scheduler.steps,
+            rows=self._scheduler.rows,
+            running=[
+                Running(
+                    adapters=session.adapters,
+                    prompt_tokens=one.stats.prompt_tokens,
+                    read_tokens=min(len(one.held.tokens), one.stats.prompt_tokens),
+                    generated_tokens=one.stats.generated_tokens,
+                )
+                for session, one in going
+            ],
         )
 
 

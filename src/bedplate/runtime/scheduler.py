@@ -44,6 +44,7 @@ class Scheduler:
         self._active: list[Generation] = []
         self._dropped: deque[Generation] = deque()  # to be cancelled
         self._shares = Shares()
+        self.steps, self.rows = 0, 0  # that have been computed for generations
         self._wakes: dict[Generation, Callable[[], None]] = {}  # of those whose callers wait
         self._driver: int | None = None  # the thread
         self._in_turn: int | None = None
@@ -275,6 +276,7 @@ class Scheduler:
                 for alone in parts:
                     self._compute([alone])
             return
+        self.steps, self.rows = self.steps + 1, self.rows + sum(len(part.tokens) for _, part in parts)
         row = 0
         for one, part in parts:
             self._settle(one, part, logits, row)

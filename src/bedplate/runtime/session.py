@@ -84,6 +84,12 @@ class Session:
         return next(iter(self._adapters.values())) if len(self._adapters) == 1 else 1.0
 
     @property
+    def running(self) -> Generation | None:
+        """The generation that goes on."""
+        running = self._running
+        return None if running is None or running.ended else running
+
+    @property
     def tokens(self) -> tuple[int, ...]:
         """The tokens whose keys and values the session holds."""
         return tuple(self._held.tokens)
