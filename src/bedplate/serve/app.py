@@ -22,9 +22,13 @@ from bedplate.serve.settings import Settings
 _PARTS = (models, openai_chat, openai_text, responses, messages, page)
 
 
-def create_app(bases: Sequence[Base], settings: Settings | None = None) -> Starlette:
+def create_app(
+    bases: Sequence[Base],
+    settings: Settings | None = None,
+    catalog: Callable[[Sequence[Base]], Catalog] = Catalog,
+) -> Starlette:
     """The ASGI application of some bundles. It closes their engines when it ends."""
-    server = Server(Catalog(bases), settings or Settings())
+    server = Server(catalog(bases), settings or Settings())
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
