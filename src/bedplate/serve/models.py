@@ -1,4 +1,4 @@
-"""`/v1/models`, `/tokenize`, `/detokenize`, `/health`."""
+"""`/v1/models`, `/tokenize`, `/detokenize`."""
 
 from __future__ import annotations
 
@@ -45,9 +45,6 @@ def routes(server: Server) -> list[Api]:
         tokenizer = server.catalog.find(body.model).tokenizer
         return JSONResponse({"prompt": await run_in_threadpool(tokenizer.decode, body.tokens)})
 
-    async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
-
     return [
         get("/v1/models", models, "All models: bases and adapters"),
         get("/v1/models/{name:path}", model, "One model", errors=UNKNOWN_MODEL),
@@ -59,7 +56,6 @@ def routes(server: Server) -> list[Api]:
             errors=UNKNOWN_MODEL,
         ),
         post("/detokenize", DetokenizeRequest, detokenize, "The text of tokens", errors=UNKNOWN_MODEL),
-        get("/health", health, "Whether the process answers"),
     ]
 
 

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -16,6 +17,7 @@ from bedplate.serve import stream
 from bedplate.serve.answers import Choice, start
 from bedplate.serve.catalog import Catalog, Model
 from bedplate.serve.errors import ApiError, of_bedplate
+from bedplate.serve.metrics import Metrics
 from bedplate.serve.settings import Settings
 from bedplate.serve.wire import first_problem
 
@@ -60,10 +62,23 @@ class Ticket:
 
 
 class Server:
-    """What the routes need."""
+    """What the routes need.
 
-    def __init__(self, catalog: Catalog, settings: Settings) -> None:
-        self.catalog, self.settings = catalog, settings
+    unready: why a request is not answered at once, or not at all. None: it is.
+    """
+
+    def __init__(self, catalog: Catalog, settings: Settings, metrics: Metrics) -> None:
+        self.catalog, self.settings, self.metrics = catalog, settings, metrics
+        self.unready: str | None = "The model is loading."
+
+    async def load(self) -> None:
+        """Load what every request needs, so that the first one does not wait for it."""
+        try:
+            for base in self.catalog.bases:
+                await run_in_threadpool(base.load)
+            self.unready = None
+        except BedplateError as error:  # a request says it too
+            self.unready = of_bedplate(error).message
 
     @asynccontextmanager
     async def ticket(self, request: Request, model: Model, user: str | None) -> AsyncIterator[Ticket]:
