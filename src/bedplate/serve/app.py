@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from bedplate.errors import BedplateError
-from bedplate.serve import models, openai_chat, openai_text, openapi, probes
+from bedplate.serve import messages, models, openai_chat, openai_text, openapi, page, probes, responses
 from bedplate.serve.catalog import Base, Catalog
 from bedplate.serve.counted import Counted
 from bedplate.serve.errors import ApiError, of_bedplate
@@ -25,14 +25,18 @@ from bedplate.serve.metrics import Metrics
 from bedplate.serve.server import Server
 from bedplate.serve.settings import Settings
 
-_PARTS = (models, openai_chat, openai_text, probes)
+_PARTS = (models, openai_chat, openai_text, responses, messages, probes, page)
 
 
-def create_app(bases: Sequence[Base], settings: Settings | None = None) -> Starlette:
+def create_app(
+    bases: Sequence[Base],
+    settings: Settings | None = None,
+    catalog: Callable[[Sequence[Base]], Catalog] = Catalog,
+) -> Starlette:
     """The ASGI application of some bundles. It closes their engines when it ends."""
     metrics = Metrics(bases)
-    catalog = Catalog([replace(base, watch=metrics) for base in bases])
-    server = Server(catalog, settings or Settings(), metrics)
+    watched = [replace(base, watch=metrics) for base in bases]
+    server = Server(catalog(watched), settings or Settings(), metrics)
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:

@@ -45,6 +45,11 @@ class Model:
     since: float = field(default_factory=time.perf_counter, compare=False)
 
     @property
+    def key(self) -> str:
+        """The same for all names of it. Fair shares are counted for it."""
+        return ":".join([self.base.name, *sorted(self.adapters)])
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """Of its one adapter, else of the base."""
         name = next(iter(self.adapters)) if len(self.adapters) == 1 else None

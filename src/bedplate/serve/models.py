@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bedplate.serve.api import UNKNOWN_MODEL, Api, get, post
-from bedplate.serve.chat import ChatMessage
+from bedplate.serve.chat import MOST_MESSAGES, ChatMessage
 from bedplate.serve.errors import ApiError
 from bedplate.serve.server import Server
 from bedplate.serve.wire import Strict
@@ -21,7 +21,7 @@ class TokenizeRequest(Strict):
 
     model: str
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], Field(max_length=MOST_MESSAGES)] | None = None
 
 
 class DetokenizeRequest(Strict):
