@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from bedplate.serve.api import UNKNOWN_MODEL, Api, get, post
 from bedplate.serve.chat import MOST_MESSAGES, ChatMessage
+from bedplate.serve.described import ModelCard, ModelCards, Text, Tokens
 from bedplate.serve.errors import ApiError
 from bedplate.serve.server import Server
 from bedplate.serve.wire import Strict
@@ -46,16 +47,24 @@ def routes(server: Server) -> list[Api]:
         return JSONResponse({"prompt": await run_in_threadpool(tokenizer.decode, body.tokens)})
 
     return [
-        get("/v1/models", models, "All models: bases and adapters"),
-        get("/v1/models/{name:path}", model, "One model", errors=UNKNOWN_MODEL),
+        get("/v1/models", models, "All models: bases and adapters", said=ModelCards),
+        get("/v1/models/{name:path}", model, "One model", said=ModelCard, errors=UNKNOWN_MODEL),
         post(
             "/tokenize",
             TokenizeRequest,
             tokenize,
             "The tokens of a text, or of a conversation",
+            said=Tokens,
             errors=UNKNOWN_MODEL,
         ),
-        post("/detokenize", DetokenizeRequest, detokenize, "The text of tokens", errors=UNKNOWN_MODEL),
+        post(
+            "/detokenize",
+            DetokenizeRequest,
+            detokenize,
+            "The text of tokens",
+            said=Text,
+            errors=UNKNOWN_MODEL,
+        ),
     ]
 
 

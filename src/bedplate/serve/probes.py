@@ -7,14 +7,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bedplate.serve.api import TEXT, Api, get
+from bedplate.serve.described import Health
 from bedplate.serve.server import Server
-from bedplate.serve.wire import Said
-
-
-class Health(Said):
-    """The process answers."""
-
-    status: str
 
 
 def routes(server: Server) -> list[Api]:

@@ -19,10 +19,6 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Said(BaseModel):
-    """What the server answers, for its description."""
-
-
 class Lora(Strict):
     """An adapter that is mixed in. scale: how much of it."""
 
