@@ -20,6 +20,7 @@ from bedplate.serve import stream
 from bedplate.serve.answers import Choice, Wanted, begin, finished, merged, sampling_options, timings, usage
 from bedplate.serve.api import GENERATES, JSON, SSE, Api, post
 from bedplate.serve.catalog import Model
+from bedplate.serve.described import TextCompletion
 from bedplate.serve.errors import ApiError
 from bedplate.serve.limits import Place
 from bedplate.serve.logprobs import OfText
@@ -113,6 +114,7 @@ def routes(server: Server) -> list[Api]:
             CompletionRequest,
             answer,
             "Continuations of texts",
+            said=TextCompletion,
             media=(JSON, SSE),
             errors=GENERATES,
         )

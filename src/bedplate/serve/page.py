@@ -61,7 +61,9 @@ def routes(server: Server) -> list[Route]:
 
     async def state(request: Request) -> Response:
         bases = [_state(base) for base in server.catalog.bases]
-        return JSONResponse({"process": resident_bytes(), "bases": bases}, headers={"Cache-Control": "no-store"})
+        return JSONResponse(
+            {"process": resident_bytes(), "bases": bases}, headers={"Cache-Control": "no-store"}
+        )
 
     return [
         Route("/", page),
