@@ -41,6 +41,7 @@ class Tokenizer:
         self._chat_template = chat_template
         self._special_tokens = special_tokens
         self._end_ids, self._end_token = end_ids, end_token
+        self._root: Tokenizer | None = None
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Tokenizer:
@@ -55,7 +56,11 @@ class Tokenizer:
         if adapter is None:
             return self
         file = bundle.tokenizer_of(adapter)
-        return self._of(bundle, self._backend if file == bundle.tokenizer_file else file, adapter)
+        if file != bundle.tokenizer_file:
+            return self._of(bundle, file, adapter)
+        made = self._of(bundle, self._backend, adapter)
+        made._root = self
+        return made
 
     @classmethod
     def _of(cls, bundle: Bundle, backend: Backend | Path, adapter: str | None) -> Tokenizer:
@@ -68,6 +73,15 @@ class Tokenizer:
             end_ids=bundle.manifest.tokenizer.eos_ids,
             end_token=chat.special_tokens.get("eos_token") if has_own else None,
         )
+
+    @property
+    def root(self) -> Tokenizer:
+        """The tokenizer of the same `tokenizer.json` that others of it were made of: itself, or that of the base."""
+        return self if self._root is None else self._root
+
+    def to_json(self) -> str:
+        """The `tokenizer.json`, without truncation and padding."""
+        return str(self._backend.to_str())
 
     def open(self) -> None:
         """Open the `tokenizer.json` now. RunError: it is not a tokenizer."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ FINISH: dict[FinishReason, str] = {
 
 class Wanted(NamedTuple):
     """What a request wants of the engine. prompts: each gets `n` answers.  options: of `Session.events`.
-    mask: makes a mask for one answer, or None.
+    mask: makes a mask for one answer, in a thread; or None.
     """
 
     model: Model
@@ -42,18 +42,19 @@ class Wanted(NamedTuple):
     cache_salt: str
     seed: int | None
     options: Mapping[str, Any]
-    mask: Any = None
+    mask: Callable[[], MaskFunction] | None = None
 
 
 @dataclass(kw_only=True, eq=False)
 class Choice:
-    """One answer of a request, as far as it has come. events: all of it."""
+    """One answer of a request, as far as it has come. events: all of it.  mask: makes its mask, in a thread."""
 
     index: int
     session: Session
     prompt: Prompt
     options: dict[str, Any]
     started: float
+    mask: Callable[[], MaskFunction] | None = None
     first: float | None = None
     events: list[Event] = field(default_factory=list)
     _begun: AsyncGenerator[Event] | None = None
@@ -74,6 +75,8 @@ class Choice:
 
     async def start(self) -> None:
         """Begin. Raises what is wrong with the request."""
+        if self.mask is not None:
+            self.options["mask"] = await asyncio.to_thread(self.mask)
         self._begun = await self.session.begin_async(self.prompt, **self.options)
 
     async def stream(self) -> AsyncGenerator[Event]:
@@ -101,11 +104,15 @@ def begin(wanted: Wanted) -> list[Choice]:
             options["logprobs"] = wanted.logprobs
             if wanted.seed is not None:  # so that they differ, and can be had again
                 options["seed"] = (wanted.seed + len(made)) % 2**64
-            mask: MaskFunction | None = None if wanted.mask is None else wanted.mask()
-            options["mask"] = mask
-            started = time.perf_counter()
             made.append(
-                Choice(index=len(made), session=session, prompt=prompt, options=options, started=started)
+                Choice(
+                    index=len(made),
+                    session=session,
+                    prompt=prompt,
+                    options=options,
+                    started=time.perf_counter(),
+                    mask=wanted.mask,
+                )
             )
     return made
 

@@ -15,8 +15,9 @@ from bedplate.runtime.request import TokenLogprobs
 from bedplate.serve.answers import Choice, Wanted, begin, merged, sampling_options
 from bedplate.serve.catalog import Model
 from bedplate.serve.errors import ApiError
+from bedplate.serve.structured import Constrained, guide_of
 from bedplate.serve.tools import Call, CallPiece, Tool, ToolChoice
-from bedplate.serve.wire import Sampled, Strict
+from bedplate.serve.wire import Strict
 
 
 class TextPart(Strict):
@@ -35,7 +36,7 @@ class ChatMessage(BaseModel):
     content: str | list[TextPart] | None = None
 
 
-class ChatRequest(Sampled):
+class ChatRequest(Constrained):
     """`/v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -91,6 +92,7 @@ class Chat:
                 cache_salt=request.cache_salt,
                 seed=request.seed,
                 options={**sampling_options(request), "key": key},
+                mask=guide_of(model, request),
             )
         )
 

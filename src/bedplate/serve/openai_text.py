@@ -20,13 +20,13 @@ from bedplate.serve import stream
 from bedplate.serve.answers import Choice, Wanted, begin, finished, merged, sampling_options, timings, usage
 from bedplate.serve.catalog import Model
 from bedplate.serve.server import Server, body_of
-from bedplate.serve.wire import Sampled
+from bedplate.serve.structured import Constrained, guide_of
 
 Json = dict[str, Any]
 _DEFAULT_TOKENS = 16  # OpenAI's
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(Constrained):
     """`/v1/completions`. prompt: text or token ids, or a list of one of them."""
 
     prompt: (
@@ -81,6 +81,7 @@ def _wanted(model: Model, asked: CompletionRequest, key: str) -> Wanted:
         cache_salt=asked.cache_salt,
         seed=asked.seed,
         options={**sampling_options(asked), "key": key},
+        mask=guide_of(model, asked),
     )
 
 
