@@ -54,7 +54,7 @@ class JsonSchema(Strict):
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
-    wanted: Annotated[Json, Field(alias="schema")] = {}
+    wanted: Annotated[Json, Field(alias="schema", default_factory=dict)]
     strict: bool | None = None
 
 
