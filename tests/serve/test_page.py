@@ -25,7 +25,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 expect = sync_api.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-HOSTILE = "<img src=x onerror=\"window.hacked = 1\"> & <script>window.hacked = 1</script> it's $HOME `id`"
+HOSTILE = '<img src=x onerror="window.hacked = 1"> & <script>window.hacked = 1</script> it\'s $HOME `id`'
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,9 @@ def test_columns_answer_as_the_engine_does(tab: Tab, alone: bedplate.Engine) -> 
     tab.page.get_by_role("button", name="Start over").click()
     expect(tab.page.locator(".turn")).to_have_count(0)
     tab.ask("a dog")
-    assert tab.texts("A") == [alone.session(None).generate([{"role": "user", "content": "a dog"}], max_tokens=8)]
+    assert tab.texts("A") == [
+        alone.session(None).generate([{"role": "user", "content": "a dog"}], max_tokens=8)
+    ]
 
 
 @needs_browser
@@ -464,7 +466,9 @@ def test_files_are_sent_with_a_strict_policy(address: str) -> None:
         assert fetch(address + path, **{"If-None-Match": headers["ETag"]})[0] == 304
 
 
-@pytest.mark.parametrize("path", ["none.js", "../page.py", "%2e%2e/page.py", "..%2fpage.py", "vendor", "", "/etc/passwd"])
+@pytest.mark.parametrize(
+    "path", ["none.js", "../page.py", "%2e%2e/page.py", "..%2fpage.py", "vendor", "", "/etc/passwd"]
+)
 def test_there_are_no_other_files(address: str, path: str) -> None:
     status, _, body = fetch(f"{address}/page/{path}")
     assert status == 404 and "no such file" in json.loads(body)["error"]["message"]
