@@ -40,7 +40,7 @@ export function Machine() {
       <summary><h2>The machine</h2></summary>
       ${now && now.bases.map((base) => html`<${Memory} base=${base} isOne=${now.bases.length === 1} />`)}
       ${now && html`<p class="muted">The whole process has ${size(now.process)} in RAM.</p>`}
-      ${now && html`<${Batch} bases=${now.bases} sample=${samples.at(-1)} />`}
+      ${now && html`<${Batch} state=${now} sample=${samples.at(-1)} />`}
       <${Chart} samples=${samples} span=${SPAN} />
     </details>
   `;
@@ -96,7 +96,7 @@ function Memory({ base, isOne }) {
 
 const MOST_SHOWN = 12;
 
-function Batch({ bases, sample }) {
+function Batch({ state: { bases, waiting }, sample }) {
   const going = bases.flatMap((base) => base.running.map((one) => ({ ...one, base: base.name })));
   const isIdle = !going.length && !sample.perSecond;
   const hidden = going.length - MOST_SHOWN;
@@ -105,6 +105,7 @@ function Batch({ bases, sample }) {
       <h3>Batch</h3>
       <p class="figures">${isIdle ? "idle" : html`
         <span>${count(going.length, "answer")} at once</span>
+        ${waiting > 0 && html`<span>${count(waiting, "request waits", "requests wait")}</span>`}
         <span>${sample.perStep.toFixed(1)} tokens a step</span>
         <span>${rate(sample.perSecond)} tokens/s</span>`}
       </p>
