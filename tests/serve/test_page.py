@@ -29,7 +29,7 @@ def test_columns_answer_as_the_engine_does(tab: Tab, alone: bedplate.Engine) -> 
         second = alone.session(name).generate(talk, max_tokens=8)
         assert tab.texts(letter) == [first, second]
     figures = tab.column("A").locator(".answer .figures").last
-    expect(figures).to_contain_text(re.compile(r"first token after .* s.* tokens/s8 tokens"))
+    expect(figures).to_contain_text(re.compile(r"first token .* s.* tokens/s8 tokens"))
     tab.page.get_by_role("button", name="Start over").click()
     expect(tab.page.locator(".turn")).to_have_count(0)
     tab.ask("a dog")

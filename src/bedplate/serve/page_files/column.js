@@ -99,12 +99,12 @@ function figures(turn) {
   const { status, first, usage } = turn;
   const said = [];
   if (status === "running" && first === null) return ["reading the prompt …"];
-  if (first !== null) said.push(`first token after ${seconds(first)}`);
+  if (first !== null) said.push(`first token ${seconds(first)}`);
   const tokens = usage?.completion_tokens ?? turn.pieces;
   if (turn.last > first) said.push(`${usage ? "" : "about "}${rate((tokens - 1) / (turn.last - first))} tokens/s`);
   if (usage) said.push(count(usage.completion_tokens, "token"));
   const cached = usage?.prompt_tokens_details?.cached_tokens;
-  if (cached) said.push(`${cached} of ${usage.prompt_tokens} prompt tokens from the cache`);
+  if (cached) said.push(`${cached} of ${usage.prompt_tokens} prompt tokens cached`);
   if (turn.finish === "length") said.push("cut off at the limit");
   if (status === "stopped") said.push("stopped");
   return said;

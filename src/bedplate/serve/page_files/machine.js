@@ -13,27 +13,8 @@ const SPAN = 60; // seconds that the chart shows
 export function Machine() {
   const [isOpen, setOpen] = useState(true);
   const [seen, see] = useReducer(next, { now: null, samples: [] });
-  useEffect(() => {
-    if (!isOpen) return undefined;
-    let timer = 0;
-    const look = async () => {
-      if (document.visibilityState === "visible" && !state.needsKey) {
-        await get("v1/bedplate/state").then(see, () => {});
-      }
-      timer = setTimeout(look, isRunning() ? FAST : SLOW);
-    };
-    const lookNow = () => {
-      clearTimeout(timer);
-      look();
-    };
-    const onSend = () => isRunning() && lookNow();
-    look();
-    document.addEventListener("submit", onSend);
-    return () => {
-      clearTimeout(timer);
-      document.removeEventListener("submit", onSend);
-    };
-  }, [isOpen]);
+  const runs = isRunning();
+  useEffect(() => (isOpen ? looking(see) : undefined), [isOpen, runs]);
   const { now, samples } = seen;
   return html`
     <details class="machine" open=${isOpen} onToggle=${(event) => setOpen(event.target.open)}>
@@ -44,6 +25,26 @@ export function Machine() {
       <${Chart} samples=${samples} span=${SPAN} />
     </details>
   `;
+}
+
+/** Look, and go on looking. Returns what ends it. */
+function looking(see) {
+  let timer = 0, isOver = false;
+  const look = async () => {
+    let isBusy = isRunning();
+    if (document.visibilityState === "visible" && !state.needsKey) {
+      const now = await get("v1/bedplate/state").catch(() => null);
+      if (isOver) return;
+      if (now) see(now);
+      isBusy ||= Boolean(now?.bases.some((base) => base.running.length));
+    }
+    timer = setTimeout(look, isBusy ? FAST : SLOW);
+  };
+  look();
+  return () => {
+    isOver = true;
+    clearTimeout(timer);
+  };
 }
 
 /** A look adds a sample: tokens a second, and tokens a step, since the look before. */
