@@ -52,7 +52,7 @@ class CompletionRequest(Sampled):
     def prompts(self) -> list[Prompt]:
         """Each for itself."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
+            return [self.prompt]
         return list(self.prompt)
 
     def check(self) -> None:
