@@ -35,7 +35,7 @@ def adapters_of(body: bytes, base: str) -> list[str]:
     """The adapters that the body of a request names, if it is one that names a model. They need not exist."""
     try:
         asked = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):  # the application says what is wrong
         return []
     if not isinstance(asked, dict):
         return []
