@@ -18,6 +18,7 @@ from bedplate.runtime.sampling import MaskFunction
 from bedplate.runtime.session import Prompt, Session
 from bedplate.serve.catalog import Model
 from bedplate.serve.errors import ApiError
+from bedplate.serve.limits import Place
 from bedplate.serve.wire import Sampled
 
 # A deadline is the server's limit on time, as max_tokens is one on tokens.
@@ -30,11 +31,12 @@ FINISH: dict[FinishReason, str] = {
 
 
 class Wanted(NamedTuple):
-    """What a request wants of the engine. prompts: each gets `n` answers.  options: of `Session.events`.
-    mask: makes a mask for one answer, or None.
+    """What a request wants of the engine. place: for as many answers.  prompts: each gets `n` answers.
+    options: of `Session.events`.  mask: makes a mask for one answer, or None.
     """
 
     model: Model
+    place: Place
     prompts: Sequence[Prompt]
     n: int
     max_tokens: int | None
@@ -47,14 +49,18 @@ class Wanted(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class Choice:
-    """One answer of a request, as far as it has come. events: all of it."""
+    """One answer of a request, as far as it has come. events: all of it.
+
+    heard: when the latest event came, a time of `time.perf_counter`. None: none has come.
+    """
 
     index: int
+    model: Model
+    place: Place
     session: Session
     prompt: Prompt
     options: dict[str, Any]
-    started: float
-    first: float | None = None
+    heard: float | None = None
     events: list[Event] = field(default_factory=list)
     _begun: AsyncGenerator[Event] | None = None
 
@@ -74,38 +80,55 @@ class Choice:
 
     async def start(self) -> None:
         """Begin. Raises what is wrong with the request."""
-        self._begun = await self.session.begin_async(self.prompt, **self.options)
+        self._begun = await self.session.begin_async(
+            self.prompt, key=self.place.key, deadline=self.place.seconds_left, **self.options
+        )
+        self.place.check_prompt(self.stats.prompt_tokens)
 
     async def stream(self) -> AsyncGenerator[Event]:
         """Its events. It can be called once."""
         if self._begun is None:
             await self.start()
         assert self._begun is not None
-        async with aclosing(self._begun) as events:
-            async for event in events:
-                if self.first is None:
-                    self.first = time.perf_counter()
-                self.events.append(event)
-                yield event
+        watch, failed = self.model.base.watch, None
+        try:
+            async with aclosing(self._begun) as events:
+                async for event in events:
+                    self.events.append(event)
+                    watch.said(self, event)
+                    self.heard = time.perf_counter()
+                    yield event
+        except Exception as error:
+            failed = error
+            raise
+        finally:
+            watch.ended(self, failed)
 
 
 def begin(wanted: Wanted) -> list[Choice]:
     """The answers that are wanted: `n` of each prompt, prompt by prompt. None has started."""
-    model, made = wanted.model, list[Choice]()
-    limit = model.base.engine.limits.max_context
+    model, place, made = wanted.model, wanted.place, list[Choice]()
+    most = place.max_tokens(wanted.max_tokens)
     for prompt in wanted.prompts:
         for _ in range(wanted.n):
             session = model.base.engine.session(model.adapters, cache_salt=wanted.cache_salt)
             options = dict(wanted.options)
-            options["max_tokens"] = limit if wanted.max_tokens is None else wanted.max_tokens
+            options["max_tokens"] = most
             options["logprobs"] = wanted.logprobs
             if wanted.seed is not None:  # so that they differ, and can be had again
                 options["seed"] = (wanted.seed + len(made)) % 2**64
             mask: MaskFunction | None = None if wanted.mask is None else wanted.mask()
             options["mask"] = mask
-            started = time.perf_counter()
+            place.sessions.append(session)
             made.append(
-                Choice(index=len(made), session=session, prompt=prompt, options=options, started=started)
+                Choice(
+                    index=len(made),
+                    model=model,
+                    place=place,
+                    session=session,
+                    prompt=prompt,
+                    options=options,
+                )
             )
     return made
 

@@ -13,13 +13,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from bedplate.errors import BedplateError
-from bedplate.serve import models, openai_chat, openai_text
+from bedplate.serve import messages, models, openai_chat, openai_text, openapi, page, responses
 from bedplate.serve.catalog import Base, Catalog
 from bedplate.serve.errors import ApiError, of_bedplate
 from bedplate.serve.server import Server
 from bedplate.serve.settings import Settings
 
-_PARTS = (models, openai_chat, openai_text)
+_PARTS = (models, openai_chat, openai_text, responses, messages, page)
 
 
 def create_app(
@@ -42,6 +42,7 @@ def create_app(
         ClientDisconnect: _left,
     }
     routes = [route for part in _PARTS for route in part.routes(server)]
+    routes.append(openapi.route(routes))
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=life)
 
 
