@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -16,7 +17,9 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from bedplate.deploy.ray.forwarded import Call, Head, adapters_of, answered
+from bedplate.deploy.ray.options import RayOptions
 from bedplate.deploy.ray.router import AdapterRouter
+from bedplate.deploy.ray.together import together
 
 CALL = Call("POST", "/echo", b"a=1", [(b"x-own", b"yes")], ("127.0.0.1", 1), b'{"b": 2}', [])
 
@@ -144,3 +147,32 @@ def test_an_adapter_that_nobody_has_goes_where_its_name_says() -> None:
     del replicas["a"]
     after = {name: chosen(name, replicas)[0] for name in homes}
     assert all(after[name] == home for name, home in homes.items() if home != ["a"])
+
+
+def test_metrics_of_replicas() -> None:
+    text = (
+        "# HELP bedplate:tokens_total Tokens.\n# TYPE bedplate:tokens_total counter\n"
+        'bedplate:tokens_total{{of="a"}} {}.0\n'
+    )
+    said = together({"one": text.format(1), "two": text.format(2)}).decode()
+    assert said.splitlines() == [
+        "# HELP bedplate:tokens_total Tokens.",
+        "# TYPE bedplate:tokens_total counter",
+        'bedplate:tokens_total{of="a",replica="one"} 1.0',
+        'bedplate:tokens_total{of="a",replica="two"} 2.0',
+    ]
+    assert together({}) == b""
+
+
+def test_options() -> None:
+    options = RayOptions.model_validate({"bundle": "b", "replicas": "2", "settings": {"max_tokens": 5}})
+    assert options.replicas == 2 and options.server().max_tokens == 5
+    for wrong in (
+        {"replicas": 0},
+        {"bundles": "b"},
+        {"replicas": 3, "max_replicas": 2},
+        {"settings": {"host": "127.0.0.1"}},
+        {"settings": {"most_tokens": 5}},
+    ):
+        with pytest.raises(ValidationError):
+            RayOptions.model_validate({"bundle": "b", **wrong})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -110,6 +111,8 @@ def _until(true: Callable[[], bool], seconds: float) -> float:
 @contextmanager
 def _running(folder: Path, port: int, options: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
     """A Ray that serves. When the block ends, so does all of it."""
+    # Only whoever has the token may tell Ray's processes what to do, on all the ports that they listen at.
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     command = [sys.executable, str(Path(__file__).with_name("ray_node.py")), str(port), json.dumps(options)]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -119,6 +122,7 @@ def _running(folder: Path, port: int, options: dict[str, Any]) -> Iterator[subpr
             stderr=log,
             text=True,
             start_new_session=True,
+            env={**os.environ, **own},
         )
     killer = threading.Timer(START_SECONDS, process.kill)  # which ends all that it has started
     killer.start()

@@ -11,6 +11,8 @@ from starlette.types import ASGIApp, Message
 
 ADAPTERS = "bedplate.adapters"  # in the scope of a request: `Call.adapters`
 
+REPLICA = b"x-bedplate-replica"  # a header of each answer: who gave it
+
 
 class Call(NamedTuple):
     """A request. adapters: which it needs, as far as its body tells."""
