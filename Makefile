@@ -63,7 +63,7 @@ $(VENV)/.packages: pyproject.toml $(VENV)/.created
 	@$(BIN)/python -c 'import tomllib; \
 	  project = tomllib.load(open("pyproject.toml", "rb")); \
 	  extras = project["project"]["optional-dependencies"]; \
-	  names = [*project["build-system"]["requires"], *project["project"]["dependencies"], *extras["build"], *extras["dev"]]; \
+	  names = [*project["build-system"]["requires"], *project["project"]["dependencies"], *extras["build"], *extras["serve"], *extras["ray"], *extras["dev"]]; \
 	  print(*(name for name in names if not name.startswith("bedplate")), sep="\n")' > $(VENV)/requirements.txt
 	$(PIP) install --no-compile -r $(VENV)/requirements.txt
 	@touch $@

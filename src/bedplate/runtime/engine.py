@@ -17,6 +17,7 @@ from bedplate.runtime import arguments, session_file
 from bedplate.runtime.cores import usable_cores
 from bedplate.runtime.held import Held
 from bedplate.runtime.loaded import Form, Loaded
+from bedplate.runtime.lookup import Habits
 from bedplate.runtime.model_spec import read_spec
 from bedplate.runtime.scheduler import Scheduler
 from bedplate.runtime.session import Host, Session
@@ -51,6 +52,31 @@ class MemoryUse:
     cache: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A generation that goes on.
+
+    adapters: by name, each with its scale; empty: the base.  read_tokens: of the prompt, with those that were known.
+    """
+
+    adapters: dict[str, float]
+    prompt_tokens: int
+    read_tokens: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activity:
+    """What an engine computes.
+
+    steps: of generations, so far.  rows: their tokens, all together.  running: generations that go on.
+    """
+
+    steps: int
+    rows: int
+    running: list[Running]
+
+
 class Engine:
     """Runs a bundle: sessions on the base or on any adapter, in one process.
 
@@ -65,8 +91,8 @@ class Engine:
 
     max_step_rows: how many tokens one step of generations computes, those of all sessions together. Fewer make
         others wait less while a long prompt is read, more read it faster.
-    lookup: whether generations look for what comes next in what their session has seen, to compute several tokens in
-        one step. The text is the same.
+    lookup: whether generations look for what comes next in their own text, and in earlier answers of the same adapters
+        and the same salt, to compute several tokens in one step. The text is the same.
 
     Generations of all sessions are computed together. Other calls take turns. You can call a session from any thread.
     A process that is forked later needs an engine of its own: there, calls of this one raise a RunError.
@@ -104,7 +130,7 @@ class Engine:
         self._scheduler = Scheduler(
             arguments.integer("max_step_rows", max_step_rows, least=1), self._loaded.reserve
         )
-        self._lookup = arguments.flag("lookup", lookup)
+        self._habits = Habits() if arguments.flag("lookup", lookup) else None
         self._own_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._lock = threading.Lock()  # of the sessions
 
@@ -179,7 +205,7 @@ class Engine:
             reserve=self._loaded.reserve,
             scheduler=self._scheduler,
             limits=self.limits,
-            lookup=self._lookup,
+            habits=self._habits,
         )
 
     def _adopt(self, session: Session) -> None:
@@ -256,6 +282,23 @@ class Engine:
             adapters=self._loaded.adapters,
             kv=max(0, self._loaded.meter.nbytes - cache),
             cache=cache,
+        )
+
+    def activity(self) -> Activity:
+        """What is computed now. You can ask at any time: it waits for nothing."""
+        going = [(session, running) for session in self._sessions if (running := session.running) is not None]
+        return Activity(
+            steps=self._scheduler.steps,
+            rows=self._scheduler.rows,
+            running=[
+                Running(
+                    adapters=session.adapters,
+                    prompt_tokens=one.stats.prompt_tokens,
+                    read_tokens=min(len(one.held.tokens), one.stats.prompt_tokens),
+                    generated_tokens=one.stats.generated_tokens,
+                )
+                for session, one in going
+            ],
         )
 
 

@@ -49,15 +49,18 @@ class Wanted(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class Choice:
-    """One answer of a request, as far as it has come. events: all of it."""
+    """One answer of a request, as far as it has come. events: all of it.
+
+    heard: when the latest event came, a time of `time.perf_counter`. None: none has come.
+    """
 
     index: int
+    model: Model
     place: Place
     session: Session
     prompt: Prompt
     options: dict[str, Any]
-    started: float
-    first: float | None = None
+    heard: float | None = None
     events: list[Event] = field(default_factory=list)
     _begun: AsyncGenerator[Event] | None = None
 
@@ -87,12 +90,19 @@ class Choice:
         if self._begun is None:
             await self.start()
         assert self._begun is not None
-        async with aclosing(self._begun) as events:
-            async for event in events:
-                if self.first is None:
-                    self.first = time.perf_counter()
-                self.events.append(event)
-                yield event
+        watch, failed = self.model.base.watch, None
+        try:
+            async with aclosing(self._begun) as events:
+                async for event in events:
+                    self.events.append(event)
+                    watch.said(self, event)
+                    self.heard = time.perf_counter()
+                    yield event
+        except Exception as error:
+            failed = error
+            raise
+        finally:
+            watch.ended(self, failed)
 
 
 def begin(wanted: Wanted) -> list[Choice]:
@@ -109,16 +119,15 @@ def begin(wanted: Wanted) -> list[Choice]:
                 options["seed"] = (wanted.seed + len(made)) % 2**64
             mask: MaskFunction | None = None if wanted.mask is None else wanted.mask()
             options["mask"] = mask
-            started = time.perf_counter()
             place.sessions.append(session)
             made.append(
                 Choice(
                     index=len(made),
+                    model=model,
                     place=place,
                     session=session,
                     prompt=prompt,
                     options=options,
-                    started=started,
                 )
             )
     return made

@@ -13,21 +13,25 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from bedplate.errors import BedplateError
-from bedplate.serve import models, openai_chat, openai_text, process
+from bedplate.serve import messages, models, openai_chat, openai_text, openapi, page, process, responses
 from bedplate.serve.catalog import Base, Catalog
 from bedplate.serve.errors import ApiError, of_bedplate
 from bedplate.serve.guard import Guard
 from bedplate.serve.server import Server
 from bedplate.serve.settings import Settings
 
-_PARTS = (models, openai_chat, openai_text)
+_PARTS = (models, openai_chat, openai_text, responses, messages, page)
 
 
-def create_app(bases: Sequence[Base], settings: Settings | None = None) -> Starlette:
+def create_app(
+    bases: Sequence[Base],
+    settings: Settings | None = None,
+    catalog: Callable[[Sequence[Base]], Catalog] = Catalog,
+) -> Starlette:
     """The ASGI application of some bundles. It closes their engines when it ends. `state.server` is what its routes
     share.
     """
-    server = Server(Catalog(bases), settings or Settings())
+    server = Server(catalog(bases), settings or Settings())
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
@@ -41,6 +45,7 @@ def create_app(bases: Sequence[Base], settings: Settings | None = None) -> Starl
         ClientDisconnect: _left,
     }
     routes = [route for part in _PARTS for route in part.routes(server)]
+    routes.append(openapi.route(routes))
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=life)
     app.add_middleware(Guard, server=server)
     if allowed := server.settings.allow_origins:

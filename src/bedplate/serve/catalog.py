@@ -12,6 +12,7 @@ from bedplate.errors import NameTakenError
 from bedplate.runtime.engine import Engine
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.errors import ApiError, unknown_model
+from bedplate.serve.watch import Watch
 from bedplate.serve.wire import Lora
 
 Json = dict[str, Any]
@@ -19,20 +20,24 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A bundle that is served. name: of its base."""
+    """A bundle that is served. name: of its base.  watch: is told of its requests."""
 
     name: str
     engine: Engine
     created: int = field(default_factory=lambda: int(time.time()))
+    watch: Watch = field(default_factory=Watch)
 
 
 @dataclass(frozen=True)
 class Model:
-    """What answers a request. id: as it was asked for.  adapters: by name, each with its scale; none: the base."""
+    """What answers a request. id: as it was asked for.  adapters: by name, each with its scale; none: the base.
+    since: when it was asked for, a time of `time.perf_counter`.
+    """
 
     id: str
     base: Base
     adapters: dict[str, float]
+    since: float = field(default_factory=time.perf_counter, compare=False)
 
     @property
     def key(self) -> str:

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.serve.answers import Choice, Wanted, begin, merged, sampling_options
 from bedplate.serve.catalog import Model
+from bedplate.serve.errors import ApiError
 from bedplate.serve.limits import Place
+from bedplate.serve.tools import Call, CallPiece, Tool, ToolChoice
 from bedplate.serve.wire import Sampled, Strict
 
 MOST_MESSAGES = 2048
@@ -43,15 +45,22 @@ class ChatRequest(Sampled):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
 
 
 class Delta(NamedTuple):
-    """What an answer says next. finish: why it has ended, as OpenAI names the reasons. It is in the last one."""
+    """What an answer says next: text, or a piece of a call.
+
+    finish: why it has ended, as OpenAI names the reasons: "stop", "length", "tool_calls". It is in the last one.
+    """
 
     choice: Choice
     text: str
     logprobs: tuple[TokenLogprobs, ...] | None
     finish: str | None
+    call: CallPiece | None = None
 
 
 class Answer(NamedTuple):
@@ -61,6 +70,7 @@ class Answer(NamedTuple):
     text: str
     logprobs: tuple[TokenLogprobs, ...] | None
     finish: str
+    calls: tuple[Call, ...] = ()
 
 
 class Chat:
@@ -71,6 +81,8 @@ class Chat:
 
     def __init__(self, model: Model, request: ChatRequest, place: Place) -> None:
         self.model, self.request = model, request
+        if request.tools or request.tool_choice is not None:
+            raise ApiError(400, "tools are not honoured.", param="tools")
         messages = [message.model_dump(exclude_none=True) for message in request.messages]
         self.choices = begin(
             Wanted(
@@ -100,6 +112,12 @@ class Chat:
             async for delta in deltas:
                 said[delta.choice.index].append(delta)
         return [_whole(choice, said[choice.index]) for choice in self.choices]
+
+
+def count(model: Model, request: ChatRequest) -> int:
+    """The tokens that are read for an answer."""
+    messages = [message.model_dump(exclude_none=True) for message in request.messages]
+    return len(model.tokenizer.encode_chat(messages))
 
 
 def _whole(choice: Choice, deltas: Sequence[Delta]) -> Answer:

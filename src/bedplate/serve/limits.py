@@ -16,7 +16,7 @@ from bedplate.serve.errors import ApiError
 from bedplate.serve.settings import Settings
 
 if TYPE_CHECKING:
-    from bedplate.serve.wire import Sampled
+    from bedplate.serve.wire import Asking
 
 
 class Place:
@@ -26,9 +26,9 @@ class Place:
     within the key.  answers: how many it makes.  deadline: a time of `time.perf_counter`.  sessions: of its answers.
     """
 
-    def __init__(self, model: Model, key: str, asked: Sampled, prompts: int, settings: Settings) -> None:
-        self.model, self.key, self.user = model, key, asked.user or ""
-        self.answers = asked.n * prompts
+    def __init__(self, model: Model, key: str, asked: Asking, answers: int, settings: Settings) -> None:
+        self.model, self.key, self.user = model, key, asked.caller or ""
+        self.answers = answers
         self.came = time.perf_counter()
         self.deadline = self.came + min(settings.timeout, asked.timeout or math.inf)
         self.sessions: list[Session] = []

@@ -18,7 +18,7 @@ from bedplate.serve.catalog import Catalog, Model
 from bedplate.serve.errors import ApiError, failed, of_bedplate
 from bedplate.serve.limits import Place, Places
 from bedplate.serve.settings import Settings
-from bedplate.serve.wire import Sampled, first_problem
+from bedplate.serve.wire import Asking, first_problem
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _Result = TypeVar("_Result")
@@ -60,16 +60,17 @@ class Server:
 
     @asynccontextmanager
     async def ticket(
-        self, request: Request, model: Model, asked: Sampled, prompts: int = 1
+        self, request: Request, model: Model, asked: Asking, answers: int = 1
     ) -> AsyncIterator[Ticket]:
-        """A place for a request that wants `asked.n` answers to each of so many prompts. It waits until there is one.
+        """A place for a request that wants so many answers. It waits until there is one.
 
         ApiError: it gets none.  ClientDisconnect: the client did not wait so long.
         """
         key = getattr(request.state, "key", None) or model.key
-        place = Place(model, key, asked, prompts, self.settings)
+        place = Place(model, key, asked, answers, self.settings)
         async with AsyncExitStack() as held:
             await _unless_gone(request, held.enter_async_context(self.places.place(place)))
+            held.enter_context(model.base.watch.running(model))
             request.scope.get(HEADERS, {}).update(self.places.headers(key))
             yield Ticket(request, place, held, self.settings.ping)
 

@@ -21,8 +21,8 @@ def data(value: Any, event: str | None = None) -> str:
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events. A comment is sent when nothing was said for `ping` seconds, as while a long
-    prompt is read: proxies and clients give up where nothing comes for long.
+    """A response of server-sent events. Where nothing is said for `ping` seconds, as while a long prompt is read, it
+    sends a comment: proxies and clients give up where nothing comes for long.
 
     If the client goes away, the lines are closed at once. held: is closed after them, also if they never began.
     """
