@@ -1,4 +1,4 @@
-"""The ASGI application, and the process that serves it."""
+"""The ASGI application, and where its process begins."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from bedplate.errors import BedplateError
-from bedplate.serve import messages, models, openai_chat, openai_text, openapi, page, responses
+from bedplate.serve import messages, models, openai_chat, openai_text, openapi, page, process, responses
 from bedplate.serve.catalog import Base, Catalog
 from bedplate.serve.errors import ApiError, of_bedplate
+from bedplate.serve.guard import Guard
 from bedplate.serve.server import Server
 from bedplate.serve.settings import Settings
 
@@ -27,7 +28,9 @@ def create_app(
     settings: Settings | None = None,
     catalog: Callable[[Sequence[Base]], Catalog] = Catalog,
 ) -> Starlette:
-    """The ASGI application of some bundles. It closes their engines when it ends."""
+    """The ASGI application of some bundles. It closes their engines when it ends. `state.server` is what its routes
+    share.
+    """
     server = Server(catalog(bases), settings or Settings())
 
     @asynccontextmanager
@@ -43,15 +46,18 @@ def create_app(
     }
     routes = [route for part in _PARTS for route in part.routes(server)]
     routes.append(openapi.route(routes))
-    return Starlette(routes=routes, exception_handlers=handlers, lifespan=life)
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=life)
+    app.add_middleware(Guard, server=server)
+    if allowed := server.settings.allow_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=allowed, allow_headers=["*"], allow_methods=["*"])
+    app.state.server = server
+    return app
 
 
 def serve(bases: Sequence[Base], settings: Settings) -> None:
-    """Serve until the process is told to end."""
+    """Serve until the process is told to end: see `process.run`."""
     app = create_app(bases, settings)
-    uvicorn.run(
-        app, host=settings.host, port=settings.port, log_level="warning", http="httptools", access_log=False
-    )
+    process.run(app, app.state.server)
 
 
 def _said(request: Request, error: ApiError) -> Response:

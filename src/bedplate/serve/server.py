@@ -15,13 +15,14 @@ from bedplate.errors import BedplateError
 from bedplate.serve import stream
 from bedplate.serve.answers import Choice, start
 from bedplate.serve.catalog import Catalog, Model
-from bedplate.serve.errors import ApiError, of_bedplate
+from bedplate.serve.errors import ApiError, failed, of_bedplate
 from bedplate.serve.limits import Place, Places
 from bedplate.serve.settings import Settings
 from bedplate.serve.wire import Asking, first_problem
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _Result = TypeVar("_Result")
+HEADERS = "bedplate.headers"  # of a scope: what every answer to the request has
 
 
 class Ticket:
@@ -48,10 +49,14 @@ class Ticket:
 
 
 class Server:
-    """What the routes need."""
+    """What the routes need.
+
+    draining: it is told to end: no request comes in any more.
+    """
 
     def __init__(self, catalog: Catalog, settings: Settings) -> None:
         self.catalog, self.settings, self.places = catalog, settings, Places(settings)
+        self.draining = False
 
     @asynccontextmanager
     async def ticket(
@@ -66,7 +71,7 @@ class Server:
         async with AsyncExitStack() as held:
             await _unless_gone(request, held.enter_async_context(self.places.place(place)))
             held.enter_context(model.base.watch.running(model))
-            request.scope.setdefault("bedplate.headers", {}).update(self.places.headers(key))
+            request.scope.get(HEADERS, {}).update(self.places.headers(key))
             yield Ticket(request, place, held, self.settings.ping)
 
 
@@ -109,3 +114,5 @@ async def _with_errors(lines: AsyncGenerator[str]) -> AsyncGenerator[str]:
             yield stream.data(error.body())
         except BedplateError as error:
             yield stream.data(of_bedplate(error).body())
+        except Exception as error:
+            yield stream.data(failed(error).body())
