@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +136,8 @@ def _running(folder: Path, port: int, options: dict[str, Any]) -> Iterator[subpr
         assert process.wait(END_SECONDS) == 0
     finally:
         killer.cancel()
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
 
@@ -178,12 +179,15 @@ def node(tmp_path_factory: pytest.TempPathFactory, build_toy: BuildToy) -> Itera
         "adapters_per_replica": 2,
         "spill": 3,
         "refresh_seconds": REFRESH,
+        "api_key_file": str(folder / "keys"),
+        "settings": {"max_prompt": 1000},
     }
+    (folder / "keys").write_text("key-of-tests")
     with (
         _expecting(folder, bundle, adapters) as expected,
         _running(folder, port, options) as process,
         openai.OpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="key-of-tests", max_retries=0, timeout=60
         ) as client,
     ):
         yield Node(process, client, store, adapters, expected)
@@ -248,6 +252,19 @@ def test_errors(node: Node) -> None:
     assert large.value.status_code == 413
     with pytest.raises(openai.NotFoundError):
         node.client.get("/nothing", cast_to=object)
+
+
+def test_keys_and_limits(node: Node) -> None:
+    for key in ("none", "key-of-test"):
+        other = node.client.with_options(api_key=key)
+        with pytest.raises(openai.AuthenticationError):
+            other.chat.completions.create(model="one", **_asked(1))
+        with pytest.raises(openai.AuthenticationError):
+            other.models.list()
+    with pytest.raises(openai.BadRequestError, match="at most 1000"):
+        node.client.completions.create(model="one", prompt=[5] * 1001)
+    with pytest.raises(openai.PermissionDeniedError, match="Adapters come from the folder"):
+        node.client.post("/load_lora_adapter", cast_to=object, body={})
 
 
 def test_a_broken_adapter_disturbs_nobody(node: Node) -> None:
