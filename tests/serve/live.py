@@ -10,6 +10,7 @@ from typing import Any
 import uvicorn
 
 import bedplate
+from bedplate.bundle.overlay import Overlay
 from bedplate.serve.app import create_app
 from bedplate.serve.catalog import Base
 from bedplate.serve.settings import Settings
@@ -21,7 +22,8 @@ def serving(
 ) -> Iterator[str]:
     """Serve bundles by the names of their bases. Gives the address."""
     bases = [
-        Base(name, bedplate.Engine(bundle, **{"threads": 1, **engine})) for name, bundle in bundles.items()
+        Base(name, bedplate.Engine(Overlay.open(bundle.path, check=False), **{"threads": 1, **engine}))
+        for name, bundle in bundles.items()
     ]
     app = create_app(bases, settings or Settings())
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", http="httptools"))

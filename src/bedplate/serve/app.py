@@ -13,13 +13,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from bedplate.errors import BedplateError
-from bedplate.serve import models, openai_chat, openai_text, openapi
+from bedplate.serve import live_api, models, openai_chat, openai_text, openapi
 from bedplate.serve.catalog import Base, Catalog
 from bedplate.serve.errors import ApiError, of_bedplate
 from bedplate.serve.server import Server
 from bedplate.serve.settings import Settings
 
-_PARTS = (models, openai_chat, openai_text)
+_PARTS = (models, live_api, openai_chat, openai_text)
 
 
 def create_app(bases: Sequence[Base], settings: Settings | None = None) -> Starlette:
@@ -28,7 +28,9 @@ def create_app(bases: Sequence[Base], settings: Settings | None = None) -> Starl
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
+        server.live.start()
         yield
+        await run_in_threadpool(server.live.close)
         for base in bases:
             await run_in_threadpool(base.engine.close)
 

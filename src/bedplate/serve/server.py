@@ -16,6 +16,7 @@ from bedplate.serve import stream
 from bedplate.serve.answers import Choice, start
 from bedplate.serve.catalog import Catalog, Model
 from bedplate.serve.errors import ApiError, of_bedplate
+from bedplate.serve.live import Live
 from bedplate.serve.settings import Settings
 from bedplate.serve.wire import first_problem
 
@@ -64,6 +65,9 @@ class Server:
 
     def __init__(self, catalog: Catalog, settings: Settings) -> None:
         self.catalog, self.settings = catalog, settings
+        self.live = Live(catalog, settings)
+        for base in catalog.bases:
+            base.room.seconds = settings.memory_seconds
 
     @asynccontextmanager
     async def ticket(self, request: Request, model: Model, user: str | None) -> AsyncIterator[Ticket]:
