@@ -16,7 +16,7 @@ from bedplate.runtime.request import TokenLogprobs
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve import stream
 from bedplate.serve.answers import Choice, timings, usage
-from bedplate.serve.chat import Answer, Chat, ChatRequest
+from bedplate.serve.chat import Answer, Chat, ChatRequest, Delta
 from bedplate.serve.server import Server, body_of
 
 Json = dict[str, Any]
@@ -50,7 +50,13 @@ async def _answer(server: Server, request: Request) -> Response:
 
 
 def _choice(answer: Answer, tokenizer: Tokenizer) -> Json:
-    message: Json = {"role": "assistant", "content": answer.text, "refusal": None, "annotations": []}
+    content = None if answer.calls and not answer.text else answer.text
+    message: Json = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
+    if answer.calls:
+        message["tool_calls"] = [
+            {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for id, name, arguments in answer.calls
+        ]
     return {
         "index": answer.choice.index,
         "message": message,
@@ -71,12 +77,21 @@ async def _pieces(chat: Chat, head: Json) -> AsyncGenerator[str]:
         yield piece(choice, {"role": "assistant", "content": ""})
     async with aclosing(chat.deltas()) as deltas:
         async for delta in deltas:
-            said = {"content": delta.text} if delta.text else {}
-            yield piece(delta.choice, said, chat_logprobs(delta.logprobs, tokenizer), delta.finish)
+            yield piece(delta.choice, _said(delta), chat_logprobs(delta.logprobs, tokenizer), delta.finish)
     if request.tells_usage:
         last = {"usage": usage(chat.choices, request.n), "timings": timings(chat.choices)}
         yield stream.data({**head, "choices": [], **last})
     yield stream.DONE
+
+
+def _said(delta: Delta) -> Json:
+    if delta.call is None:
+        return {"content": delta.text} if delta.text else {}
+    position, id, name, arguments = delta.call
+    if name is None:
+        return {"tool_calls": [{"index": position, "function": {"arguments": arguments}}]}
+    called = {"name": name, "arguments": arguments}
+    return {"tool_calls": [{"index": position, "id": id, "type": "function", "function": called}]}
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprobs] | None, tokenizer: Tokenizer) -> Json | None:
