@@ -126,6 +126,7 @@ class Engine:
         )
         self.limits = Limits(max_rows=MAX_ROWS, max_context=form.max_context, vocab=spec.vocab_size)
         self.bundle = bundle
+        self.memory_bytes = form.memory_bytes
         self._loaded = Loaded(bundle, spec, form, self._in_use)
         self._scheduler = Scheduler(
             arguments.integer("max_step_rows", max_step_rows, least=1), self._loaded.reserve

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from bedplate.errors import BedplateError
-from bedplate.serve import messages, models, openai_chat, openai_text, openapi, page, responses
+from bedplate.serve import messages, models, openai_chat, openai_text, openapi, page, probes, responses
 from bedplate.serve.catalog import Base, Catalog
+from bedplate.serve.counted import Counted
 from bedplate.serve.errors import ApiError, of_bedplate
+from bedplate.serve.metrics import Metrics
 from bedplate.serve.server import Server
 from bedplate.serve.settings import Settings
 
-_PARTS = (models, openai_chat, openai_text, responses, messages, page)
+_PARTS = (models, openai_chat, openai_text, responses, messages, probes, page)
 
 
 def create_app(
@@ -28,11 +34,15 @@ def create_app(
     catalog: Callable[[Sequence[Base]], Catalog] = Catalog,
 ) -> Starlette:
     """The ASGI application of some bundles. It closes their engines when it ends."""
-    server = Server(catalog(bases), settings or Settings())
+    metrics = Metrics(bases)
+    watched = [replace(base, watch=metrics) for base in bases]
+    server = Server(catalog(watched), settings or Settings(), metrics)
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
+        loading = asyncio.create_task(server.load())
         yield
+        loading.cancel()
         for base in bases:
             await run_in_threadpool(base.engine.close)
 
@@ -40,10 +50,13 @@ def create_app(
         ApiError: _said,
         BedplateError: _refused,
         ClientDisconnect: _left,
+        HTTPException: _no_route,
+        Exception: _broken,
     }
     routes = [route for part in _PARTS for route in part.routes(server)]
     routes.append(openapi.route(routes))
-    return Starlette(routes=routes, exception_handlers=handlers, lifespan=life)
+    counted = Middleware(Counted, metrics, routes)
+    return Starlette(routes=routes, exception_handlers=handlers, lifespan=life, middleware=[counted])
 
 
 def serve(bases: Sequence[Base], settings: Settings) -> None:
@@ -60,6 +73,16 @@ def _said(request: Request, error: ApiError) -> Response:
 
 def _refused(request: Request, error: BedplateError) -> Response:
     return _said(request, of_bedplate(error))
+
+
+def _no_route(request: Request, error: HTTPException) -> Response:
+    """There is no such path, or it has no such method."""
+    return _said(request, ApiError(error.status_code, f"{error.detail}.", headers=error.headers))
+
+
+def _broken(request: Request, error: Exception) -> Response:
+    """An error of this program. The log has it."""
+    return _said(request, ApiError(500, "The server has failed.", kind="server_error"))
 
 
 def _left(request: Request, error: ClientDisconnect) -> Response:

@@ -27,6 +27,11 @@ class Base:
     created: int = field(default_factory=lambda: int(time.time()))
     watch: Watch = field(default_factory=Watch)
 
+    def load(self) -> None:
+        """Load the foundation and the tokenizer. It takes seconds."""
+        self.engine.tokenizer.open()
+        self.engine.load()
+
 
 @dataclass(frozen=True)
 class Model:

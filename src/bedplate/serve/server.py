@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -17,6 +18,7 @@ from bedplate.serve.answers import Choice, start
 from bedplate.serve.catalog import Catalog, Model
 from bedplate.serve.errors import ApiError, of_bedplate
 from bedplate.serve.limits import Place, Places
+from bedplate.serve.metrics import Metrics
 from bedplate.serve.settings import Settings
 from bedplate.serve.wire import Asking, first_problem
 
@@ -48,10 +50,24 @@ class Ticket:
 
 
 class Server:
-    """What the routes need."""
+    """What the routes need.
 
-    def __init__(self, catalog: Catalog, settings: Settings) -> None:
+    unready: why a request is not answered at once, or not at all. None: it is.
+    """
+
+    def __init__(self, catalog: Catalog, settings: Settings, metrics: Metrics) -> None:
         self.catalog, self.settings, self.places = catalog, settings, Places(settings)
+        self.metrics = metrics
+        self.unready: str | None = "The model is loading."
+
+    async def load(self) -> None:
+        """Load what every request needs, so that the first one does not wait for it."""
+        try:
+            for base in self.catalog.bases:
+                await run_in_threadpool(base.load)
+            self.unready = None
+        except BedplateError as error:  # a request says it too
+            self.unready = of_bedplate(error).message
 
     @asynccontextmanager
     async def ticket(
@@ -64,7 +80,8 @@ class Server:
         key = getattr(request.state, "key", None) or model.key
         place = Place(model, key, asked, answers, self.settings)
         async with AsyncExitStack() as held:
-            await _unless_gone(request, held.enter_async_context(self.places.place(place)))
+            with model.base.watch.waiting(model):
+                await _unless_gone(request, held.enter_async_context(self.places.place(place)))
             held.enter_context(model.base.watch.running(model))
             request.scope.setdefault("bedplate.headers", {}).update(self.places.headers(key))
             yield Ticket(request, place, held, self.settings.ping)
