@@ -97,6 +97,21 @@ class Tokenizer:
         """Open the `tokenizer.json` now. RunError: it is not a tokenizer."""
         _ = self._backend
 
+    def is_as(self, other: Tokenizer) -> bool:
+        """Whether another one makes the same tokens of every text and conversation, and the same text of tokens."""
+        return self is other or (
+            self._chat_template == other._chat_template
+            and dict(self._special_tokens) == dict(other._special_tokens)
+            and self.end_ids == other.end_ids
+            and (self._backend is other._backend or self._backend.to_str() == other._backend.to_str())
+        )
+
+    def check(self) -> None:
+        """RunError: the `tokenizer.json` or the chat template cannot be read."""
+        self.open()
+        if self._chat_template is not None:
+            _ = self._template
+
     @lazy
     def end_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
