@@ -31,7 +31,7 @@ def test_columns_answer_as_the_engine_does(tab: Tab, alone: bedplate.Engine) -> 
         second = alone.session(name).generate(talk, max_tokens=8)
         assert tab.texts(letter) == [first, second]
     figures = tab.column("A").locator(".answer .figures").last
-    expect(figures).to_contain_text(re.compile(r"first token .* s.* tokens/s8 tokens"))
+    expect(figures).to_contain_text(re.compile(r"first token .* s.*8 tokenscut off at the limit"))
     tab.page.get_by_role("button", name="Start over").click()
     expect(tab.page.locator(".turn")).to_have_count(0)
     tab.ask("a dog")
@@ -93,6 +93,8 @@ def test_stop_and_the_batch_as_it_runs(
     expect(tab.page.locator(".stopped")).to_have_count(3)
     [text] = tab.texts("A")
     assert text and expected.startswith(text) and text != expected
+    figures = tab.column("A").locator(".figures")
+    expect(figures).to_contain_text(re.compile(r"first token .* sabout .* tokens/sstopped"))
     end = time.monotonic() + 5
     while state(tab.address)["bases"][0]["running"]:
         assert time.monotonic() < end, "the server has not noticed"
