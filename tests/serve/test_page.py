@@ -69,7 +69,7 @@ def slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Scheduler._step
 
     def slowly(scheduler: Scheduler) -> None:
-        time.sleep(0.03)
+        time.sleep(0.05)
         step(scheduler)
 
     monkeypatch.setattr(Scheduler, "_step", slowly)
@@ -204,6 +204,7 @@ def test_a_server_with_keys(browser: Any, toy_bundle: bedplate.Bundle) -> None:
     with serving({"toy": toy_bundle}, settings) as address, opened(browser, address) as tab:
         tab.page.goto(address)
         field = tab.page.get_by_label("This server wants an API key")
+        expect(field).to_be_focused()
         field.fill("wrong")
         field.press("Enter")
         expect(tab.page.get_by_role("alert")).to_contain_text("does not know the key")
