@@ -243,6 +243,7 @@ class Scheduler:
             room = min(_DRAFT_ROWS, self._most) - len(wanting)
             for one in wanting:
                 self._propose(one, room // len(wanting))
+            wanting = [one for one in wanting if not one.ended]
             given = self._shares.give(wanting, self._most) if wanting else {}
             parts = {one: part for one, rows in given.items() if (part := one.part(rows)) is not None}
         for one, part in list(parts.items()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ FINISH: dict[FinishReason, str] = {
 
 class Wanted(NamedTuple):
     """What a request wants of the engine. place: for as many answers.  prompts: each gets `n` answers.
-    options: of `Session.events`.  mask: makes a mask for one answer, or None.
+    options: of `Session.events`.  mask: makes a mask for one answer, in a thread; or None.
     """
 
     model: Model
@@ -44,14 +44,15 @@ class Wanted(NamedTuple):
     cache_salt: str
     seed: int | None
     options: Mapping[str, Any]
-    mask: Any = None
+    mask: Callable[[], MaskFunction] | None = None
 
 
 @dataclass(kw_only=True, eq=False)
 class Choice:
     """One answer of a request, as far as it has come. events: all of it.
 
-    heard: when the latest event came, a time of `time.perf_counter`. None: none has come.
+    heard: when the latest event came, a time of `time.perf_counter`. None: none has come.  mask: makes its mask, in a
+    thread.
     """
 
     index: int
@@ -60,6 +61,7 @@ class Choice:
     session: Session
     prompt: Prompt
     options: dict[str, Any]
+    mask: Callable[[], MaskFunction] | None = None
     heard: float | None = None
     events: list[Event] = field(default_factory=list)
     _begun: AsyncGenerator[Event] | None = None
@@ -80,6 +82,8 @@ class Choice:
 
     async def start(self) -> None:
         """Begin. Raises what is wrong with the request."""
+        if self.mask is not None:
+            self.options["mask"] = await asyncio.to_thread(self.mask)
         self._begun = await self.session.begin_async(
             self.prompt, key=self.place.key, deadline=self.place.seconds_left, **self.options
         )
@@ -117,8 +121,6 @@ def begin(wanted: Wanted) -> list[Choice]:
             options["logprobs"] = wanted.logprobs
             if wanted.seed is not None:  # so that they differ, and can be had again
                 options["seed"] = (wanted.seed + len(made)) % 2**64
-            mask: MaskFunction | None = None if wanted.mask is None else wanted.mask()
-            options["mask"] = mask
             place.sessions.append(session)
             made.append(
                 Choice(
@@ -128,6 +130,7 @@ def begin(wanted: Wanted) -> list[Choice]:
                     session=session,
                     prompt=prompt,
                     options=options,
+                    mask=wanted.mask,
                 )
             )
     return made

@@ -30,8 +30,7 @@ class Place:
         self.model, self.key, self.user = model, key, asked.caller or ""
         self.answers = answers
         self.came = time.perf_counter()
-        limits = [limit for limit in (settings.timeout, asked.timeout) if limit is not None]
-        self.deadline = self.came + min(limits, default=math.inf)
+        self.deadline = self.came + min(settings.timeout, asked.timeout or math.inf)
         self.sessions: list[Session] = []
         self._settings = settings
 
@@ -137,7 +136,10 @@ class Places:
     def _call(self) -> None:
         """Give places to those that come first. One that does not fit yet is not passed by smaller ones."""
         while self.waiting:
-            first = min(self.waiting, key=self._claim)  # of equal ones, the one that came first
+            # Of equal ones, the one that came first.
+            key = min((place.key for place in self.waiting), key=self._keys.of)
+            of_key = (place for place in self.waiting if place.key == key)
+            first = min(of_key, key=lambda place: self._users[key].of(place.user))
             if self.answers + first.answers > self._settings.max_running:
                 return
             self.waiting.remove(first)
@@ -145,10 +147,6 @@ class Places:
             call = self._calls.pop(first)
             if not call.done():  # else it is about to leave
                 call.set_result(None)
-
-    def _claim(self, place: Place) -> tuple[float, float]:
-        """Who has less comes first."""
-        return self._keys.of(place.key), self._users[place.key].of(place.user)
 
     def _enter(self, place: Place) -> None:
         self._keys.enter(place.key, place)

@@ -25,14 +25,14 @@ from bedplate.serve.errors import ApiError
 from bedplate.serve.limits import Place
 from bedplate.serve.logprobs import OfText
 from bedplate.serve.server import Server
-from bedplate.serve.wire import Sampled
+from bedplate.serve.structured import Constrained, guide_of
 
 Json = dict[str, Any]
 _DEFAULT_TOKENS = 16  # OpenAI's
 _AT_ONCE = 64  # tokens of a prompt that are scored while nobody looks whether the client is there
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(Constrained):
     """`/v1/completions`. prompt: text or token ids, or a list of one of them.
 
     echo: the prompt is told too. With logprobs, so are those of its tokens; of the first there are none.
@@ -152,6 +152,7 @@ def _wanted(model: Model, asked: CompletionRequest, place: Place) -> Wanted:
         cache_salt=asked.cache_salt,
         seed=asked.seed,
         options=sampling_options(asked),
+        mask=guide_of(model, asked),
     )
 
 

@@ -16,7 +16,7 @@ from bedplate.errors import BedplateError
 from bedplate.serve import stream
 from bedplate.serve.answers import Choice, start
 from bedplate.serve.catalog import Catalog, Model
-from bedplate.serve.errors import ApiError, of_bedplate
+from bedplate.serve.errors import ApiError, failed, of_bedplate
 from bedplate.serve.limits import Place, Places
 from bedplate.serve.metrics import Metrics
 from bedplate.serve.settings import Settings
@@ -24,6 +24,7 @@ from bedplate.serve.wire import Asking, first_problem
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _Result = TypeVar("_Result")
+HEADERS = "bedplate.headers"  # of a scope: what every answer to the request has
 
 
 class Ticket:
@@ -52,22 +53,28 @@ class Ticket:
 class Server:
     """What the routes need.
 
-    unready: why a request is not answered at once, or not at all. None: it is.
+    draining: it is told to end: no request comes in any more.
     """
 
     def __init__(self, catalog: Catalog, settings: Settings, metrics: Metrics) -> None:
         self.catalog, self.settings, self.places = catalog, settings, Places(settings)
         self.metrics = metrics
-        self.unready: str | None = "The model is loading."
+        self.draining = False
+        self._unloaded: str | None = "The model is loading."
+
+    @property
+    def unready(self) -> str | None:
+        """Why a request is not answered at once, or not at all. None: it is."""
+        return "The server is about to stop." if self.draining else self._unloaded
 
     async def load(self) -> None:
         """Load what every request needs, so that the first one does not wait for it."""
         try:
             for base in self.catalog.bases:
                 await run_in_threadpool(base.load)
-            self.unready = None
+            self._unloaded = None
         except BedplateError as error:  # a request says it too
-            self.unready = of_bedplate(error).message
+            self._unloaded = of_bedplate(error).message
 
     @asynccontextmanager
     async def ticket(
@@ -83,7 +90,7 @@ class Server:
             with model.base.watch.waiting(model):
                 await _unless_gone(request, held.enter_async_context(self.places.place(place)))
             held.enter_context(model.base.watch.running(model))
-            request.scope.setdefault("bedplate.headers", {}).update(self.places.headers(key))
+            request.scope.get(HEADERS, {}).update(self.places.headers(key))
             yield Ticket(request, place, held, self.settings.ping)
 
 
@@ -126,3 +133,5 @@ async def _with_errors(lines: AsyncGenerator[str]) -> AsyncGenerator[str]:
             yield stream.data(error.body())
         except BedplateError as error:
             yield stream.data(of_bedplate(error).body())
+        except Exception as error:
+            yield stream.data(failed(error).body())

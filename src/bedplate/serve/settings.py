@@ -12,10 +12,10 @@ class Settings:
     """How a server behaves. Times are in seconds. None: no limit.
 
     host, port: where it listens.
-    keys: who may use it. None: everybody.
+    keys: who may use it. None: everybody.  insecure: also where other machines may reach it.
     allow_origins: `https://…` of pages on other sites whose scripts may use it. `*`: any.
     max_running: answers at once, each a row of a step.  max_queue: requests that wait for a place.
-    timeout: for a request, from when it came: it waits, and its answer is made.
+    timeout: for a request, from when it came: it waits, and its answer is made. `math.inf`: for ever.
     max_body: bytes.  max_prompt, max_tokens: tokens of a prompt, and of an answer.
     tokens_per_minute: read and generated for one key; where there are no keys, for one model.
     client_timeout: for a client to send its request, and to take what it is sent.
@@ -26,10 +26,11 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8080
     keys: Keys | None = None
+    insecure: bool = False
     allow_origins: tuple[str, ...] = ()
     max_running: int = 64
     max_queue: int = 256
-    timeout: float | None = 600.0
+    timeout: float = 600.0
     max_body: int = 8 << 20
     max_prompt: int | None = None
     max_tokens: int | None = None
