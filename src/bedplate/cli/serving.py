@@ -78,7 +78,7 @@ def serve(
         drain=drain,
     )
     bases = [
-        Base(name, Engine(bundle, threads=threads, kv=kv, max_context=max_context))
+        Base(name, Engine(bundle, threads=threads, kv=kv, max_context=max_context, guard_templates=True))
         for name, bundle in zip(names_of(bundles), opened, strict=True)
     ]
     app.serve(bases, settings)
