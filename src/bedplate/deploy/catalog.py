@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 
 from bedplate.deploy.listing import Listing
 from bedplate.serve.catalog import Base, Catalog, Json, Model
@@ -31,21 +32,17 @@ class StoreCatalog(Catalog):
         return self._card(self._adapter(name), name)
 
     def find(self, name: str, lora: Sequence[Lora] | None = None) -> Model:
-        adapter = self._adapter(name)
-        if lora is None:
-            wanted = {} if adapter is None else {adapter: 1.0}
-        else:
-            wanted = {one.id: one.scale for one in lora}
-            if len(wanted) < len(lora):
-                raise ApiError(400, "An adapter stands twice in lora.", param="lora")
-        held = HELD.get({})
+        adapter, held = self._adapter(name), HELD.get({})
+        wanted = [one.id for one in lora] if lora is not None else [] if adapter is None else [adapter]
         for one in wanted:
             if one not in held:
                 message = f"The adapter {one!r} does not exist."
                 raise ApiError(
                     404, message, param="model" if lora is None else "lora", code="model_not_found"
                 )
-        return Model(name, self._base, {held[one]: scale for one, scale in wanted.items()})
+        meant = [Lora(id=held[one.id], scale=one.scale) for one in lora] if lora is not None else None
+        local = held[wanted[0]] if lora is None and wanted else self._base.name
+        return replace(super().find(local, meant), id=name)
 
     def _names(self) -> Iterator[str]:
         yield from self._own

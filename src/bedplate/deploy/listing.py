@@ -13,7 +13,7 @@ from bedplate.deploy.adapter_store import AdapterStore, Found
 from bedplate.serve.errors import ApiError
 
 logger = logging.getLogger("bedplate.deploy")
-_AGAIN = 1.0  # seconds: names that nobody knows do not make it look more often
+_AGAIN = 0.5  # seconds: names that nobody knows do not make it look more often
 
 
 class Listing:
@@ -39,10 +39,15 @@ class Listing:
             await asyncio.sleep(self._every)
 
     async def get(self, name: str) -> Found | None:
-        """An adapter of the store. None: it has none of this name.  ApiError: it could not be looked at for long."""
+        """An adapter of the store. One that is not known is looked for now. None: the store has none of this name.
+
+        ApiError: the store could not be looked at for long.
+        """
         if self._store is None or name in self._taken:
             return None
-        if name not in self.found and time.monotonic() > self._tried + _AGAIN:
+        came = time.monotonic()
+        while name not in self.found and self._tried < came:
+            await asyncio.sleep(self._tried + _AGAIN - time.monotonic())
             await self.look()
         if time.monotonic() > self._looked + self._stale:
             message = "The adapters cannot be looked at now."

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bedplate.runtime.engine import resident_bytes
+from bedplate.serve.api import get
 from bedplate.serve.catalog import Base
 from bedplate.serve.errors import ApiError
 from bedplate.serve.server import Server
@@ -60,13 +61,17 @@ def routes(server: Server) -> list[Route]:
         return _sent(request, files[name])
 
     async def state(request: Request) -> Response:
-        bases = [_state(base) for base in server.catalog.bases]
-        return JSONResponse({"process": resident_bytes(), "bases": bases}, headers={"Cache-Control": "no-store"})
+        known = {
+            "process": resident_bytes(),
+            "waiting": len(server.places.waiting),
+            "bases": [_state(base) for base in server.catalog.bases],
+        }
+        return JSONResponse(known, headers={"Cache-Control": "no-store"})
 
     return [
         Route("/", page),
         Route("/page/{name:path}", file),
-        Route("/v1/bedplate/state", state),
+        get("/v1/bedplate/state", state, "What is in memory, and which answers are computed"),
     ]
 
 

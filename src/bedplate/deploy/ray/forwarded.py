@@ -11,6 +11,8 @@ from starlette.types import ASGIApp, Message
 
 ADAPTERS = "bedplate.adapters"  # in the scope of a request: `Call.adapters`
 
+REPLICA = b"x-bedplate-replica"  # a header of each answer: who gave it
+
 
 class Call(NamedTuple):
     """A request. adapters: which it needs, as far as its body tells."""
@@ -35,7 +37,7 @@ def adapters_of(body: bytes, base: str) -> list[str]:
     """The adapters that the body of a request names, if it is one that names a model. They need not exist."""
     try:
         asked = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):  # the application says what is wrong
         return []
     if not isinstance(asked, dict):
         return []

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
@@ -20,37 +21,63 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from bedplate.deploy.ray.forwarded import Call, Head, adapters_of
+from bedplate.deploy.ray.forwarded import REPLICA, Call, Head, adapters_of
+from bedplate.deploy.ray.together import together
 from bedplate.serve import stream
 from bedplate.serve.errors import ApiError
 
 logger = logging.getLogger("bedplate.deploy")
 _LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError)
 _TRIES = 5
-_MOST_BYTES = 8 << 20  # of a body
+_METRICS_SECONDS = 5.0
+
+
+_OF_ONE_REPLICA = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 class Ingress:
-    """The deployment that Ray's proxies call. base: what the base is called."""
+    """The deployment that Ray's proxies call. base: what the base is called.  most: bytes of a body."""
 
-    def __init__(self, replicas: DeploymentHandle, base: str) -> None:
-        self._replicas, self._base = replicas, base
+    def __init__(self, replicas: DeploymentHandle, base: str, most: int) -> None:
+        self._replicas, self._base, self._most = replicas, base, most
 
     async def __call__(self, request: Request) -> Response:
+        path = request.scope["path"]
+        if path in _OF_ONE_REPLICA:
+            message = "Adapters come from the folder that the server was given: put it there, or remove it."
+            return _refusal(ApiError(403, message))
         try:
-            body = await _body(request)
+            body = await _body(request, self._most)
         except ApiError as error:
             return _refusal(error)
         call = Call(
             method=request.method,
-            path=request.scope["path"],
+            path=path,
             query=request.scope["query_string"],
             headers=[(bytes(name), bytes(value)) for name, value in request.scope["headers"]],
             client=request.scope.get("client"),
             body=body,
             adapters=adapters_of(body, self._base),
         )
+        if path == "/metrics":
+            return await self._metrics(call)
         return _Forwarded(self._replicas, call)
+
+    async def _metrics(self, call: Call) -> Response:
+        """Of all replicas that answer in time, each with a label."""
+        answers = self._replicas.broadcast("whole", call)
+        found = await answers.results_async(timeout_s=_METRICS_SECONDS, return_exceptions=True)
+        texts = dict[str, str]()
+        for answer in found:
+            if isinstance(answer, BaseException):
+                continue
+            head, body = answer
+            if head.status != 200:
+                return Response(
+                    body, head.status, {name.decode(): value.decode() for name, value in head.headers}
+                )
+            texts[dict(head.headers)[REPLICA].decode()] = body.decode()
+        return Response(together(texts), media_type=CONTENT_TYPE_LATEST)
 
 
 class _Forwarded(Response):
@@ -146,13 +173,13 @@ def _error_event(path: str, error: ApiError) -> str:
     return stream.data(error.body())
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: Request, most: int) -> bytes:
     data = bytearray()
     try:
         async for chunk in request.stream():
             data += chunk
-            if len(data) > _MOST_BYTES:
-                raise ApiError(413, f"The body has more than {_MOST_BYTES} bytes.")
+            if len(data) > most:
+                raise ApiError(413, f"The body has more than {most} bytes.", code="body_too_large")
     except ClientDisconnect:
         raise ApiError(499, "The client is gone.") from None  # nobody reads it
     return bytes(data)

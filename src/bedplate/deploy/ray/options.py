@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from bedplate.serve.keys import Keys
+from bedplate.serve.settings import Settings
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+_OF_RAY = {"host", "port", "keys", "drain", "client_timeout", "allow_adapters_from", "max_adapters", "watch"}
 
 
 class RayOptions(BaseModel):
@@ -31,7 +36,8 @@ class RayOptions(BaseModel):
 
     threads: that compute in a replica. Ray counts as many CPUs for it.
     kv, max_context, memory_bytes, cache_bytes: see `bedplate.Engine`.
-    settings: fields of `bedplate.serve.settings.Settings`, those of `bedplate serve`.
+    api_key_file: who may use it: a file that each node has, as for `bedplate serve`.
+    settings: fields of `bedplate.serve.settings.Settings`. Each replica counts for itself what they limit.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,7 +66,27 @@ class RayOptions(BaseModel):
     max_context: Count | None = None
     memory_bytes: Annotated[int, Field(ge=0)] | None = None
     cache_bytes: Annotated[int, Field(ge=0)] | None = None
+    api_key_file: str | None = None
     settings: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if wrong := sorted(self.settings.keys() & _OF_RAY):
+            raise ValueError(f"settings has {', '.join(wrong)}, which a server on Ray does not use")
+        try:
+            Settings(**self.settings)
+        except TypeError as error:
+            raise ValueError(f"settings: {error}") from error
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}, less than replicas, which is {self.replicas}"
+            )
+        return self
+
+    def server(self) -> Settings:
+        """Of the server in a replica. It knows neither where Ray listens nor by what names it is called."""
+        keys = None if self.api_key_file is None else Keys.of_file(Path(self.api_key_file))
+        return Settings(host="0.0.0.0", keys=keys, **self.settings)
 
     def engine(self) -> dict[str, Any]:
         """Arguments of `bedplate.Engine`."""

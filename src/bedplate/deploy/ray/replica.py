@@ -19,14 +19,13 @@ from bedplate.deploy.adapter_store import AdapterStore, Found
 from bedplate.deploy.catalog import HELD, StoreCatalog
 from bedplate.deploy.listing import Listing
 from bedplate.deploy.node_bundle import cache_folder, local_bundle, name_of, own_view
-from bedplate.deploy.ray.forwarded import ADAPTERS, Call, Head, answered
+from bedplate.deploy.ray.forwarded import ADAPTERS, REPLICA, Call, Head, answered
 from bedplate.deploy.ray.options import RayOptions
 from bedplate.deploy.shelf import Shelf
 from bedplate.errors import AdapterError, BedplateError, CheckpointError, UnsupportedError
 from bedplate.serve.app import create_app
 from bedplate.serve.catalog import Base
 from bedplate.serve.errors import ApiError, of_bedplate
-from bedplate.serve.settings import Settings
 
 _TRIES = 5
 
@@ -49,7 +48,7 @@ class Replica:
         )
         await self._listing.look()
         base = Base(options.name or name_of(options.bundle), engine)
-        self._app = create_app([base], Settings(**options.settings), self._catalog)
+        self._app = create_app([base], options.server(), self._catalog)
         self._app.user_middleware.append(Middleware(_WithAdapters, self))  # after those that check keys
         await self._held.enter_async_context(self._app.router.lifespan_context(self._app))
         following = asyncio.create_task(self._listing.follow(self._drop_removed))
@@ -80,10 +79,16 @@ class Replica:
 
     async def respond(self, call: Call) -> AsyncGenerator[Head | bytes]:
         """The answer to a request: its head, with who answers, and then its body as it comes."""
-        own = (b"x-bedplate-replica", serve.get_replica_context().replica_id.unique_id.encode())
+        own = (REPLICA, serve.get_replica_context().replica_id.unique_id.encode())
         async with aclosing(answered(self._app, call)) as answer:
             async for part in answer:
                 yield Head(part.status, [*part.headers, own]) if isinstance(part, Head) else part
+
+    async def whole(self, call: Call) -> tuple[Head, bytes]:
+        """The answer to a request, at once."""
+        head, *body = [part async for part in self.respond(call)]
+        assert isinstance(head, Head), "it comes first"
+        return head, b"".join(part for part in body if isinstance(part, bytes))
 
     @asynccontextmanager
     async def holding(self, names: Sequence[str]) -> AsyncIterator[dict[str, str]]:
