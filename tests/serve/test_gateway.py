@@ -92,9 +92,9 @@ def test_adapters_that_wait_are_not_those_that_run(toy_bundle: bedplate.Bundle) 
         base = Base("toy", engine)
         metrics = Metrics([base])
         with (
-            metrics.running(Model("all", base, {"all": 1.0})),
-            metrics.running(Model("toy", base, {})),
-            metrics.waiting(Model("all2", base, {"all2": 1.0})),
+            metrics.running(Model("all", base, engine.fixed("all"))),
+            metrics.running(Model("toy", base, engine.fixed())),
+            metrics.waiting(Model("all2", base, engine.fixed("all2"))),
         ):
             found = Scraped(metrics.text("")[0].decode())
             assert _adapters(found)[:2] == (["all"], ["all2"])

@@ -72,6 +72,11 @@ class Scheduler:
             hint = "a mask function can only cancel: do this before the generation, or after it"
             raise RunError("a session is used within a step", hint=hint)
 
+    @property
+    def running(self) -> int:
+        """How many generations it has."""
+        return len(self._active)
+
     def begin(self, generation: Generation) -> None:
         """From now on steps compute it."""
         with self._state:
@@ -340,7 +345,10 @@ def _first(generation: Generation) -> Event | Progress | None:
         return None
     first = generation.outbox.popleft()
     if isinstance(first, BaseException):
-        raise first
+        try:
+            raise first
+        finally:
+            del first  # else it and this frame hold each other, and the keys and values of its step
     return first
 
 

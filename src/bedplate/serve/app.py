@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from bedplate.errors import BedplateError
 from bedplate.serve import (
+    live_api,
     messages,
     models,
     openai_chat,
@@ -36,7 +37,7 @@ from bedplate.serve.metrics import Metrics
 from bedplate.serve.server import Server
 from bedplate.serve.settings import Settings
 
-_PARTS = (models, openai_chat, openai_text, responses, messages, probes, page)
+_PARTS = (models, live_api, openai_chat, openai_text, responses, messages, probes, page)
 
 
 def create_app(
@@ -53,9 +54,11 @@ def create_app(
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
+        server.live.start()
         loading = asyncio.create_task(server.load())
         yield
         loading.cancel()
+        await run_in_threadpool(server.live.close)
         for base in bases:
             await run_in_threadpool(base.engine.close)
 

@@ -95,9 +95,8 @@ class Echo:
                 self.scores += some
 
     def _scored(self) -> Iterator[TokenLogprobs]:
-        asked, engine = self._asked, self._model.base.engine
-        session = engine.session(self._model.adapters, cache_salt=asked.cache_salt)
-        return session.logprobs(self.ids, top=asked.logprobs or 0)
+        session = self._model.fixed.session(cache_salt=self._asked.cache_salt)
+        return session.logprobs(self.ids, top=self._asked.logprobs or 0)
 
     def told(self, known: OfText) -> Json | None:
         """Its logprobs."""

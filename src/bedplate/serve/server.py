@@ -18,6 +18,7 @@ from bedplate.serve.answers import Choice, start
 from bedplate.serve.catalog import Catalog, Model
 from bedplate.serve.errors import ApiError, failed, of_bedplate
 from bedplate.serve.limits import Place, Places
+from bedplate.serve.live import Live
 from bedplate.serve.metrics import Metrics
 from bedplate.serve.settings import Settings
 from bedplate.serve.wire import Asking, first_problem
@@ -58,6 +59,9 @@ class Server:
 
     def __init__(self, catalog: Catalog, settings: Settings, metrics: Metrics) -> None:
         self.catalog, self.settings, self.places = catalog, settings, Places(settings)
+        self.live = Live(catalog, settings)
+        for base in catalog.bases:
+            base.room.seconds = settings.memory_seconds
         self.metrics = metrics
         self.draining = False
         self._unloaded: str | None = "The model is loading."
