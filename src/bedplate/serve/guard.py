@@ -17,7 +17,7 @@ from bedplate.serve.errors import ApiError, failed
 from bedplate.serve.keys import key_in
 from bedplate.serve.server import HEADERS, Server
 
-_PROBES = ("/health", "/ready")
+_PROBES = ("/health", "/ready", "/metrics")  # gateways ask them without a key, also while it ends
 _PAGE = "/page/"  # its files hold no secret: the page itself asks for a key
 
 
