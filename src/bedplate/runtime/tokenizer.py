@@ -123,6 +123,20 @@ class Tokenizer:
         own = None if self._end_token is None else self._backend.token_to_id(self._end_token)
         return frozenset(self._end_ids if own is None else (*self._end_ids, own))
 
+    @property
+    def added_texts(self) -> dict[int, str]:
+        """Tokens beside the model's own vocabulary that texts show: `decode` leaves out the special ones."""
+        return {
+            token: added.content
+            for token, added in self._backend.get_added_tokens_decoder().items()
+            if not added.special
+        }
+
+    def special_id(self, text: str) -> int | None:
+        """The special token of this text. None: there is none."""
+        added = self._backend.get_added_tokens_decoder()
+        return next((token for token, one in added.items() if one.special and one.content == text), None)
+
     def encode(self, text: str) -> list[int]:
         """Ids of the tokens of a plain text, with the tokens that the tokenizer adds (`bos`, for some models).
 
