@@ -18,7 +18,7 @@ from bedplate.serve.calls import CallReader
 from bedplate.serve.catalog import Model
 from bedplate.serve.limits import Place
 from bedplate.serve.structured import Constrained, grammar_of, guide_of
-from bedplate.serve.tools import Call, CallPiece, Calling, MadeCall, Tool, ToolChoice, calling_of, prompt_of
+from bedplate.serve.tools import Call, Calling, CallPiece, MadeCall, Tool, ToolChoice, calling_of, prompt_of
 from bedplate.serve.wire import Strict
 
 MOST_MESSAGES = 2048
@@ -77,7 +77,7 @@ class Answer(NamedTuple):
 
 
 class Chat:
-    """A conversation that is being answered.
+    """A conversation that is being answered. It is made in a thread: another process may read its chat template.
 
     ApiError: a field of the request is not honoured.
     """

@@ -83,8 +83,7 @@ class Echo:
         """ApiError, BedplateError: the prompt is not valid."""
         if not self._asked.echo:
             return
-        prompt = self._prompt
-        tokenizer = await run_in_threadpool(lambda: self._model.tokenizer)  # it may wait for weights that load
+        tokenizer, prompt = self._model.tokenizer, self._prompt
         if isinstance(prompt, str):
             self.text, self.ids = prompt, await run_in_threadpool(tokenizer.encode, prompt)
         else:

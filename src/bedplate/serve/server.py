@@ -94,6 +94,8 @@ class Server:
             with model.base.watch.waiting(model):
                 await _unless_gone(request, held.enter_async_context(self.places.place(place)))
             held.enter_context(model.base.watch.running(model))
+            # Here, in a thread: it may wait for weights that load. From now on it is known.
+            await _unless_gone(request, run_in_threadpool(lambda: model.tokenizer))
             request.scope.get(HEADERS, {}).update(self.places.headers(key))
             yield Ticket(request, place, held, self.settings.ping)
 
