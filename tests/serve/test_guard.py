@@ -287,7 +287,9 @@ def test_a_chat_template_that_never_ends(
     template = bad.chat_settings(None).template_file
     assert template is not None
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    template.write_text(endless.ljust(template.stat().st_size))  # bundles are opened by the sizes of their files
+    template.write_text(
+        endless.ljust(template.stat().st_size)
+    )  # bundles are opened by the sizes of their files
     with (
         running({"toy": toy_bundle, "bad": bad}, guard_templates=True) as live,
         ThreadPoolExecutor(2) as threads,
