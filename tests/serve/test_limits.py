@@ -162,7 +162,7 @@ def test_others_are_answered_while_weights_load(
             assert ask(live.address, path="/health").status == 200
             longest, rounds = max(longest, time.perf_counter() - start), rounds + 1
         assert [one.result().status for one in asked] == [200, 200, 400, 200, 200, 200, 200, 200]
-        assert longest < 0.5 and rounds > 5
+        assert longest < 0.9 and rounds > 5  # a load takes a second
 
 
 def test_a_rate_of_tokens(toy_bundle: bedplate.Bundle) -> None:
