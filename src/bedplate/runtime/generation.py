@@ -158,6 +158,7 @@ class Generation:
     def _accept(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> None:
         wish, stats = request.wish, self.stats
         if token in request.tokenizer.end_ids and not wish.sampling.ignore_eos:
+            stats.stopped_by, stats.end_logprobs = token, logprobs
             self.end("stop")
             return
         stats.generated_tokens += 1
@@ -177,7 +178,9 @@ class Generation:
         if request is None:
             return
         piece += self._stops.push(self._text.finish()) + self._stops.finish()
-        self.stats.finish_reason = "stop" if self._stops.stopped else reason
+        if self._stops.stopped_by is not None:
+            self.stats.stopped_by, reason = self._stops.stopped_by, "stop"
+        self.stats.finish_reason = reason
         self._tell(request, piece)
         self._let_go()
 

@@ -44,6 +44,7 @@ class Scheduler:
         self._active: list[Generation] = []
         self._dropped: deque[Generation] = deque()  # to be cancelled
         self._shares = Shares()
+        self.steps, self.rows = 0, 0  # that have been computed for generations
         self._wakes: dict[Generation, Callable[[], None]] = {}  # of those whose callers wait
         self._driver: int | None = None  # the thread
         self._in_turn: int | None = None
@@ -70,6 +71,11 @@ class Scheduler:
         if self._in_turn == thread:
             hint = "a mask function can only cancel: do this before the generation, or after it"
             raise RunError("a session is used within a step", hint=hint)
+
+    @property
+    def running(self) -> int:
+        """How many generations it has."""
+        return len(self._active)
 
     def begin(self, generation: Generation) -> None:
         """From now on steps compute it."""
@@ -276,6 +282,7 @@ class Scheduler:
                 for alone in parts:
                     self._compute([alone])
             return
+        self.steps, self.rows = self.steps + 1, self.rows + sum(len(part.tokens) for _, part in parts)
         row = 0
         for one, part in parts:
             self._settle(one, part, logits, row)
@@ -338,7 +345,10 @@ def _first(generation: Generation) -> Event | Progress | None:
         return None
     first = generation.outbox.popleft()
     if isinstance(first, BaseException):
-        raise first
+        try:
+            raise first
+        finally:
+            del first  # else it and this frame hold each other, and the keys and values of its step
     return first
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from bedplate.errors import MemoryFullError
 from bedplate.runtime.request import Event, FinishReason, Statistics
 from bedplate.runtime.sampling import MaskFunction
 from bedplate.runtime.session import Prompt, Session
 from bedplate.serve.catalog import Model
 from bedplate.serve.errors import ApiError
+from bedplate.serve.limits import Place
 from bedplate.serve.wire import Sampled
 
 # A deadline is the server's limit on time, as max_tokens is one on tokens.
@@ -30,11 +32,12 @@ FINISH: dict[FinishReason, str] = {
 
 
 class Wanted(NamedTuple):
-    """What a request wants of the engine. prompts: each gets `n` answers.  options: of `Session.events`.
-    mask: makes a mask for one answer, in a thread; or None.
+    """What a request wants of the engine. place: for as many answers.  prompts: each gets `n` answers.
+    options: of `Session.events`.  mask: makes a mask for one answer, in a thread; or None.
     """
 
     model: Model
+    place: Place
     prompts: Sequence[Prompt]
     n: int
     max_tokens: int | None
@@ -47,15 +50,20 @@ class Wanted(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class Choice:
-    """One answer of a request, as far as it has come. events: all of it.  mask: makes its mask, in a thread."""
+    """One answer of a request, as far as it has come. events: all of it.
+
+    heard: when the latest event came, a time of `time.perf_counter`. None: none has come.  mask: makes a mask for each
+    start, in a thread.
+    """
 
     index: int
+    model: Model
+    place: Place
     session: Session
     prompt: Prompt
     options: dict[str, Any]
-    started: float
     mask: Callable[[], MaskFunction] | None = None
-    first: float | None = None
+    heard: float | None = None
     events: list[Event] = field(default_factory=list)
     _begun: AsyncGenerator[Event] | None = None
 
@@ -73,44 +81,85 @@ class Choice:
         """As OpenAI names the reasons."""
         return FINISH[self.stats.finish_reason or "cancelled"]
 
-    async def start(self) -> None:
-        """Begin. Raises what is wrong with the request."""
-        if self.mask is not None:
-            self.options["mask"] = await asyncio.to_thread(self.mask)
-        self._begun = await self.session.begin_async(self.prompt, **self.options)
+    async def start(self, *, waits: bool = True) -> None:
+        """Begin, when there is memory. Raises what is wrong with the request. MemoryFullError: there is none."""
+        if waits:
+            room, holding = self.model.base.room, self.model.fixed.is_loaded
+            self._begun = await room.enter(self._begin, holding=holding)
+        else:
+            self._begun = await self._begin()
+
+    async def _begin(self) -> AsyncGenerator[Event]:
+        mask = None if self.mask is None else await asyncio.to_thread(self.mask)
+        begun = await self.session.begin_async(
+            self.prompt, key=self.place.key, deadline=self.place.seconds_left, mask=mask, **self.options
+        )
+        self.place.check_prompt(self.stats.prompt_tokens)
+        return begun
+
+    async def _begin_again(self) -> None:
+        """After its memory was needed. The same seed gives the same events: those that were said are left out."""
+        self.options["seed"] = self.stats.seed
+        await asyncio.to_thread(self.session.reset)
+        await self.start()
 
     async def stream(self) -> AsyncGenerator[Event]:
         """Its events. It can be called once."""
         if self._begun is None:
             await self.start()
-        assert self._begun is not None
-        async with aclosing(self._begun) as events:
-            async for event in events:
-                if self.first is None:
-                    self.first = time.perf_counter()
-                self.events.append(event)
-                yield event
+        watch, failed = self.model.base.watch, None
+        try:
+            async with aclosing(self._whole()) as events:
+                async for event in events:
+                    self.events.append(event)
+                    watch.said(self, event)
+                    self.heard = time.perf_counter()
+                    yield event
+        except Exception as error:
+            failed = error
+            raise
+        finally:
+            watch.ended(self, failed)
+            del failed  # as in `merged`
+            self.model.base.room.left()
+
+    async def _whole(self) -> AsyncGenerator[Event]:
+        """Its events, also where it has to begin again."""
+        while True:
+            assert self._begun is not None
+            known = len(self.events)
+            with suppress(MemoryFullError):  # while it is known, it holds what the step held
+                async with aclosing(self._begun) as events:
+                    async for event in events:
+                        if known:
+                            known -= 1
+                        else:
+                            yield event
+                return
+            await self._begin_again()
 
 
 def begin(wanted: Wanted) -> list[Choice]:
     """The answers that are wanted: `n` of each prompt, prompt by prompt. None has started."""
-    model, made = wanted.model, list[Choice]()
-    limit = model.base.engine.limits.max_context
+    model, place, made = wanted.model, wanted.place, list[Choice]()
+    most = place.max_tokens(wanted.max_tokens)
     for prompt in wanted.prompts:
         for _ in range(wanted.n):
-            session = model.base.engine.session(model.adapters, cache_salt=wanted.cache_salt)
+            session = model.fixed.session(cache_salt=wanted.cache_salt)
             options = dict(wanted.options)
-            options["max_tokens"] = limit if wanted.max_tokens is None else wanted.max_tokens
+            options["max_tokens"] = most
             options["logprobs"] = wanted.logprobs
             if wanted.seed is not None:  # so that they differ, and can be had again
                 options["seed"] = (wanted.seed + len(made)) % 2**64
+            place.sessions.append(session)
             made.append(
                 Choice(
                     index=len(made),
+                    model=model,
+                    place=place,
                     session=session,
                     prompt=prompt,
                     options=options,
-                    started=time.perf_counter(),
                     mask=wanted.mask,
                 )
             )
@@ -140,9 +189,12 @@ def sampling_options(request: Sampled) -> dict[str, Any]:
 
 
 async def start(made: Sequence[Choice]) -> None:
-    """Begin the first answer of each prompt: see `merged`."""
-    for choice in {id(choice.prompt): choice for choice in reversed(made)}.values():
-        await choice.start()
+    """Begin the first answer of each prompt: see `merged`. Only one waits for memory, which others may wait for."""
+    firsts = list({id(choice.prompt): choice for choice in reversed(made)}.values())[::-1]
+    await firsts[0].start()
+    with suppress(MemoryFullError):
+        for choice in firsts[1:]:
+            await choice.start(waits=False)
 
 
 async def merged(made: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Event]]:
@@ -173,7 +225,10 @@ async def merged(made: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Event]]
         while left:
             found = await queue.get()
             if isinstance(found, BaseException):
-                raise found
+                try:
+                    raise found
+                finally:
+                    del found  # else it and this frame hold each other, and the sessions
             if found is None:
                 left -= 1
             else:

@@ -11,13 +11,17 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from bedplate.runtime.messages import Conversation
 from bedplate.runtime.request import Event, TokenLogprobs
 from bedplate.serve.answers import Choice, Wanted, begin, merged, sampling_options
 from bedplate.serve.calls import CallReader
 from bedplate.serve.catalog import Model
+from bedplate.serve.limits import Place
 from bedplate.serve.structured import Constrained, grammar_of, guide_of
-from bedplate.serve.tools import Call, CallPiece, MadeCall, Tool, ToolChoice, calling_of, prompt_of
+from bedplate.serve.tools import Call, CallPiece, Calling, MadeCall, Tool, ToolChoice, calling_of, prompt_of
 from bedplate.serve.wire import Strict
+
+MOST_MESSAGES = 2048
 
 
 class TextPart(Strict):
@@ -40,7 +44,7 @@ class ChatMessage(BaseModel):
 class ChatRequest(Constrained):
     """`/v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -78,21 +82,20 @@ class Chat:
     ApiError: a field of the request is not honoured.
     """
 
-    def __init__(self, model: Model, request: ChatRequest, key: str) -> None:
+    def __init__(self, model: Model, request: ChatRequest, place: Place) -> None:
         self.model, self.request = model, request
-        tokenizer, tools, wanted = model.tokenizer, request.tools or [], grammar_of(request)
-        calling = calling_of(tokenizer, tools, request.tool_choice, request.parallel_tool_calls)
-        messages = [message.model_dump(exclude_none=True) for message in request.messages]
+        wanted, calling = grammar_of(request), _calling(model, request)
         self.choices = begin(
             Wanted(
                 model=model,
-                prompts=[prompt_of(tokenizer, messages, tools if calling else [])],
+                place=place,
+                prompts=[_read(model, request, calling)],
                 n=request.n,
                 max_tokens=request.max_completion_tokens or request.max_tokens,
                 logprobs=(request.top_logprobs or 0) if request.logprobs else None,
                 cache_salt=request.cache_salt,
                 seed=request.seed,
-                options={**sampling_options(request), "key": key},
+                options=sampling_options(request),
                 mask=guide_of(model, request, calling.grammar(wanted) if calling else wanted),
             )
         )
@@ -135,6 +138,20 @@ class Chat:
             async for delta in deltas:
                 said[delta.choice.index].append(delta)
         return [_whole(choice, said[choice.index]) for choice in self.choices]
+
+
+def count(model: Model, request: ChatRequest) -> int:
+    """The tokens that are read for an answer."""
+    return len(model.tokenizer.encode_chat(_read(model, request, _calling(model, request))))
+
+
+def _calling(model: Model, request: ChatRequest) -> Calling | None:
+    return calling_of(model.tokenizer, request.tools or [], request.tool_choice, request.parallel_tool_calls)
+
+
+def _read(model: Model, request: ChatRequest, calling: Calling | None) -> Conversation:
+    messages = [message.model_dump(exclude_none=True) for message in request.messages]
+    return prompt_of(model.tokenizer, messages, request.tools or [] if calling else [])
 
 
 def _whole(choice: Choice, deltas: Sequence[Delta]) -> Answer:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import traceback
+import uuid
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bedplate.errors import BedplateError, NotFoundError, RunError, UnsupportedError
+from bedplate.errors import BedplateError, MemoryFullError, NotFoundError, RunError, UnsupportedError
+
+_log = logging.getLogger("bedplate.serve")
 
 
 class ApiError(Exception):
@@ -34,19 +39,42 @@ class ApiError(Exception):
         return {"error": said}
 
 
-def unknown_model(name: str, known: list[str]) -> ApiError:
+def unknown_model(name: str, known: list[str], *, param: str = "model") -> ApiError:
     """404: there is no such model."""
     there = ", ".join(known[:20]) + (" …" if len(known) > 20 else "")
-    return ApiError(
-        404, f"The model {name!r} does not exist. There are: {there}", param="model", code="model_not_found"
-    )
+    message = f"The model {name!r} does not exist. There are: {there}"
+    return ApiError(404, message, param=param, code="model_not_found")
 
 
 def of_bedplate(error: BedplateError) -> ApiError:
-    """400 for what the caller can change, 500 for a bundle that is damaged. No path is told."""
+    """400 for what the caller can change, 503 for what may be otherwise in a moment, 500 for a bundle that is damaged.
+    No path is told.
+    """
     message = error.what if error.hint is None else f"{error.what} (hint: {error.hint})"
     if isinstance(error, NotFoundError):
         return ApiError(404, message, code="not_found")
+    if isinstance(error, MemoryFullError):
+        return ApiError(503, message, kind="server_error", code="memory_full", headers={"Retry-After": "5"})
     if isinstance(error, (RunError, UnsupportedError)):
         return ApiError(400, message)
     return ApiError(500, message, kind="server_error")
+
+
+def failed(error: BaseException) -> ApiError:
+    """500 for what nobody foresaw. The log says where it happened, and nothing of what was asked: messages of errors
+    may repeat it.
+    """
+    number = uuid.uuid4().hex[:12]
+    _log.error("failure %s: %s", number, "\n".join(_places(error)))
+    message = f"The server has failed. Its log says where, under {number}."
+    return ApiError(500, message, kind="server_error", code=f"failure_{number}")
+
+
+def _places(error: BaseException) -> Iterator[str]:
+    yield type(error).__name__
+    for place in traceback.extract_tb(error.__traceback__):
+        yield f"  {place.filename}:{place.lineno} in {place.name}: {place.line}"
+    for inner in (*getattr(error, "exceptions", ()), error.__cause__ or error.__context__):
+        if inner is not None:
+            yield "of"
+            yield from _places(inner)

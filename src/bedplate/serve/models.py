@@ -1,4 +1,4 @@
-"""`/v1/models`, `/tokenize`, `/detokenize`, `/health`."""
+"""`/v1/models`, `/tokenize`, `/detokenize`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
-from bedplate.serve.chat import ChatMessage
+from bedplate.serve.api import UNKNOWN_MODEL, Api, get, post
+from bedplate.serve.chat import MOST_MESSAGES, ChatMessage
+from bedplate.serve.described import ModelCard, ModelCards, Text, Tokens
 from bedplate.serve.errors import ApiError
-from bedplate.serve.server import Server, body_of
+from bedplate.serve.server import Server
 from bedplate.serve.wire import Strict
 
 
@@ -21,7 +22,7 @@ class TokenizeRequest(Strict):
 
     model: str
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], Field(max_length=MOST_MESSAGES)] | None = None
 
 
 class DetokenizeRequest(Strict):
@@ -31,30 +32,39 @@ class DetokenizeRequest(Strict):
     tokens: list[Annotated[int, Field(ge=0)]]
 
 
-def routes(server: Server) -> list[Route]:
+def routes(server: Server) -> list[Api]:
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": server.catalog.cards()})
 
     async def model(request: Request) -> Response:
         return JSONResponse(server.catalog.card(request.path_params["name"]))
 
-    async def tokenize(request: Request) -> Response:
-        return await _tokenize(server, await body_of(request, TokenizeRequest))
+    async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+        return await _tokenize(server, body)
 
-    async def detokenize(request: Request) -> Response:
-        body = await body_of(request, DetokenizeRequest)
+    async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
         tokenizer = server.catalog.find(body.model).tokenizer
         return JSONResponse({"prompt": await run_in_threadpool(tokenizer.decode, body.tokens)})
 
-    async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
-
     return [
-        Route("/v1/models", models),
-        Route("/v1/models/{name:path}", model),
-        Route("/tokenize", tokenize, methods=["POST"]),
-        Route("/detokenize", detokenize, methods=["POST"]),
-        Route("/health", health),
+        get("/v1/models", models, "All models: bases and adapters", said=ModelCards),
+        get("/v1/models/{name:path}", model, "One model", said=ModelCard, errors=UNKNOWN_MODEL),
+        post(
+            "/tokenize",
+            TokenizeRequest,
+            tokenize,
+            "The tokens of a text, or of a conversation",
+            said=Tokens,
+            errors=UNKNOWN_MODEL,
+        ),
+        post(
+            "/detokenize",
+            DetokenizeRequest,
+            detokenize,
+            "The text of tokens",
+            said=Text,
+            errors=UNKNOWN_MODEL,
+        ),
     ]
 
 
