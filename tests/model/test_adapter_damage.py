@@ -225,6 +225,16 @@ def test_an_alpha_beyond_float32(alpha: float, folder: Path, oracle: Oracle) -> 
         oracle.read(folder)
 
 
+@pytest.mark.parametrize("number", range(2))
+def test_values_whose_products_are_beyond_float32(number: int, folder: Path, oracle: Oracle) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    name = sorted(tensors)[number]
+    tensors[name][0] = 3e38
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"too large for (products in )?float32"):
+        oracle.read(folder)
+
+
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
 def test_a_file_that_is_a_folder(file: str, folder: Path, oracle: Oracle) -> None:
     (folder / file).unlink()

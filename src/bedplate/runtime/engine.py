@@ -18,6 +18,7 @@ from bedplate.runtime.cores import usable_cores
 from bedplate.runtime.fixed import Fixed
 from bedplate.runtime.held import Held
 from bedplate.runtime.loaded import Form, Loaded
+from bedplate.runtime.lookup import Habits
 from bedplate.runtime.model_spec import read_spec
 from bedplate.runtime.scheduler import Scheduler
 from bedplate.runtime.session import Host, Session
@@ -28,6 +29,8 @@ from bedplate.spec import ModelSpec
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from bedplate.runtime.template_guard import Templates
 
 _MOST_THREADS = 1024  # no processor has more; of a number out of all reason the system would make what it can
 # The longest run of rows that one step takes. Longer prompts go in several; more than this gains no speed.
@@ -52,6 +55,31 @@ class MemoryUse:
     cache: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A generation that goes on.
+
+    adapters: by name, each with its scale; empty: the base.  read_tokens: of the prompt, with those that were known.
+    """
+
+    adapters: dict[str, float]
+    prompt_tokens: int
+    read_tokens: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activity:
+    """What an engine computes.
+
+    steps: of generations, so far.  rows: their tokens, all together.  running: generations that go on.
+    """
+
+    steps: int
+    rows: int
+    running: list[Running]
+
+
 class Engine:
     """Runs a bundle: sessions on the base or on any adapter, in one process.
 
@@ -66,8 +94,8 @@ class Engine:
 
     max_step_rows: how many tokens one step of generations computes, those of all sessions together. Fewer make
         others wait less while a long prompt is read, more read it faster.
-    lookup: whether generations look for what comes next in what their session has seen, to compute several tokens in
-        one step. The text is the same.
+    lookup: whether generations look for what comes next in their own text, and in earlier answers of the same adapters
+        and the same salt, to compute several tokens in one step. The text is the same.
 
     Generations of all sessions are computed together. Other calls take turns. You can call a session from any thread.
     A process that is forked later needs an engine of its own: there, calls of this one raise a RunError.
@@ -87,6 +115,7 @@ class Engine:
         memory_bytes: int | None = None,
         max_step_rows: int = STEP_ROWS,
         lookup: bool = True,
+        guard_templates: bool = False,
     ) -> None:
         arguments.instance("bundle", bundle, Bundle, "give an open bundle: Bundle.open(path)")
         spec = read_spec(bundle)
@@ -101,11 +130,13 @@ class Engine:
         )
         self.limits = Limits(max_rows=MAX_ROWS, max_context=form.max_context, vocab=spec.vocab_size)
         self.bundle = bundle
-        self._loaded = Loaded(bundle, spec, form, self._in_use)
+        self.memory_bytes = form.memory_bytes
+        self._templates = _templates() if arguments.flag("guard_templates", guard_templates) else None
+        self._loaded = Loaded(bundle, spec, form, self._in_use, self._templates)
         self._scheduler = Scheduler(
             arguments.integer("max_step_rows", max_step_rows, least=1), self._loaded.reserve
         )
-        self._lookup = arguments.flag("lookup", lookup)
+        self._habits = Habits() if arguments.flag("lookup", lookup) else None
         self._own_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._lock = threading.Lock()  # of the sessions
 
@@ -141,6 +172,8 @@ class Engine:
         for session in self._sessions:
             session.reset()
         self._scheduler.close()
+        if self._templates is not None:
+            self._templates.close()
         self.unload()
 
     def session(self, adapter: str | Mapping[str, float] | None = None, *, cache_salt: str = "") -> Session:
@@ -204,7 +237,7 @@ class Engine:
             reserve=self._loaded.reserve,
             scheduler=self._scheduler,
             limits=self.limits,
-            lookup=self._lookup,
+            habits=self._habits,
         )
 
     def _adopt(self, session: Session) -> None:
@@ -282,6 +315,29 @@ class Engine:
             kv=max(0, self._loaded.meter.nbytes - cache),
             cache=cache,
         )
+
+    def activity(self) -> Activity:
+        """What is computed now. You can ask at any time: it waits for nothing."""
+        going = [(session, running) for session in self._sessions if (running := session.running) is not None]
+        return Activity(
+            steps=self._scheduler.steps,
+            rows=self._scheduler.rows,
+            running=[
+                Running(
+                    adapters=session.adapters,
+                    prompt_tokens=one.stats.prompt_tokens,
+                    read_tokens=min(len(one.held.tokens), one.stats.prompt_tokens),
+                    generated_tokens=one.stats.generated_tokens,
+                )
+                for session, one in going
+            ],
+        )
+
+
+def _templates() -> Templates:
+    from bedplate.runtime.template_guard import Templates
+
+    return Templates()
 
 
 def _context(spec: ModelSpec, wanted: int | None) -> int:

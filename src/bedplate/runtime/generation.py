@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from bedplate.errors import RunError
 from bedplate.runtime.held import Held
 from bedplate.runtime.lookup import Lookup
 from bedplate.runtime.request import Event, FinishReason, Statistics, TokenLogprobs, Wish
@@ -61,6 +62,7 @@ class Generation:
         self._request: Request | None = request  # None: it has ended. So it holds no weights.
         self._todo = request.prompt[stats.reused_tokens :]
         self._drafts: Sequence[int] = ()
+        self._guessed = False  # whether lookup proposed them
         self._text, self._stops = TextStream(request.tokenizer.decode), StopFilter(request.wish.stop)
         self._waiting: list[tuple[int, TokenLogprobs | None]] = []  # for their text
 
@@ -79,15 +81,21 @@ class Generation:
         return len(self._todo) > 1
 
     def propose(self, most: int) -> None:
-        """Have up to `most` tokens ready that may follow, to be checked in the step that computes the next one."""
-        self._drafts = ()
+        """Have up to `most` tokens ready that may follow, to be checked in the step that computes the next one.
+
+        Any error of the caller's mask.
+        """
+        self._drafts, self._guessed = (), False
         request = self._request
-        if request is None or request.lookup is None or self.is_reading or most < 1:
+        if request is None or self.is_reading:
             return
         wish, length = request.wish, len(self.held.tokens) + 1
         # The last token that is chosen is never computed.
         most = min(most, min(wish.max_tokens, request.room) - self.stats.generated_tokens - 1)
-        drafts = request.lookup.propose(most)
+        drafts = request.sampler.forced(most)
+        _check_known(drafts, request.weights)
+        if not drafts and request.lookup is not None and most > 0:
+            drafts, self._guessed = request.lookup.propose(most), True
         if request.weights.is_long(length) == request.weights.is_long(length + len(drafts)):
             self._drafts = drafts
 
@@ -138,10 +146,10 @@ class Generation:
                 break
             read.append(token)
             right += 1
-        if request.lookup is not None:
+        if request.lookup is not None and (self._guessed or not drafts):
             request.lookup.checked(len(drafts), right)
-            self.stats.drafted_tokens += len(drafts)
-            self.stats.accepted_tokens += right
+        self.stats.drafted_tokens += len(drafts)
+        self.stats.accepted_tokens += right
         if read:
             held.append(request.weights, read)
         if not self.ended and not self.cancelled:
@@ -150,6 +158,7 @@ class Generation:
     def _accept(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> None:
         wish, stats = request.wish, self.stats
         if token in request.tokenizer.end_ids and not wish.sampling.ignore_eos:
+            stats.stopped_by, stats.end_logprobs = token, logprobs
             self.end("stop")
             return
         stats.generated_tokens += 1
@@ -169,7 +178,9 @@ class Generation:
         if request is None:
             return
         piece += self._stops.push(self._text.finish()) + self._stops.finish()
-        self.stats.finish_reason = "stop" if self._stops.stopped else reason
+        if self._stops.stopped_by is not None:
+            self.stats.stopped_by, reason = self._stops.stopped_by, "stop"
+        self.stats.finish_reason = reason
         self._tell(request, piece)
         self._let_go()
 
@@ -196,6 +207,12 @@ class Generation:
             )
         )
         self._waiting = []
+
+
+def _check_known(drafts: Sequence[int], weights: Weights) -> None:
+    if drafts and max(drafts) >= weights.vocab:
+        hint = f"token ids are 0 … {weights.vocab - 1}"
+        raise RunError(f"the mask forces token {max(drafts)}, which is not in the vocabulary", hint=hint)
 
 
 def _logprobs(logits: _native.Logits, row: int, token: int, top: int | None) -> TokenLogprobs | None:

@@ -22,10 +22,11 @@ class Statistics:
     reused_tokens: tokens of the prompt whose keys and values the session or the cache already had.
     prefill_seconds: that the caller waited until the first token was chosen, without loading.
     decode_seconds: that the caller waited from there on.
-    drafted_tokens: that were proposed by lookup.  accepted_tokens: those of them that were right.
+    drafted_tokens: that were proposed, by lookup or by the mask.  accepted_tokens: those of them that were right.
     seed: the random numbers follow from it.
     finish_reason: None until the generation has ended. "stop": at an end token or a stop string. "length": at
         max_tokens or the end of the context. "deadline": its time was up. "cancelled": something else ended it.
+    stopped_by: the end token, or the stop string.  end_logprobs: of the end token, if they were asked for.
     """
 
     prompt_tokens: int
@@ -37,6 +38,8 @@ class Statistics:
     accepted_tokens: int = 0
     seed: int
     finish_reason: FinishReason | None = None
+    stopped_by: int | str | None = None
+    end_logprobs: TokenLogprobs | None = None
 
 
 class TokenLogprobs(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from bedplate import _native
 from bedplate.errors import RunError
@@ -13,6 +13,22 @@ from bedplate.runtime import arguments
 
 # The tokens that were generated so far → packed bits of the tokens that are allowed next. None: all are.
 MaskFunction = Callable[[tuple[int, ...]], Any]
+
+
+@runtime_checkable
+class ForcingMask(Protocol):
+    """A mask function that knows some tokens before they are chosen. Then one step computes several.
+
+    It changes no text: each token is still chosen under the mask, and what follows another token is dropped.
+    """
+
+    def __call__(self, chosen: tuple[int, ...], /) -> Any: ...
+
+    def forced(self, chosen: tuple[int, ...], most: int, /) -> Sequence[int]:
+        """Up to `most` tokens that the mask leaves no choice about, next first. Empty: it leaves one."""
+        ...
+
+
 _SEEDS = 2**64
 
 
@@ -100,6 +116,7 @@ class Sampler:
     ) -> None:
         self.seed = int.from_bytes(os.urandom(8)) if sampling.seed is None else int(sampling.seed)
         self._mask = mask
+        self._forcing = mask if isinstance(mask, ForcingMask) else None
         self._chosen: list[int] = []
         penalty = float(sampling.repetition_penalty)
         self._native = _native.Sampler(
@@ -117,6 +134,12 @@ class Sampler:
             seed=self.seed,
             prompt=() if penalty == 1 else prompt,
         )
+
+    def forced(self, most: int) -> list[int]:
+        """Up to `most` tokens that the mask will allow alone. RunError: it gives no tokens."""
+        if self._forcing is None or most < 1:
+            return []
+        return arguments.token_ids(self._forcing.forced(tuple(self._chosen), most), "forced tokens")[:most]
 
     def choose(self, logits: _native.Logits, row: int = 0) -> int:
         """The next token. RunError: the logits are not numbers, no token is allowed, or the mask is not one."""

@@ -44,6 +44,7 @@ class Scheduler:
         self._active: list[Generation] = []
         self._dropped: deque[Generation] = deque()  # to be cancelled
         self._shares = Shares()
+        self.steps, self.rows = 0, 0  # that have been computed for generations
         self._wakes: dict[Generation, Callable[[], None]] = {}  # of those whose callers wait
         self._driver: int | None = None  # the thread
         self._in_turn: int | None = None
@@ -246,7 +247,8 @@ class Scheduler:
             wanting = [one for one in self._active if len(one.outbox) < AHEAD]
             room = min(_DRAFT_ROWS, self._most) - len(wanting)
             for one in wanting:
-                one.propose(room // len(wanting))
+                self._propose(one, room // len(wanting))
+            wanting = [one for one in wanting if not one.ended]
             given = self._shares.give(wanting, self._most) if wanting else {}
             parts = {one: part for one, rows in given.items() if (part := one.part(rows)) is not None}
         for one, part in list(parts.items()):
@@ -259,6 +261,16 @@ class Scheduler:
         for group in groups(parts.items(), lambda pair: pair[1]):
             self._compute(group)
 
+    def _propose(self, one: Generation, most: int) -> None:
+        """The caller holds `_state`."""
+        try:
+            one.propose(most)
+        except KeyboardInterrupt:
+            self.end(one)
+            raise
+        except BaseException as error:  # of the caller's mask, as in `_settle`
+            self._fail(one, error)
+
     def _compute(self, parts: Sequence[tuple[Generation, Part]]) -> None:
         """Compute parts that fit together in one step."""
         try:
@@ -270,6 +282,7 @@ class Scheduler:
                 for alone in parts:
                     self._compute([alone])
             return
+        self.steps, self.rows = self.steps + 1, self.rows + sum(len(part.tokens) for _, part in parts)
         row = 0
         for one, part in parts:
             self._settle(one, part, logits, row)

@@ -17,11 +17,12 @@ from bedplate.runtime import arguments, session_file
 from bedplate.runtime.events import Events, asynchronous
 from bedplate.runtime.generation import Generation, Request, texts
 from bedplate.runtime.held import Held
-from bedplate.runtime.lookup import Lookup
-from bedplate.runtime.messages import Message
-from bedplate.runtime.request import Event, Options, Statistics, Wish
+from bedplate.runtime.lookup import Habits, Lookup
+from bedplate.runtime.messages import Conversation, Message
+from bedplate.runtime.request import Event, Options, Statistics, TokenLogprobs, Wish
 from bedplate.runtime.sampling import Sampler
 from bedplate.runtime.scheduler import Scheduler
+from bedplate.runtime.scoring import scored
 from bedplate.runtime.steps import Part, chunks, compute, groups, packed
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.runtime.weights import Limits, Weights
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Prompt = str | Sequence[Message] | Sequence[int]
+Prompt = str | Sequence[Message] | Sequence[int] | Conversation
 _LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions take much memory
 
 
@@ -41,7 +42,7 @@ class Host(NamedTuple):
     check: whether adapters can be used so.
     adopt: takes in a session that was made of another.
     reserve: takes memory for positions [begin, end) of keys and values. RunError: there is none.
-    lookup: whether generations propose tokens by lookup.
+    habits: what usually follows what in answers. None: generations propose no tokens by lookup.
     """
 
     load: Callable[[Mapping[str, float]], Weights]
@@ -51,7 +52,7 @@ class Host(NamedTuple):
     reserve: Callable[[Sequence[tuple[_native.Kv, int, int]]], None]
     scheduler: Scheduler
     limits: Limits
-    lookup: bool
+    habits: Habits | None
 
 
 class Session:
@@ -81,6 +82,12 @@ class Session:
     def scale(self) -> float:
         """What A and B of the session's one adapter are multiplied by. 1: it uses the base, or several adapters."""
         return next(iter(self._adapters.values())) if len(self._adapters) == 1 else 1.0
+
+    @property
+    def running(self) -> Generation | None:
+        """The generation that goes on."""
+        running = self._running
+        return None if running is None or running.ended else running
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -226,6 +233,21 @@ class Session:
                 self._held.restore(before)
                 raise
 
+    def logprobs(self, token_ids: Sequence[int], *, top: int = 0) -> Iterator[TokenLogprobs]:
+        """How likely a text is: the logarithms of the probabilities of its tokens, but of the first, which nothing
+        comes before. They are computed as you ask for them, some at a time, between the steps of others. What the
+        session holds does not change.
+
+        top: so many likeliest tokens are told at each place.
+        RunError: the text is longer than the context, or an argument has a wrong type or value.
+        """
+        ids, top = _ids(token_ids), arguments.integer("top", top, least=0)
+        self._check_room(len(ids))
+        weights = self._load().for_text(ids)
+        _check_known(ids, weights)
+        scheduler, held = self._host.scheduler, Held(self._held.salt)
+        return scored(held, weights, ids, top, turn=scheduler.turn, reserve=self._host.reserve)
+
     @overload
     def generate(
         self,
@@ -273,7 +295,8 @@ class Session:
 
         key: whose request it is. If a step has no room for all, the key that was given the fewest tokens comes first.
         deadline: the text ends after so many seconds.
-        mask: a function that gets the tokens so far, and gives packed bits of those that are allowed next.
+        mask: a function that gets the tokens so far, and gives packed bits of those that are allowed next. If it also
+            says which tokens it forces (`ForcingMask`), these take no steps of their own.
         allow_special: the text of a special token in a message becomes that token, see `Tokenizer.encode_chat`.
         logprobs: events have the logarithms of probabilities, also of so many likeliest tokens.
 
@@ -350,7 +373,7 @@ class Session:
             sampler=sampler,
             # The keys and values of the last token are not needed: it may stand just beyond the context.
             room=self._host.limits.max_context - len(ids) + 1,
-            lookup=Lookup(ids) if self._host.lookup else None,
+            lookup=self._lookup(weights, ids),
         )
         stats = Statistics(prompt_tokens=len(ids), seed=sampler.seed)
         with self._host.scheduler.turn():
@@ -368,6 +391,10 @@ class Session:
             self._host.scheduler.begin(generation)
             stats.prefill_seconds = time.perf_counter() - start
             return generation
+
+    def _lookup(self, weights: Weights, ids: list[int]) -> Lookup | None:
+        habits = self._host.habits
+        return None if habits is None else Lookup(ids, habits.of(weights.habit(self._held.salt)))
 
     def _load(self) -> Weights:
         """The weights of the session's adapters."""
@@ -393,8 +420,10 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt, allow_special: bool) -> list[i
     if _are_ids(prompt):
         return arguments.token_ids(prompt, "prompt")
     hint = 'give text, token ids, or a list of messages: [{"role": "user", "content": "…"}]'
-    messages = cast("Sequence[Message]", arguments.instance("prompt", prompt, Sequence, hint))
-    return tokenizer.encode_chat(messages, allow_special=allow_special)
+    messages = (
+        prompt if isinstance(prompt, Conversation) else arguments.instance("prompt", prompt, Sequence, hint)
+    )
+    return tokenizer.encode_chat(cast("Conversation", messages), allow_special=allow_special)
 
 
 def _ids(token_ids: object) -> list[int]:

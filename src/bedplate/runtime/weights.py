@@ -149,6 +149,10 @@ class Weights(NamedTuple):
             salt=salt,
         )
 
+    def habit(self, salt: str) -> str:
+        """The digest of what answers depend on, but for their texts: of what can be alike."""
+        return digest(foundation=self.content.foundation, **_by(self.content.adapter, self.scale), salt=salt)
+
     @property
     def turn(self) -> Turn | None:
         """Where the adapter takes over from the base. None: nowhere within a text."""

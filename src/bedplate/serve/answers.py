@@ -19,6 +19,7 @@ from bedplate.runtime.sampling import MaskFunction
 from bedplate.runtime.session import Prompt, Session
 from bedplate.serve.catalog import Model
 from bedplate.serve.errors import ApiError
+from bedplate.serve.limits import Place
 from bedplate.serve.wire import Sampled
 
 # A deadline is the server's limit on time, as max_tokens is one on tokens.
@@ -31,11 +32,12 @@ FINISH: dict[FinishReason, str] = {
 
 
 class Wanted(NamedTuple):
-    """What a request wants of the engine. prompts: each gets `n` answers.  options: of `Session.events`.
-    mask: makes a mask for one answer, or None.
+    """What a request wants of the engine. place: for as many answers.  prompts: each gets `n` answers.
+    options: of `Session.events`.  mask: makes a mask for one answer, in a thread; or None.
     """
 
     model: Model
+    place: Place
     prompts: Sequence[Prompt]
     n: int
     max_tokens: int | None
@@ -43,19 +45,20 @@ class Wanted(NamedTuple):
     cache_salt: str
     seed: int | None
     options: Mapping[str, Any]
-    mask: Any = None
+    mask: Callable[[], MaskFunction] | None = None
 
 
 @dataclass(kw_only=True, eq=False)
 class Choice:
     """One answer of a request, as far as it has come. events: all of it.
 
-    mask: makes one for each start.  heard: when the latest event came, a time of `time.perf_counter`. None: none has
-    come.
+    heard: when the latest event came, a time of `time.perf_counter`. None: none has come.  mask: makes a mask for each
+    start, in a thread.
     """
 
     index: int
     model: Model
+    place: Place
     session: Session
     prompt: Prompt
     options: dict[str, Any]
@@ -87,8 +90,12 @@ class Choice:
             self._begun = await self._begin()
 
     async def _begin(self) -> AsyncGenerator[Event]:
-        mask = None if self.mask is None else self.mask()
-        return await self.session.begin_async(self.prompt, mask=mask, **self.options)
+        mask = None if self.mask is None else await asyncio.to_thread(self.mask)
+        begun = await self.session.begin_async(
+            self.prompt, key=self.place.key, deadline=self.place.seconds_left, mask=mask, **self.options
+        )
+        self.place.check_prompt(self.stats.prompt_tokens)
+        return begun
 
     async def _begin_again(self) -> None:
         """After its memory was needed. The same seed gives the same events: those that were said are left out."""
@@ -134,20 +141,22 @@ class Choice:
 
 def begin(wanted: Wanted) -> list[Choice]:
     """The answers that are wanted: `n` of each prompt, prompt by prompt. None has started."""
-    model, made = wanted.model, list[Choice]()
-    limit = model.base.engine.limits.max_context
+    model, place, made = wanted.model, wanted.place, list[Choice]()
+    most = place.max_tokens(wanted.max_tokens)
     for prompt in wanted.prompts:
         for _ in range(wanted.n):
             session = model.fixed.session(cache_salt=wanted.cache_salt)
             options = dict(wanted.options)
-            options["max_tokens"] = limit if wanted.max_tokens is None else wanted.max_tokens
+            options["max_tokens"] = most
             options["logprobs"] = wanted.logprobs
             if wanted.seed is not None:  # so that they differ, and can be had again
                 options["seed"] = (wanted.seed + len(made)) % 2**64
+            place.sessions.append(session)
             made.append(
                 Choice(
                     index=len(made),
                     model=model,
+                    place=place,
                     session=session,
                     prompt=prompt,
                     options=options,

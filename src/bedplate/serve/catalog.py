@@ -44,6 +44,11 @@ class Base:
     def __post_init__(self) -> None:
         object.__setattr__(self, "room", Room(self.engine))
 
+    def load(self) -> None:
+        """Load the foundation and the tokenizer. It takes seconds."""
+        self.engine.tokenizer.open()
+        self.engine.load()
+
 
 @dataclass(frozen=True)
 class Model:
@@ -55,6 +60,11 @@ class Model:
     base: Base
     fixed: Fixed
     since: float = field(default_factory=time.perf_counter, compare=False)
+
+    @property
+    def key(self) -> str:
+        """The same for all names of it. Fair shares are counted for it."""
+        return ":".join([self.base.name, *sorted(self.adapters)])
 
     @property
     def adapters(self) -> dict[str, float]:

@@ -11,10 +11,17 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bedplate.runtime.request import TokenLogprobs
+from bedplate.runtime.messages import Conversation
+from bedplate.runtime.request import Event, TokenLogprobs
 from bedplate.serve.answers import Choice, Wanted, begin, merged, sampling_options
+from bedplate.serve.calls import CallReader
 from bedplate.serve.catalog import Model
-from bedplate.serve.wire import Sampled, Strict
+from bedplate.serve.limits import Place
+from bedplate.serve.structured import Constrained, grammar_of, guide_of
+from bedplate.serve.tools import Call, CallPiece, Calling, MadeCall, Tool, ToolChoice, calling_of, prompt_of
+from bedplate.serve.wire import Strict
+
+MOST_MESSAGES = 2048
 
 
 class TextPart(Strict):
@@ -31,24 +38,32 @@ class ChatMessage(BaseModel):
 
     role: str
     content: str | list[TextPart] | None = None
+    tool_calls: list[MadeCall] | None = None
 
 
-class ChatRequest(Sampled):
+class ChatRequest(Constrained):
     """`/v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
 
 
 class Delta(NamedTuple):
-    """What an answer says next. finish: why it has ended, as OpenAI names the reasons. It is in the last one."""
+    """What an answer says next: text, or a piece of a call.
+
+    finish: why it has ended, as OpenAI names the reasons: "stop", "length", "tool_calls". It is in the last one.
+    """
 
     choice: Choice
     text: str
     logprobs: tuple[TokenLogprobs, ...] | None
     finish: str | None
+    call: CallPiece | None = None
 
 
 class Answer(NamedTuple):
@@ -58,6 +73,7 @@ class Answer(NamedTuple):
     text: str
     logprobs: tuple[TokenLogprobs, ...] | None
     finish: str
+    calls: tuple[Call, ...] = ()
 
 
 class Chat:
@@ -66,28 +82,54 @@ class Chat:
     ApiError: a field of the request is not honoured.
     """
 
-    def __init__(self, model: Model, request: ChatRequest, key: str) -> None:
+    def __init__(self, model: Model, request: ChatRequest, place: Place) -> None:
         self.model, self.request = model, request
-        messages = [message.model_dump(exclude_none=True) for message in request.messages]
+        wanted, calling = grammar_of(request), _calling(model, request)
         self.choices = begin(
             Wanted(
                 model=model,
-                prompts=[messages],
+                place=place,
+                prompts=[_read(model, request, calling)],
                 n=request.n,
                 max_tokens=request.max_completion_tokens or request.max_tokens,
                 logprobs=(request.top_logprobs or 0) if request.logprobs else None,
                 cache_salt=request.cache_salt,
                 seed=request.seed,
-                options={**sampling_options(request), "key": key},
+                options=sampling_options(request),
+                mask=guide_of(model, request, calling.grammar(wanted) if calling else wanted),
             )
+        )
+        self._readers = (
+            [CallReader(calling.form, calling.must_call) for _ in self.choices] if calling else None
         )
 
     async def deltas(self) -> AsyncGenerator[Delta]:
         """What its answers say, as it comes."""
         async with aclosing(merged(self.choices)) as events:
             async for choice, event in events:
-                finish = None if event.finish_reason is None else choice.finish
-                yield Delta(choice, event.text, event.logprobs, finish)
+                for delta in self._deltas(choice, event):
+                    yield delta
+
+    def _deltas(self, choice: Choice, event: Event) -> list[Delta]:
+        """Of an event. The first has what is known of its tokens, the last has the reason of the end."""
+        finish = None if event.finish_reason is None else choice.finish
+        if self._readers is None:
+            return [Delta(choice, event.text, event.logprobs, finish)]
+        reader = self._readers[choice.index]
+        parts = reader.read(event.text, event.tokens)
+        if finish is not None:
+            parts += reader.finish()
+            finish = "tool_calls" if finish == "stop" and reader.count else finish
+        if not parts and (finish is not None or event.logprobs):
+            parts = [""]
+        made = [
+            Delta(choice, part, None, None) if isinstance(part, str) else Delta(choice, "", None, None, part)
+            for part in parts
+        ]
+        if made:
+            made[0] = made[0]._replace(logprobs=event.logprobs)
+            made[-1] = made[-1]._replace(finish=finish)
+        return made
 
     async def answers(self) -> list[Answer]:
         """All of them, when they have ended."""
@@ -98,11 +140,30 @@ class Chat:
         return [_whole(choice, said[choice.index]) for choice in self.choices]
 
 
+def count(model: Model, request: ChatRequest) -> int:
+    """The tokens that are read for an answer."""
+    return len(model.tokenizer.encode_chat(_read(model, request, _calling(model, request))))
+
+
+def _calling(model: Model, request: ChatRequest) -> Calling | None:
+    return calling_of(model.tokenizer, request.tools or [], request.tool_choice, request.parallel_tool_calls)
+
+
+def _read(model: Model, request: ChatRequest, calling: Calling | None) -> Conversation:
+    messages = [message.model_dump(exclude_none=True) for message in request.messages]
+    return prompt_of(model.tokenizer, messages, request.tools or [] if calling else [])
+
+
 def _whole(choice: Choice, deltas: Sequence[Delta]) -> Answer:
     known = [delta.logprobs for delta in deltas if delta.logprobs is not None]
+    calls: dict[str, Call] = {}
+    for piece in (delta.call for delta in deltas if delta.call is not None):
+        so_far = calls.get(piece.id) or Call(piece.id, piece.name or "", "")
+        calls[piece.id] = so_far._replace(arguments=so_far.arguments + piece.arguments)
     return Answer(
         choice=choice,
         text="".join(delta.text for delta in deltas),
         logprobs=tuple(one for part in known for one in part) if known else None,
-        finish=choice.finish,
+        finish=deltas[-1].finish or choice.finish,
+        calls=tuple(calls.values()),
     )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import traceback
+import uuid
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bedplate.errors import BedplateError, MemoryFullError, NotFoundError, RunError, UnsupportedError
+
+_log = logging.getLogger("bedplate.serve")
 
 
 class ApiError(Exception):
@@ -54,3 +59,23 @@ def of_bedplate(error: BedplateError) -> ApiError:
     if isinstance(error, (RunError, UnsupportedError)):
         return ApiError(400, message)
     return ApiError(500, message, kind="server_error")
+
+
+def failed(error: BaseException) -> ApiError:
+    """500 for what nobody foresaw. The log says where it happened, and nothing of what was asked: messages of errors
+    may repeat it.
+    """
+    number = uuid.uuid4().hex[:12]
+    _log.error("failure %s: %s", number, "\n".join(_places(error)))
+    message = f"The server has failed. Its log says where, under {number}."
+    return ApiError(500, message, kind="server_error", code=f"failure_{number}")
+
+
+def _places(error: BaseException) -> Iterator[str]:
+    yield type(error).__name__
+    for place in traceback.extract_tb(error.__traceback__):
+        yield f"  {place.filename}:{place.lineno} in {place.name}: {place.line}"
+    for inner in (*getattr(error, "exceptions", ()), error.__cause__ or error.__context__):
+        if inner is not None:
+            yield "of"
+            yield from _places(inner)

@@ -118,7 +118,7 @@ class _Budget:
 
 
 def _fetch(url: str, into: Path, budget: _Budget, only: str | None = None) -> None:
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     system, path = fsspec.core.url_to_fs(url)
     listed = [one["name"] for one in system.ls(path, detail=True) if one["type"] == "file"]

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
+from itertools import islice
 from typing import Annotated, Any
 
 from pydantic import Field
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.runtime.session import Prompt
-from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve import stream
 from bedplate.serve.answers import Choice, Wanted, begin, finished, merged, sampling_options, timings, usage
 from bedplate.serve.api import GENERATES, JSON, SSE, Api, post
 from bedplate.serve.catalog import Model
+from bedplate.serve.described import TextCompletion
+from bedplate.serve.errors import ApiError
+from bedplate.serve.limits import Place
+from bedplate.serve.logprobs import OfText
 from bedplate.serve.server import Server
-from bedplate.serve.wire import Sampled
+from bedplate.serve.structured import Constrained, guide_of
 
 Json = dict[str, Any]
 _DEFAULT_TOKENS = 16  # OpenAI's
+_AT_ONCE = 64  # tokens of a prompt that are scored while nobody looks whether the client is there
 
 
-class CompletionRequest(Sampled):
-    """`/v1/completions`. prompt: text or token ids, or a list of one of them."""
+class CompletionRequest(Constrained):
+    """`/v1/completions`. prompt: text or token ids, or a list of one of them.
+
+    echo: the prompt is told too. With logprobs, so are those of its tokens; of the first there are none.
+    best_of: no more than are answered.
+    """
 
     prompt: (
         str
@@ -35,14 +45,62 @@ class CompletionRequest(Sampled):
         | Annotated[list[str], Field(min_length=1)]
         | Annotated[list[list[int]], Field(min_length=1)]
     )
+    max_tokens: Annotated[int, Field(ge=0)] = _DEFAULT_TOKENS
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+    best_of: int | None = None
 
     @property
     def prompts(self) -> list[Prompt]:
         """Each for itself."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
+            return [self.prompt]
         return list(self.prompt)
+
+    def check(self) -> None:
+        """ApiError: a field needs another one, or contradicts it."""
+        if not self.max_tokens and not self.echo:
+            raise ApiError(400, "max_tokens: none are wanted, and no echo.", param="max_tokens")
+        if self.best_of not in (None, self.n):
+            raise ApiError(400, "best_of: this server answers `n` times, and chooses none.", param="best_of")
+
+
+class Echo:
+    """What is told of a prompt before its answer.
+
+    ids: its tokens.  scores: how likely they are, but the first; None: nobody asks.
+    """
+
+    def __init__(self, model: Model, prompt: Prompt, asked: CompletionRequest) -> None:
+        self.ids, self.text, self.scores = (
+            list[int](),
+            "",
+            None if asked.logprobs is None else list[TokenLogprobs](),
+        )
+        self._model, self._prompt, self._asked = model, prompt, asked
+
+    async def read(self) -> None:
+        """ApiError, BedplateError: the prompt is not valid."""
+        if not self._asked.echo:
+            return
+        tokenizer, prompt = self._model.tokenizer, self._prompt
+        if isinstance(prompt, str):
+            self.text, self.ids = prompt, await run_in_threadpool(tokenizer.encode, prompt)
+        else:
+            self.ids = list(prompt)  # type: ignore[arg-type]
+            self.text = await run_in_threadpool(tokenizer.decode, self.ids)
+        if self.scores is not None:
+            scored = await run_in_threadpool(self._scored)
+            while some := await run_in_threadpool(lambda: list(islice(scored, _AT_ONCE))):
+                self.scores += some
+
+    def _scored(self) -> Iterator[TokenLogprobs]:
+        session = self._model.fixed.session(cache_salt=self._asked.cache_salt)
+        return session.logprobs(self.ids, top=self._asked.logprobs or 0)
+
+    def told(self, known: OfText) -> Json | None:
+        """Its logprobs."""
+        return None if self.scores is None else known.told([*self.ids[:1], *self.scores])
 
 
 def routes(server: Server) -> list[Api]:
@@ -55,6 +113,7 @@ def routes(server: Server) -> list[Api]:
             CompletionRequest,
             answer,
             "Continuations of texts",
+            said=TextCompletion,
             media=(JSON, SSE),
             errors=GENERATES,
         )
@@ -62,67 +121,103 @@ def routes(server: Server) -> list[Api]:
 
 
 async def _answer(server: Server, request: Request, asked: CompletionRequest) -> Response:
+    asked.check()
     model = server.catalog.find(asked.model, asked.lora)
-    async with server.ticket(request, model, asked.user) as ticket:
-        choices = begin(_wanted(model, asked, ticket.key))
-        head = {
+    async with server.ticket(request, model, asked, asked.n * len(asked.prompts)) as ticket:
+        echoes = [Echo(model, prompt, asked) for prompt in asked.prompts]
+        choices = begin(_wanted(model, asked, ticket.place)) if asked.max_tokens else []
+        told = _Told(model, asked, echoes, choices)
+        if asked.stream:
+            await ticket.whole(_read(echoes))
+            return await ticket.stream(told.lines(), choices)
+        await ticket.whole(_read(echoes))
+        await ticket.whole(finished(choices))
+        return JSONResponse(told.whole())
+
+
+async def _read(echoes: Sequence[Echo]) -> None:
+    for echo in echoes:
+        await echo.read()
+
+
+def _wanted(model: Model, asked: CompletionRequest, place: Place) -> Wanted:
+    return Wanted(
+        model=model,
+        place=place,
+        prompts=asked.prompts,
+        n=asked.n,
+        max_tokens=asked.max_tokens,
+        logprobs=asked.logprobs,
+        cache_salt=asked.cache_salt,
+        seed=asked.seed,
+        options=sampling_options(asked),
+        mask=guide_of(model, asked),
+    )
+
+
+class _Told:
+    """What is told of the answers. Without tokens to generate, there are no choices of the engine: only the echoes."""
+
+    def __init__(
+        self, model: Model, asked: CompletionRequest, echoes: Sequence[Echo], choices: Sequence[Choice]
+    ) -> None:
+        self._asked, self._choices = asked, choices
+        self._echoes = [echo for echo in echoes for _ in range(asked.n)]
+        self._known = [OfText(model.tokenizer) for _ in self._echoes]
+        self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": asked.model,
         }
-        if asked.stream:
-            return await ticket.stream(_pieces(model, asked, choices, head), choices)
-        await ticket.whole(finished(choices))
-        found = [_choice(one, model.tokenizer) for one in choices]
-        counted = {"usage": usage(choices, asked.n), "timings": timings(choices)}
-        return JSONResponse({**head, "choices": found, **counted})
 
+    def whole(self) -> Json:
+        """When they have ended."""
+        found = [self._echoed(index) for index in range(len(self._echoes))]
+        for one, choice in zip(found, self._choices, strict=False):
+            said = [score for event in choice.events for score in event.logprobs or ()]
+            one["text"] += choice.text
+            one["finish_reason"] = choice.finish
+            self._add(one, choice, said, ended=True)
+        return {**self._head, "choices": found, **self._counted()}
 
-def _wanted(model: Model, asked: CompletionRequest, key: str) -> Wanted:
-    return Wanted(
-        model=model,
-        prompts=asked.prompts,
-        n=asked.n,
-        max_tokens=asked.max_tokens or _DEFAULT_TOKENS,
-        logprobs=asked.logprobs,
-        cache_salt=asked.cache_salt,
-        seed=asked.seed,
-        options={**sampling_options(asked), "key": key},
-    )
+    async def lines(self) -> AsyncGenerator[str]:
+        """As they come."""
+        for index in range(len(self._echoes) if self._asked.echo else 0):
+            yield self._line(self._echoed(index))
+        async with aclosing(merged(self._choices)) as events:
+            async for choice, event in events:
+                ended = event.finish_reason is not None
+                one = {"index": choice.index, "text": event.text, "logprobs": None}
+                one["finish_reason"] = choice.finish if ended else None
+                self._add(one, choice, event.logprobs or (), ended=ended)
+                yield self._line(one)
+        if self._asked.tells_usage:
+            yield stream.data({**self._head, "choices": [], **self._counted()})
+        yield stream.DONE
 
+    def _echoed(self, index: int) -> Json:
+        """The beginning of an answer. It is all of it where nothing is generated."""
+        known = self._echoes[index].told(self._known[index]) if self._asked.echo else None
+        finish = None if self._choices else "length"
+        return {"index": index, "text": self._echoes[index].text, "logprobs": known, "finish_reason": finish}
 
-def _choice(choice: Choice, tokenizer: Tokenizer) -> Json:
-    said = [one for event in choice.events for one in event.logprobs or ()]
-    known = None if choice.options["logprobs"] is None else _logprobs(said, tokenizer, 0)
-    return {"index": choice.index, "text": choice.text, "logprobs": known, "finish_reason": choice.finish}
+    def _add(self, one: Json, choice: Choice, said: Sequence[TokenLogprobs], *, ended: bool) -> None:
+        """The logprobs of what was generated. The end token is one of them: it was chosen, as all the others."""
+        if self._asked.logprobs is None:
+            return
+        last = choice.stats.end_logprobs if ended else None
+        known = self._known[choice.index].told([*said, *([] if last is None else [last])])
+        before = one["logprobs"] or {}
+        one["logprobs"] = {name: [*before.get(name, ()), *values] for name, values in known.items()}
 
+    def _line(self, one: Json) -> str:
+        counted = {"usage": None} if self._asked.tells_usage else {}
+        return stream.data({**self._head, "choices": [one], **counted})
 
-async def _pieces(
-    model: Model, asked: CompletionRequest, choices: Sequence[Choice], head: Json
-) -> AsyncGenerator[str]:
-    offsets = [0] * len(choices)
-    async with aclosing(merged(choices)) as events:
-        async for choice, event in events:
-            known = None
-            if event.logprobs is not None:
-                known = _logprobs(event.logprobs, model.tokenizer, offsets[choice.index])
-                offsets[choice.index] += sum(map(len, known["tokens"]))
-            finish = None if event.finish_reason is None else choice.finish
-            one = {"index": choice.index, "text": event.text, "logprobs": known, "finish_reason": finish}
-            yield stream.data({**head, "choices": [one], **({"usage": None} if asked.tells_usage else {})})
-    if asked.tells_usage:
-        counted = {"usage": usage(choices, asked.n), "timings": timings(choices)}
-        yield stream.data({**head, "choices": [], **counted})
-    yield stream.DONE
-
-
-def _logprobs(said: Sequence[TokenLogprobs], tokenizer: Tokenizer, offset: int) -> Json:
-    """offset: of the first token in the answer's text."""
-    texts = [tokenizer.decode([one.token]) for one in said]
-    return {
-        "tokens": texts,
-        "token_logprobs": [one.logprob for one in said],
-        "top_logprobs": [{tokenizer.decode([token]): value for token, value in one.top} for one in said],
-        "text_offset": [offset + sum(map(len, texts[:at])) for at in range(len(texts))],
-    }
+    def _counted(self) -> Json:
+        if self._choices:
+            return {"usage": usage(self._choices, self._asked.n), "timings": timings(self._choices)}
+        read = sum(len(echo.ids) for echo in self._echoes[:: self._asked.n])
+        details = {"prompt_tokens_details": {"cached_tokens": 0}}
+        return {"usage": {"prompt_tokens": read, "completion_tokens": 0, "total_tokens": read, **details}}

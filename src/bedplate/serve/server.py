@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -15,85 +16,115 @@ from bedplate.errors import BedplateError
 from bedplate.serve import stream
 from bedplate.serve.answers import Choice, start
 from bedplate.serve.catalog import Catalog, Model
-from bedplate.serve.errors import ApiError, of_bedplate
+from bedplate.serve.errors import ApiError, failed, of_bedplate
+from bedplate.serve.limits import Place, Places
 from bedplate.serve.live import Live
+from bedplate.serve.metrics import Metrics
 from bedplate.serve.settings import Settings
-from bedplate.serve.wire import first_problem
+from bedplate.serve.wire import Asking, first_problem
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _Result = TypeVar("_Result")
-MOST_BYTES = 8 << 20  # of a body
+HEADERS = "bedplate.headers"  # of a scope: what every answer to the request has
 
 
 class Ticket:
     """A request that may use the engine. It is given back when the answer has ended, or the client is gone.
 
-    key: fair shares are counted for it.
+    place: what it may use.
     """
 
-    def __init__(self, request: Request, key: str, held: AsyncExitStack) -> None:
-        self.key = key
-        self._request, self._held = request, held
+    def __init__(self, request: Request, place: Place, held: AsyncExitStack, ping: float) -> None:
+        self.place = place
+        self._request, self._held, self._ping = request, held, ping
 
     async def stream(self, lines: AsyncGenerator[str], choices: Sequence[Choice]) -> Response:
         """An answer as server-sent events. The ticket is held until they end.
 
         Raises what is wrong with the request, before anything is said.
         """
-        await start(choices)
-        for choice in choices:
-            self._held.callback(choice.session.cancel)
-        return stream.EventStream(_with_errors(lines), self._held.pop_all())
+        await self.whole(start(choices))
+        return stream.EventStream(_with_errors(lines), self._held.pop_all(), self._ping)
 
     async def whole(self, answer: Coroutine[Any, Any, _Result]) -> _Result:
         """Wait for an answer. If the client goes away, it is cancelled."""
-        answering = asyncio.ensure_future(answer)
-        gone = asyncio.ensure_future(_gone(self._request))
-        try:
-            await asyncio.wait([answering, gone], return_when=asyncio.FIRST_COMPLETED)
-            if not answering.done():
-                raise ClientDisconnect
-            return answering.result()
-        finally:
-            answering.cancel()
-            gone.cancel()
-            await asyncio.gather(answering, gone, return_exceptions=True)
+        return await _unless_gone(self._request, answer)
 
 
 class Server:
-    """What the routes need."""
+    """What the routes need.
 
-    def __init__(self, catalog: Catalog, settings: Settings) -> None:
-        self.catalog, self.settings = catalog, settings
+    draining: it is told to end: no request comes in any more.
+    """
+
+    def __init__(self, catalog: Catalog, settings: Settings, metrics: Metrics) -> None:
+        self.catalog, self.settings, self.places = catalog, settings, Places(settings)
         self.live = Live(catalog, settings)
         for base in catalog.bases:
             base.room.seconds = settings.memory_seconds
+        self.metrics = metrics
+        self.draining = False
+        self._unloaded: str | None = "The model is loading."
+
+    @property
+    def unready(self) -> str | None:
+        """Why a request is not answered at once, or not at all. None: it is."""
+        return "The server is about to stop." if self.draining else self._unloaded
+
+    async def load(self) -> None:
+        """Load what every request needs, so that the first one does not wait for it."""
+        try:
+            for base in self.catalog.bases:
+                await run_in_threadpool(base.load)
+            self._unloaded = None
+        except BedplateError as error:  # a request says it too
+            self._unloaded = of_bedplate(error).message
 
     @asynccontextmanager
-    async def ticket(self, request: Request, model: Model, user: str | None) -> AsyncIterator[Ticket]:
-        """A place for a request. ApiError: there is none."""
+    async def ticket(
+        self, request: Request, model: Model, asked: Asking, answers: int = 1
+    ) -> AsyncIterator[Ticket]:
+        """A place for a request that wants so many answers. It waits until there is one.
+
+        ApiError: it gets none.  ClientDisconnect: the client did not wait so long.
+        """
+        key = getattr(request.state, "key", None) or model.key
+        place = Place(model, key, asked, answers, self.settings)
         async with AsyncExitStack() as held:
+            with model.base.watch.waiting(model):
+                await _unless_gone(request, held.enter_async_context(self.places.place(place)))
             held.enter_context(model.base.watch.running(model))
-            yield Ticket(request, user or "", held)
+            request.scope.get(HEADERS, {}).update(self.places.headers(key))
+            yield Ticket(request, place, held, self.settings.ping)
 
 
 async def body_of(request: Request, kind: type[_Body]) -> _Body:
     """ApiError: it is too long, no JSON, or has a field that is not honoured."""
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MOST_BYTES:
-            raise ApiError(413, f"The body has more than {MOST_BYTES} bytes.")
     try:
-        return kind.model_validate_json(bytes(data))
+        return kind.model_validate_json(await request.body())
     except ValidationError as error:
         message, field = first_problem(error.errors(include_url=False, include_input=False))
         raise ApiError(400, message, param=field) from None
 
 
+async def _unless_gone(request: Request, awaited: Coroutine[Any, Any, _Result]) -> _Result:
+    """Wait for something. If the client goes away, it is cancelled."""
+    doing = asyncio.ensure_future(awaited)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait([doing, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise ClientDisconnect
+        return doing.result()
+    finally:
+        doing.cancel()
+        gone.cancel()
+        await asyncio.gather(doing, gone, return_exceptions=True)
+
+
 async def _gone(request: Request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.05)
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _with_errors(lines: AsyncGenerator[str]) -> AsyncGenerator[str]:
@@ -106,3 +137,5 @@ async def _with_errors(lines: AsyncGenerator[str]) -> AsyncGenerator[str]:
             yield stream.data(error.body())
         except BedplateError as error:
             yield stream.data(of_bedplate(error).body())
+        except Exception as error:
+            yield stream.data(failed(error).body())

@@ -11,7 +11,6 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-PING_SECONDS = 5.0  # proxies and clients give up where nothing comes for long, as while a long prompt is read
 DONE = "data: [DONE]\n\n"
 
 
@@ -22,15 +21,16 @@ def data(value: Any, event: str | None = None) -> str:
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events. Comments keep it open where nothing is said for some seconds.
+    """A response of server-sent events. Where nothing is said for `ping` seconds, as while a long prompt is read, it
+    sends a comment: proxies and clients give up where nothing comes for long.
 
     If the client goes away, the lines are closed at once. held: is closed after them, also if they never began.
     """
 
-    def __init__(self, lines: AsyncGenerator[str], held: AsyncExitStack) -> None:
+    def __init__(self, lines: AsyncGenerator[str], held: AsyncExitStack, ping: float) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         self._lines, self._held = lines, held
-        super().__init__(_pinged(lines), media_type="text/event-stream", headers=headers)
+        super().__init__(_pinged(lines, ping), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
@@ -40,13 +40,13 @@ class EventStream(StreamingResponse):
                 await self._lines.aclose()
 
 
-async def _pinged(lines: AsyncGenerator[str]) -> AsyncGenerator[str]:
+async def _pinged(lines: AsyncGenerator[str], seconds: float) -> AsyncGenerator[str]:
     following: asyncio.Future[str] | None = None
     try:
         while True:
             if following is None:
                 following = asyncio.ensure_future(anext(lines))
-            done, _ = await asyncio.wait([following], timeout=PING_SECONDS)
+            done, _ = await asyncio.wait([following], timeout=seconds)
             if not done:
                 yield ": ping\n\n"
                 continue

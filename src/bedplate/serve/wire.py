@@ -5,10 +5,11 @@ A field that is unknown, or has a value that is not honoured, is an error of 400
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Stop = Annotated[str, Field(max_length=1000)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -26,35 +27,48 @@ class Lora(Strict):
 
 
 class StreamOptions(Strict):
-    """include_usage: the last piece tells the tokens."""
+    """include_usage: the last piece tells the tokens.  include_obfuscation: there is none."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Asking(Strict):
     """What every request has that generates.
 
     model: the base, an adapter, or `base:adapter`.  lora: adapters, in place of the model's own.
-    user: fair shares are counted for it.  cache_salt: requests share cached keys and values only if it is the same.
+    user: fair shares are counted for it, among the requests of one API key.
+    timeout: seconds after which its answers end, if the server has no shorter limit.
+    cache_salt: requests share cached keys and values only if it is the same.
     """
 
     model: str
     lora: list[Lora] | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     cache_salt: str = ""
 
+    @property
+    def caller(self) -> str | None:
+        """Whose request it is, among those of one API key."""
+        return self.user
 
-class Sampled(Asking):
-    """What OpenAI's completions have. `top_k` and what follows have the names that vLLM gives them."""
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        """Null is what is not given: clients send it for what they leave alone."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+
+class Sampling(Asking):
+    """How tokens are chosen. `top_k` and what follows have the names that vLLM gives them."""
+
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    n: Annotated[int, Field(ge=1, le=128)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
@@ -64,10 +78,39 @@ class Sampled(Asking):
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
 
+
+class Sampled(Sampling):
+    """What OpenAI's completions of text and chat have."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stream_options: StreamOptions | None = None
+
     @property
     def tells_usage(self) -> bool:
         """Whether the last piece of a stream tells the tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+
+class Accepted(Asking):
+    """Fields that OpenAI's clients send, and that change nothing here. A value that would change something is refused.
+
+    metadata: it is for what is stored.  store: nothing is.  service_tier: there is one.  prompt_cache_key and
+    prompt_cache_retention: the cache goes by content, and is in memory.  safety_identifier: a `user`.
+    """
+
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory"] | None = None
+    safety_identifier: str | None = None
+
+    @property
+    def caller(self) -> str | None:
+        """Whose request it is, among those with the same key."""
+        return self.user if self.user is not None else self.safety_identifier
 
 
 def first_problem(problems: list[Any]) -> tuple[str, str | None]:

@@ -13,6 +13,7 @@ from bedplate.errors import AdapterError
 from bedplate.spec import ModelSpec, linear_shapes
 
 AGAIN = "copy or save the adapter again"
+_MOST_IN_A_BRANCH = 1e30  # leaves inputs and sums the last 10^8 of float32's range
 
 # A linear of a layer: (2, "self_attn.q_proj"). Of no layer: (None, "lm_head") and (None, "embed_tokens").
 Place = tuple[int | None, str]
@@ -129,7 +130,10 @@ class Adapter:
                 yield f"layers.{layer}.{linear}", a, b
 
     def check_range(self, where: Path) -> None:
-        """AdapterError: the scale times B is beyond float32 somewhere."""
+        """AdapterError: the scale times B is beyond float32 somewhere, or what B (A x) can be is close to it.
+
+        There, it depends on the order of operations which values overflow.
+        """
         for place, pair in self.pairs.items():
             folded = (folded_b(pair), *(() if pair.bias is None else (folded_bias(pair),)))
             if not all(np.isfinite(part).all() for part in folded):
@@ -138,6 +142,18 @@ class Adapter:
                     where=where,
                     hint=AGAIN,
                 )
+            if _greatest(pair) > _MOST_IN_A_BRANCH:
+                raise AdapterError(
+                    f"lora_A and lora_B of {module_of(place)} are too large for products in float32",
+                    where=where,
+                    hint=AGAIN,
+                )
+
+
+def _greatest(pair: LoraPair) -> float:
+    """No element of B A, with the scale in it, is larger."""
+    a, b = np.abs(pair.a).max(axis=1, initial=0), np.abs(folded_b(pair))
+    return float((b.astype(np.float64) @ a.astype(np.float64)).max(initial=0))
 
 
 def module_of(place: Place) -> str:

@@ -1,0 +1,185 @@
+"""The ingress: it takes requests, and passes each on to a replica that has its adapter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    WorkerCrashedError,
+)
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from bedplate.deploy.ray.forwarded import REPLICA, Call, Head, adapters_of
+from bedplate.deploy.ray.together import together
+from bedplate.serve import stream
+from bedplate.serve.errors import ApiError
+
+logger = logging.getLogger("bedplate.deploy")
+_LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError)
+_TRIES = 5
+_METRICS_SECONDS = 5.0
+
+
+_OF_ONE_REPLICA = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+
+class Ingress:
+    """The deployment that Ray's proxies call. base: what the base is called.  most: bytes of a body."""
+
+    def __init__(self, replicas: DeploymentHandle, base: str, most: int) -> None:
+        self._replicas, self._base, self._most = replicas, base, most
+
+    async def __call__(self, request: Request) -> Response:
+        path = request.scope["path"]
+        if path in _OF_ONE_REPLICA:
+            message = "Adapters come from the folder that the server was given: put it there, or remove it."
+            return _refusal(ApiError(403, message))
+        try:
+            body = await _body(request, self._most)
+        except ApiError as error:
+            return _refusal(error)
+        call = Call(
+            method=request.method,
+            path=path,
+            query=request.scope["query_string"],
+            headers=[(bytes(name), bytes(value)) for name, value in request.scope["headers"]],
+            client=request.scope.get("client"),
+            body=body,
+            adapters=adapters_of(body, self._base),
+        )
+        if path == "/metrics":
+            return await self._metrics(call)
+        return _Forwarded(self._replicas, call)
+
+    async def _metrics(self, call: Call) -> Response:
+        """Of all replicas that answer in time, each with a label."""
+        answers = self._replicas.broadcast("whole", call)
+        found = await answers.results_async(timeout_s=_METRICS_SECONDS, return_exceptions=True)
+        texts = dict[str, str]()
+        for answer in found:
+            if isinstance(answer, BaseException):
+                continue
+            head, body = answer
+            if head.status != 200:
+                return Response(
+                    body, head.status, {name.decode(): value.decode() for name, value in head.headers}
+                )
+            texts[dict(head.headers)[REPLICA].decode()] = body.decode()
+        return Response(together(texts), media_type=CONTENT_TYPE_LATEST)
+
+
+class _Forwarded(Response):
+    """The answer of a replica. If the replica is lost before it has begun to answer, another one is asked.
+
+    What keeps a stream open while nothing is said is no beginning.
+    """
+
+    def __init__(self, replicas: DeploymentHandle, call: Call) -> None:
+        super().__init__()
+        self._replicas, self._call = replicas, call
+        self._head: Head | None = None  # that was sent
+        self._begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        for left in reversed(range(_TRIES)):
+            try:
+                await self._pass_on(send)
+                return
+            except _LOST as error:
+                logger.warning("A replica is lost: %s", type(error).__name__)
+                lost = ApiError(
+                    503, "The replica that answers is lost.", kind="server_error", code="replica_lost"
+                )
+                if self._begun or left == 0:
+                    await self._fail(lost, scope, receive, send)
+                    return
+            except BackPressureError:
+                full = ApiError(
+                    429, "Too many requests wait.", kind="rate_limit_error", headers={"Retry-After": "1"}
+                )
+                await self._fail(full, scope, receive, send)
+                return
+            except DeploymentUnavailableError:
+                await self._fail(
+                    ApiError(503, "No replica can run.", kind="server_error"), scope, receive, send
+                )
+                return
+
+    async def _pass_on(self, send: Send) -> None:
+        head: Head | None = None
+        async with aclosing(self._parts()) as parts:
+            async for part in parts:
+                if isinstance(part, Head):
+                    head = part
+                    continue
+                assert head is not None, "it comes first"
+                await self._open(head, send)
+                self._begun = self._begun or not part.startswith(b":")
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        if head is not None:
+            await self._open(head, send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _parts(self) -> AsyncGenerator[Head | bytes]:
+        adapter = self._call.adapters[0] if self._call.adapters else ""
+        handle = self._replicas.options(stream=True, multiplexed_model_id=adapter)
+        answer = handle.respond.remote(self._call)
+        try:
+            async for part in answer:
+                yield part
+        finally:
+            answer.cancel()  # if it has ended, this does nothing
+
+    async def _open(self, head: Head, send: Send) -> None:
+        if self._head is None:
+            self._head = head
+            await send({"type": "http.response.start", "status": head.status, "headers": head.headers})
+
+    async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._head is None:
+            await _refusal(error)(scope, receive, send)
+            return
+        is_stream = any(value.startswith(b"text/event-stream") for name, value in self._head.headers)
+        if not is_stream:
+            raise ConnectionError(error.message)  # the client sees that the answer is not complete
+        event = _error_event(self._call.path, error)
+        await send({"type": "http.response.body", "body": event.encode(), "more_body": False})
+
+
+def _refusal(error: ApiError) -> Response:
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+def _error_event(path: str, error: ApiError) -> str:
+    """An error that comes after the status, as the API of a path says it."""
+    if path.endswith("/messages"):
+        said: dict[str, Any] = {"type": "api_error", "message": error.message}
+        return stream.data({"type": "error", "error": said}, "error")
+    if path.endswith("/responses"):
+        said = {"type": "error", "code": error.code, "message": error.message, "param": None}
+        return stream.data(said, "error")
+    return stream.data(error.body())
+
+
+async def _body(request: Request, most: int) -> bytes:
+    data = bytearray()
+    try:
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > most:
+                raise ApiError(413, f"The body has more than {most} bytes.", code="body_too_large")
+    except ClientDisconnect:
+        raise ApiError(499, "The client is gone.") from None  # nobody reads it
+    return bytes(data)

@@ -1,0 +1,189 @@
+"""A replica: the foundation, some adapters, and the application of `bedplate serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from pathlib import Path
+
+from ray import serve
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import bedplate
+from bedplate.deploy.adapter_store import AdapterStore, Found
+from bedplate.deploy.catalog import HELD, StoreCatalog
+from bedplate.deploy.listing import Listing
+from bedplate.deploy.node_bundle import cache_folder, local_bundle, name_of, own_view
+from bedplate.deploy.ray.forwarded import ADAPTERS, REPLICA, Call, Head, answered
+from bedplate.deploy.ray.options import RayOptions
+from bedplate.deploy.shelf import Shelf
+from bedplate.errors import AdapterError, BedplateError, CheckpointError, UnsupportedError
+from bedplate.serve.app import create_app
+from bedplate.serve.catalog import Base
+from bedplate.serve.errors import ApiError, of_bedplate
+
+_TRIES = 5
+
+
+class Replica:
+    """The deployment. Its adapters are Ray's multiplexed models, so that Ray knows which replica has which."""
+
+    async def __init__(self, options: RayOptions) -> None:  # type: ignore[misc]  # Ray awaits it
+        self._options = options
+        self._held = AsyncExitStack()
+        bundle = await run_in_threadpool(self._open)
+        engine = bedplate.Engine(bundle, **options.engine())
+        await run_in_threadpool(engine.load)
+        self._shelf = Shelf(bundle, engine)
+        self._store = None
+        if options.adapters is not None:
+            self._store = await run_in_threadpool(AdapterStore, options.adapters, options.storage)
+        self._listing = Listing(
+            self._store, self._shelf.own, every=options.refresh_seconds, stale=options.stale_seconds
+        )
+        await self._listing.look()
+        base = Base(options.name or name_of(options.bundle), engine)
+        self._app = create_app([base], options.server(), self._catalog)
+        self._app.user_middleware.append(Middleware(_WithAdapters, self))  # after those that check keys
+        await self._held.enter_async_context(self._app.router.lifespan_context(self._app))
+        following = asyncio.create_task(self._listing.follow(self._drop_removed))
+        self._held.callback(following.cancel)
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._broken: dict[str, tuple[str, BedplateError]] = {}  # stamp and error
+        self._residents: set[str] = set()
+
+        async def load(name: str) -> _Resident:
+            await self._put(name)
+            return _Resident(self._shelf, name, self._residents)
+
+        self._load = serve.multiplexed(max_num_models_per_replica=options.adapters_per_replica)(load)
+
+    def _open(self) -> bedplate.Bundle:
+        cache = cache_folder(self._options.cache)
+        folder = local_bundle(self._options.bundle, cache, self._options.storage)
+        return self._held.enter_context(own_view(folder, cache))
+
+    def _catalog(self, bases: Sequence[Base]) -> StoreCatalog:
+        own = sorted(self._shelf.own)
+        return StoreCatalog(
+            bases[0], own, self._listing, url=self._options.bundle, store_url=self._options.adapters
+        )
+
+    async def __del__(self) -> None:
+        await self._held.aclose()
+
+    async def respond(self, call: Call) -> AsyncGenerator[Head | bytes]:
+        """The answer to a request: its head, with who answers, and then its body as it comes."""
+        own = (REPLICA, serve.get_replica_context().replica_id.unique_id.encode())
+        async with aclosing(answered(self._app, call)) as answer:
+            async for part in answer:
+                yield Head(part.status, [*part.headers, own]) if isinstance(part, Head) else part
+
+    async def whole(self, call: Call) -> tuple[Head, bytes]:
+        """The answer to a request, at once."""
+        head, *body = [part async for part in self.respond(call)]
+        assert isinstance(head, Head), "it comes first"
+        return head, b"".join(part for part in body if isinstance(part, bytes))
+
+    @asynccontextmanager
+    async def holding(self, names: Sequence[str]) -> AsyncIterator[dict[str, str]]:
+        """What names of adapters mean, as names in the bundle, which can be used while the block runs. Names that mean
+        nothing are left out.
+        """
+        meant: dict[str, str] = {}
+        async with AsyncExitStack() as held:
+            for name in names:
+                if name in self._shelf.own or await self._listing.get(name) is not None:
+                    meant[name] = await self._hold(name, held)
+            yield meant
+
+    async def _hold(self, name: str, held: AsyncExitStack) -> str:
+        for _ in range(_TRIES):
+            await self._load(name)
+            await self._put(name)  # it may have changed since it was loaded
+            if name not in self._residents:  # others have taken its place meanwhile
+                self._shelf.drop(name)
+            elif (local := held.enter_context(self._shelf.hold(name))) is not None:
+                return local
+        raise ApiError(503, "Too many adapters are asked for at once.", headers={"Retry-After": "1"})
+
+    async def _put(self, name: str) -> None:
+        """Have the adapter of the store in the bundle, in its present version."""
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            found = await self._listing.get(name)
+            if found is None or self._shelf.stamp(name) == found.stamp:
+                return
+            stamp, error = self._broken.get(name, ("", None))
+            if error is not None and stamp == found.stamp:
+                raise error
+            try:
+                self._listing.learn(await run_in_threadpool(self._fetch, name))
+                self._broken.pop(name, None)
+            except (AdapterError, CheckpointError, UnsupportedError) as error:
+                self._broken[name] = found.stamp, error
+                raise
+
+    def _fetch(self, name: str) -> Found:
+        assert self._store is not None
+        with tempfile.TemporaryDirectory(dir=cache_folder(self._options.cache), prefix=".fetch-") as folder:
+            found = self._store.fetch(name, Path(folder))
+            if self._shelf.stamp(name) != found.stamp:
+                self._shelf.put(name, Path(folder), found.stamp)
+        return found
+
+    def _drop_removed(self) -> None:
+        for name in self._shelf.names:
+            if name not in self._listing.found:
+                self._shelf.drop(name)
+
+
+class _Resident:
+    """An adapter that Ray keeps."""
+
+    def __init__(self, shelf: Shelf, name: str, residents: set[str]) -> None:
+        self._shelf, self._name, self._residents = shelf, name, residents
+        residents.add(name)
+        self._kept = True
+
+    def __del__(self) -> None:
+        """Ray calls it when it no longer keeps the adapter, and Python calls it again."""
+        if self._kept:
+            self._kept = False
+            self._residents.discard(self._name)
+            self._shelf.drop(self._name)
+
+
+class _WithAdapters:
+    """Middleware: a request runs when its adapters are there, and they stay until it has ended."""
+
+    def __init__(self, app: ASGIApp, replica: Replica) -> None:
+        self._app, self._replica = app, replica
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        names: list[str] = scope.get(ADAPTERS, [])
+        try:
+            async with self._replica.holding(names) as held:
+                before = HELD.set(held)
+                try:
+                    await self._app(scope, receive, send)
+                finally:
+                    HELD.reset(before)
+        except (ApiError, BedplateError) as error:  # the application handles its own
+            said = _said(error)
+            response = JSONResponse(said.body(), status_code=said.status, headers=said.headers)
+            await response(scope, receive, send)
+
+
+def _said(error: ApiError | BedplateError) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, (AdapterError, CheckpointError, UnsupportedError)):
+        return ApiError(
+            400, f"The adapter cannot be used: {error.what}", param="model", code="broken_adapter"
+        )
+    return of_bedplate(error)

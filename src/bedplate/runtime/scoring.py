@@ -1,0 +1,39 @@
+"""How likely the tokens of a given text are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+from bedplate import _native
+from bedplate.runtime.held import Held
+from bedplate.runtime.request import TokenLogprobs
+from bedplate.runtime.steps import Part, chunks, compute
+from bedplate.runtime.weights import Weights
+
+_ROWS = 64  # whose logits are computed at once: those of many positions take much memory
+
+
+def scored(
+    held: Held,
+    weights: Weights,
+    ids: Sequence[int],
+    top: int,
+    *,
+    turn: Callable[[], AbstractContextManager[object]],
+    reserve: Callable[[Sequence[tuple[_native.Kv, int, int]]], None],
+) -> Iterator[TokenLogprobs]:
+    """Of each token but the first, which nothing comes before. Others have turns between the chunks of a text.
+
+    held: nothing else uses it. It holds the text in the end.
+    """
+    held.clear(weights, len(ids))
+    for chunk in chunks(ids, _ROWS):
+        begin = len(held.tokens)
+        with turn():
+            reserve([(held.computing, begin, begin + len(chunk))])
+            logits = compute([Part(held, weights, chunk, wanted=len(chunk))])
+            held.append(weights, chunk)
+        for row, token in enumerate(ids[begin + 1 : begin + 1 + len(chunk)]):
+            logprob, likeliest = logits.log_probabilities(row, token, top)
+            yield TokenLogprobs(token, logprob, tuple(likeliest))

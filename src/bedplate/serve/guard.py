@@ -1,0 +1,156 @@
+"""What stands before all routes: who may come in, how long and how much a client may send, and what is said and
+logged when a route fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bedplate.serve.errors import ApiError, failed
+from bedplate.serve.keys import key_in
+from bedplate.serve.server import HEADERS, Server
+
+_PROBES = ("/health", "/ready")
+_PAGE = "/page/"  # its files hold no secret: the page itself asks for a key
+
+
+class Guard:
+    """ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, server: Server) -> None:
+        self._app, self._server = app, server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope[HEADERS] = {}
+        said = _Said(scope, send)
+        try:
+            self._check(scope)
+            await self._app(scope, _Body(receive, self._server.settings).receive, said.send)
+        except ApiError as error:
+            await said.error(error)
+        except asyncio.CancelledError:
+            if not self._server.draining:
+                raise
+            await said.error(_stops())
+        except Exception as error:
+            await said.error(failed(error))
+
+    def _check(self, scope: Scope) -> None:
+        """ApiError: this request may not come in."""
+        headers, path, settings = Headers(scope=scope), scope["path"], self._server.settings
+        _check_site(headers, self._server)
+        if path in _PROBES:
+            return
+        if self._server.draining:
+            raise _stops()
+        if settings.keys is not None and path != "/" and not path.startswith(_PAGE):
+            given = key_in(scope["headers"])
+            name = None if given is None else settings.keys.name_of(given)
+            if name is None:
+                raise _no_key(given)
+            scope.setdefault("state", {})["key"] = name
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > settings.max_body:
+            raise _too_long(settings.max_body)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether it is a name or an address of this machine that no other one reaches."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _check_site(headers: Headers, server: Server) -> None:
+    """A page of another site must not use a server that its reader's browser reaches."""
+    settings, host = server.settings, headers.get("host", "")
+    if "*" in settings.allow_origins:
+        return
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != host and origin not in settings.allow_origins:
+        raise ApiError(403, "Pages of other sites may not use this server.", code="origin_not_allowed")
+    # Whoever owns a name can let it mean this machine: then their page has the same origin.
+    if settings.keys is None and is_loopback(settings.host):
+        name = urlsplit(f"//{host}").hostname or ""
+        known = {urlsplit(one).hostname for one in settings.allow_origins}
+        if not is_loopback(name) and name not in known:
+            raise ApiError(
+                403, "This server is not known by the name of the request.", code="host_not_allowed"
+            )
+
+
+class _Body:
+    """What the client sends. ApiError: it is too long, or comes too slowly."""
+
+    def __init__(self, receive: Receive, settings: Any) -> None:
+        self._receive, self._most = receive, settings.max_body
+        self._until = asyncio.get_running_loop().time() + settings.client_timeout
+        self._count, self._whole = 0, False
+
+    async def receive(self) -> Message:
+        if self._whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            close = {"Connection": "close"}
+            raise ApiError(408, "The body of the request came too slowly.", headers=close) from None
+        self._count += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        if self._count > self._most:
+            raise _too_long(self._most)
+        return message
+
+
+class _Said:
+    """What the client is told."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._scope, self._send, self._begun = scope, send, False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._begun = True
+            more = [(name.encode(), value.encode()) for name, value in self._scope[HEADERS].items()]
+            message = {**message, "headers": [*message.get("headers", ()), *more]}
+        await self._send(message)
+
+    async def error(self, error: ApiError) -> None:
+        """If something has been said, the answer just breaks off: the client must not take it for a whole one."""
+        if self._begun:
+            return
+        body = json.dumps(error.body()).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+        encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await self.send({"type": "http.response.start", "status": error.status, "headers": encoded})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def _stops() -> ApiError:
+    headers = {"Retry-After": "5", "Connection": "close"}
+    return ApiError(
+        503, "The server is about to stop.", kind="server_error", code="stopping", headers=headers
+    )
+
+
+def _no_key(given: bytes | None) -> ApiError:
+    message = (
+        "There is no API key: send it as `Authorization: Bearer KEY`." if given is None else "Wrong API key."
+    )
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _too_long(most: int) -> ApiError:
+    return ApiError(413, f"The body has more than {most} bytes.", code="body_too_large")

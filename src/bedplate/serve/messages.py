@@ -1,0 +1,226 @@
+"""Anthropic's `/v1/messages` and `/v1/messages/count_tokens`, for text."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, suppress
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from bedplate.errors import BedplateError
+from bedplate.serve import stream
+from bedplate.serve.answers import timings, usage
+from bedplate.serve.api import GENERATES, JSON, SSE, UNKNOWN_MODEL, Api
+from bedplate.serve.as_chat import named
+from bedplate.serve.chat import Answer, Chat, Delta, count
+from bedplate.serve.described import AnthropicError, MessageBegun, TokenCount
+from bedplate.serve.errors import ApiError, of_bedplate
+from bedplate.serve.messages_request import NAMES, Conversation, MessagesRequest, as_chat, counted
+from bedplate.serve.server import Server, body_of
+from bedplate.serve.tools import CallPiece
+
+Json = dict[str, Any]
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def routes(server: Server) -> list[Api]:
+    async def answer(request: Request) -> Response:
+        return await _in_its_words(request, lambda: _answer(server, request))
+
+    async def tell_count(request: Request) -> Response:
+        return await _in_its_words(request, lambda: _count(server, request))
+
+    return [
+        Api(
+            "POST",
+            "/v1/messages",
+            answer,
+            "An answer to a conversation, in the words of Anthropic's Messages",
+            body=MessagesRequest,
+            said=MessageBegun,
+            media=(JSON, SSE),
+            errors={400, 413, *GENERATES},
+            fault=AnthropicError,
+        ),
+        Api(
+            "POST",
+            "/v1/messages/count_tokens",
+            tell_count,
+            "How many tokens a conversation has",
+            body=Conversation,
+            said=TokenCount,
+            errors={400, 413, *UNKNOWN_MODEL},
+            fault=AnthropicError,
+        ),
+    ]
+
+
+async def _in_its_words(request: Request, answer: Callable[[], Awaitable[Response]]) -> Response:
+    """An answer, or an error as Anthropic says it. Both have an id."""
+    id = f"req_{uuid.uuid4().hex}"
+    try:
+        with named(NAMES):
+            response = await answer()
+    except ApiError as error:
+        response = _refused(error, id)
+    except BedplateError as error:
+        response = _refused(of_bedplate(error), id)
+    response.headers["request-id"] = id
+    return response
+
+
+def _refused(error: ApiError, id: str) -> Response:
+    body = {**_error(error), "request_id": id}
+    return JSONResponse(body, status_code=error.status, headers=error.headers)
+
+
+def _error(error: ApiError) -> Json:
+    other = "api_error" if error.status >= 500 else "invalid_request_error"
+    return {"type": "error", "error": {"type": _KINDS.get(error.status, other), "message": error.message}}
+
+
+async def _answer(server: Server, request: Request) -> Response:
+    asked = await body_of(request, MessagesRequest)
+    model = server.catalog.find(asked.model, asked.lora)
+    async with server.ticket(request, model, asked) as ticket:
+        chat = Chat(model, as_chat(asked), ticket.place)
+        if asked.stream:
+            return await ticket.stream(_Told(asked, chat).lines(), chat.choices)
+        (answered,) = await ticket.whole(chat.answers())
+        ended = {**_stopped(chat, answered.finish), "usage": _usage(chat), "timings": timings(chat.choices)}
+        return JSONResponse({**_head(asked), "content": _content(answered), **ended})
+
+
+async def _count(server: Server, request: Request) -> Response:
+    asked = await body_of(request, Conversation)
+    model = server.catalog.find(asked.model, asked.lora)
+    return JSONResponse({"input_tokens": await run_in_threadpool(count, model, counted(asked))})
+
+
+def _head(asked: MessagesRequest) -> Json:
+    """What is known before the answer begins."""
+    return {
+        "id": f"msg_{uuid.uuid4().hex}",
+        "type": "message",
+        "role": "assistant",
+        "model": asked.model,
+        "content": [],
+        "container": None,
+        "stop_details": None,
+        "stop_reason": None,
+        "stop_sequence": None,
+    }
+
+
+def _usage(chat: Chat) -> Json:
+    """Tokens that the cache had are not among the input's."""
+    found = usage(chat.choices, 1)
+    cached = found["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": found["prompt_tokens"] - cached,
+        "output_tokens": found["completion_tokens"],
+        "cache_creation": None,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+        "inference_geo": None,
+        "server_tool_use": None,
+        "service_tier": "standard",
+    }
+
+
+def _stopped(chat: Chat, finish: str) -> Json:
+    """Why an answer has ended."""
+    by = chat.choices[0].stats.stopped_by
+    reasons = {"length": "max_tokens", "tool_calls": "tool_use"}
+    reason = "stop_sequence" if isinstance(by, str) else "end_turn"
+    return {"stop_reason": reasons.get(finish, reason), "stop_sequence": by if isinstance(by, str) else None}
+
+
+def _content(answer: Answer) -> list[Json]:
+    blocks = [{"type": "text", "text": answer.text, "citations": None}] if answer.text else []
+    for one in answer.calls:
+        with suppress(ValueError):  # it was cut: no call that could be made
+            blocks.append(_tool_use(one.id, one.name, json.loads(one.arguments)))
+    return blocks
+
+
+def _tool_use(id: str, name: str, input: Json) -> Json:
+    return {"type": "tool_use", "id": id, "name": name, "input": input}
+
+
+class _Told:
+    """A message that is told in events. Text and each call are a block: one is open at a time."""
+
+    def __init__(self, asked: MessagesRequest, chat: Chat) -> None:
+        self._asked, self._chat = asked, chat
+        self._index = -1
+        self._open: str | None = None
+        self._position: int | None = None  # of the call that is open
+
+    async def lines(self) -> AsyncGenerator[str]:
+        head = {**_head(self._asked), "usage": {**_usage(self._chat), "output_tokens": 0}}
+        yield _say("message_start", message=head)
+        yield _say("ping")
+        finish = "stop"
+        try:
+            async with aclosing(self._chat.deltas()) as deltas:
+                async for delta in deltas:
+                    finish = delta.finish or finish
+                    for line in self._told(delta):
+                        yield line
+        except ApiError as error:
+            yield stream.data(_error(error), "error")
+            return
+        except BedplateError as error:
+            yield stream.data(_error(of_bedplate(error)), "error")
+            return
+        for line in self._closed():
+            yield line
+        stopped = {**_stopped(self._chat, finish), "container": None, "stop_details": None}
+        yield _say("message_delta", delta=stopped, usage=_usage(self._chat))
+        yield _say("message_stop")
+
+    def _told(self, delta: Delta) -> Iterator[str]:
+        if delta.text:
+            if self._open != "text":
+                yield from self._opened({"type": "text", "text": "", "citations": None})
+            yield self._piece({"type": "text_delta", "text": delta.text})
+        if delta.call is not None:
+            yield from self._called(delta.call)
+
+    def _called(self, piece: CallPiece) -> Iterator[str]:
+        if self._position != piece.position:
+            yield from self._opened(_tool_use(piece.id, piece.name or "", {}))
+            self._position = piece.position
+        if piece.arguments:
+            yield self._piece({"type": "input_json_delta", "partial_json": piece.arguments})
+
+    def _opened(self, block: Json) -> Iterator[str]:
+        yield from self._closed()
+        self._index += 1
+        self._open = block["type"]
+        yield _say("content_block_start", index=self._index, content_block=block)
+
+    def _closed(self) -> Iterator[str]:
+        if self._open is not None:
+            self._open, self._position = None, None
+            yield _say("content_block_stop", index=self._index)
+
+    def _piece(self, delta: Json) -> str:
+        return _say("content_block_delta", index=self._index, delta=delta)
+
+
+def _say(event: str, **fields: Any) -> str:
+    return stream.data({"type": event, **fields}, event)

@@ -1,0 +1,178 @@
+"""A request on its way to a replica and back, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import aclosing
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from bedplate.deploy.ray.forwarded import Call, Head, adapters_of, answered
+from bedplate.deploy.ray.options import RayOptions
+from bedplate.deploy.ray.router import AdapterRouter
+from bedplate.deploy.ray.together import together
+
+CALL = Call("POST", "/echo", b"a=1", [(b"x-own", b"yes")], ("127.0.0.1", 1), b'{"b": 2}', [])
+
+
+@pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        ({"model": "toy"}, []),
+        ({"model": "sql"}, ["sql"]),
+        ({"model": "toy:sql"}, ["sql"]),
+        ({"model": "toy:a:b"}, ["a:b"]),
+        ({"model": "sql", "lora": [{"id": "a", "scale": 0.5}, {"id": "b"}]}, ["a", "b"]),
+        ({"model": "sql", "lora": []}, []),
+        ({"model": "sql", "lora": None}, ["sql"]),
+        ({"model": 5}, []),
+        ({"model": "toy", "lora": ["a", {"id": 5}, {"id": ""}]}, []),
+        ([], []),
+    ],
+)
+def test_the_adapters_of_a_body(body: Any, names: list[str]) -> None:
+    assert adapters_of(json.dumps(body).encode(), "toy") == names
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_the_body_is_no_json(body: bytes) -> None:
+    assert adapters_of(body, "toy") == []
+
+
+def test_an_answer() -> None:
+    async def echo(request: Request) -> Response:
+        said = {**await request.json(), **request.query_params, "own": request.headers["x-own"]}
+        return JSONResponse(said, status_code=418)
+
+    async def run() -> list[Head | bytes]:
+        app = Starlette(routes=[Route("/echo", echo, methods=["POST"])])
+        return [part async for part in answered(app, CALL)]
+
+    head, *body = asyncio.run(run())
+    assert (
+        isinstance(head, Head)
+        and head.status == 418
+        and (b"content-type", b"application/json") in head.headers
+    )
+    assert [json.loads(part) for part in body if isinstance(part, bytes)] == [
+        {"b": 2, "a": "1", "own": "yes"}
+    ]
+
+
+def test_a_reader_that_leaves_cancels_the_application() -> None:
+    ended: list[str] = []
+
+    async def endless(request: Request) -> Response:
+        async def lines() -> Any:
+            try:
+                while True:
+                    yield "line\n"
+                    await asyncio.sleep(0)
+            finally:
+                ended.append("lines")
+
+        return StreamingResponse(lines())
+
+    async def run() -> None:
+        app = Starlette(routes=[Route("/echo", endless, methods=["POST"])])
+        async with aclosing(answered(app, CALL)) as parts:
+            async for part in parts:
+                if part == b"line\n":
+                    break
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(run())
+    assert ended == ["lines"]
+
+
+def test_an_application_that_fails() -> None:
+    async def fails(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ZeroDivisionError
+
+    async def run() -> None:
+        async for _ in answered(fails, CALL):
+            raise AssertionError("it says nothing")
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(run())
+
+
+def chosen(name: str, replicas: dict[str, tuple[int, set[str]]], spill: int = 4) -> list[list[str]]:
+    """What the router prefers. replicas: how many requests each has, and which adapters."""
+    known = {one: count for one, (count, _) in replicas.items()}
+    router = AdapterRouter.__new__(AdapterRouter)
+    router.initialize_state(spill=spill)
+    router._replica_queue_len_cache = SimpleNamespace(get=known.get)
+    candidates = [
+        SimpleNamespace(replica_id=_Id(one), multiplexed_model_ids=adapters)
+        for one, (_, adapters) in replicas.items()
+    ]
+    metadata = SimpleNamespace(multiplexed_model_id=name)
+    pending = SimpleNamespace(metadata=metadata, routing_context=SimpleNamespace(should_backoff=False))
+    ranks = asyncio.run(router.choose_replicas(candidates, pending))
+    assert pending.routing_context.should_backoff
+    return [[one.replica_id.unique_id for one in rank] for rank in ranks]
+
+
+class _Id(str):
+    @property
+    def unique_id(self) -> str:
+        return str(self)
+
+
+def test_the_router_prefers_who_has_the_adapter() -> None:
+    none: set[str] = set()
+    assert chosen("sql", {"a": (0, none), "b": (3, {"sql"}), "c": (0, {"chat"})})[0] == ["b"]
+    assert chosen("sql", {"a": (0, none), "b": (4, {"sql"})}) == [["a"], ["b"], ["a"]]
+    assert chosen("sql", {"a": (3, none), "b": (4, {"sql"}), "c": (9, {"sql"})})[0] in (
+        ["b", "c"],
+        ["c", "b"],
+    )
+    assert sorted(chosen("", {"a": (0, none), "b": (9, {"sql"})})[0]) == ["a", "b"]
+
+
+def test_an_adapter_that_nobody_has_goes_where_its_name_says() -> None:
+    replicas = {one: (0, set[str]()) for one in "abcd"}
+    homes = {name: chosen(name, replicas)[0] for name in map(str, range(40))}
+    assert {one for home in homes.values() for one in home} == set("abcd")
+    del replicas["a"]
+    after = {name: chosen(name, replicas)[0] for name in homes}
+    assert all(after[name] == home for name, home in homes.items() if home != ["a"])
+
+
+def test_metrics_of_replicas() -> None:
+    text = (
+        "# HELP bedplate:tokens_total Tokens.\n# TYPE bedplate:tokens_total counter\n"
+        'bedplate:tokens_total{{of="a"}} {}.0\n'
+    )
+    said = together({"one": text.format(1), "two": text.format(2)}).decode()
+    assert said.splitlines() == [
+        "# HELP bedplate:tokens_total Tokens.",
+        "# TYPE bedplate:tokens_total counter",
+        'bedplate:tokens_total{of="a",replica="one"} 1.0',
+        'bedplate:tokens_total{of="a",replica="two"} 2.0',
+    ]
+    assert together({}) == b""
+
+
+def test_options() -> None:
+    options = RayOptions.model_validate({"bundle": "b", "replicas": "2", "settings": {"max_tokens": 5}})
+    assert options.replicas == 2 and options.server().max_tokens == 5
+    for wrong in (
+        {"replicas": 0},
+        {"bundles": "b"},
+        {"replicas": 3, "max_replicas": 2},
+        {"settings": {"host": "127.0.0.1"}},
+        {"settings": {"most_tokens": 5}},
+    ):
+        with pytest.raises(ValidationError):
+            RayOptions.model_validate({"bundle": "b", **wrong})

@@ -1,0 +1,306 @@
+"""What stands before the routes: keys, other sites, bodies that are none, failures, bad clients beside good ones."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from live import Live, running
+from raw import ask, chat, open_request, wait_until
+
+import bedplate
+from bedplate.errors import BedplateError
+from bedplate.runtime.engine import resident_bytes
+from bedplate.runtime.template_guard import Templates
+from bedplate.serve.answers import Choice
+from bedplate.serve.keys import Keys
+from bedplate.serve.limits import Place
+from bedplate.serve.settings import Settings
+
+MARK = "zanzibar"  # stands in prompts, and must stand in no log
+
+
+@pytest.fixture(scope="module")
+def live(toy_bundle: bedplate.Bundle) -> Iterator[Live]:
+    limits = Settings(max_body=100_000, client_timeout=1.0, allow_origins=("https://page.example",))
+    with running({"toy": toy_bundle}, limits) as live:
+        yield live
+
+
+@pytest.mark.parametrize(
+    ("lines", "names"),
+    [
+        (
+            ["a", "", "# b", "c=d", "abc=="],
+            {b"a": "key1", b"d": "c", b"abc==": "key5", b"c=d": None, b"": None},
+        ),
+        ([" name=k=e=y "], {b"k=e=y": "name"}),
+    ],
+)
+def test_names_of_keys(lines: list[str], names: dict[bytes, str | None]) -> None:
+    keys = Keys.of(lines)
+    assert {key: keys.name_of(key) for key in names} == names
+
+
+@pytest.mark.parametrize("lines", [[], ["# none"], ["a=x", "a=y"], ["a b"], ["ä"]])
+def test_keys_that_are_none(lines: list[str], tmp_path: Path) -> None:
+    with pytest.raises(BedplateError, match="API key"):
+        Keys.of(lines)
+    with pytest.raises(BedplateError, match="cannot be read"):
+        Keys.of_file(tmp_path / "none")
+
+
+def test_a_key_is_needed(toy_bundle: bedplate.Bundle) -> None:
+    with running({"toy": toy_bundle}, Settings(keys=Keys.of(["one=secret", "two=other"]))) as live:
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"x-api-key": ""},
+            {"Authorization": "secret"},
+        ):
+            said = ask(live.address, path="/v1/models", headers=headers)
+            assert said.status == 401 and said.error["code"] == "invalid_api_key"
+        assert ask(live.address, path="/health").status == 200
+        for headers in ({"Authorization": "Bearer secret"}, {"x-api-key": "other"}):
+            assert ask(live.address, path="/v1/models", headers=headers).status == 200
+        keys, place = list[str](), live.server.places.place
+
+        def kept(one: Place) -> AbstractAsyncContextManager[None]:
+            keys.append(one.key)
+            return place(one)
+
+        live.server.places.place = kept  # type: ignore[method-assign,assignment]
+        ask(live.address, chat(max_tokens=1), headers={"Authorization": "Bearer secret"})
+        assert keys == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "evil.example:8080", "Origin": "http://evil.example:8080"}, 403),
+        ({"Host": "localhost:1"}, 200),
+        ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
+        ({"Host": "localhost:1", "Origin": "http://localhost:2"}, 403),
+        ({"Host": "page.example"}, 200),
+        ({"Origin": "https://page.example"}, 200),
+    ],
+)
+def test_pages_of_other_sites(live: Live, headers: dict[str, str], status: int) -> None:
+    said = ask(live.address, path="/v1/models", headers=headers)
+    assert said.status == status
+    if "page" in headers.get("Origin", ""):
+        assert said.headers["access-control-allow-origin"] == "https://page.example"
+    else:
+        assert "access-control-allow-origin" not in said.headers
+
+
+def test_other_names_are_fine_with_a_key_or_beyond_loopback(toy_bundle: bedplate.Bundle) -> None:
+    with running({"toy": toy_bundle}, Settings(keys=Keys.of(["secret"]))) as live:
+        headers = {"Host": "some.example", "x-api-key": "secret"}
+        assert ask(live.address, path="/v1/models", headers=headers).status == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{", 400),
+        (b"", 400),
+        (b"\xff\xfe", 400),
+        (b"[" * 50_000, 400),
+        (
+            b'{"model": "all", "messages": [{"role": "user", "content": "x", "more": '
+            + b"[" * 90
+            + b"]" * 90
+            + b"}]}",
+            400,
+        ),
+        (json.dumps(chat()).encode()[:-1] + b', "max_tokens": ' + b"9" * 5000 + b"}", 400),
+        (json.dumps(chat(seed=1e308)).encode(), 400),
+        (json.dumps(chat(temperature=float("nan"))).encode(), 400),
+        (b'{"model": "all", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
+        (b" " * 100_001, 413),
+    ],
+)
+def test_bodies_that_are_none(live: Live, body: bytes, status: int) -> None:
+    said = ask(live.address, body)
+    assert said.status == status and said.error["message"]
+
+
+def _rest(made: socket.socket) -> bytes:
+    """What the server says until it closes the connection."""
+    said = b""
+    with suppress(ConnectionResetError):
+        while piece := made.recv(65536):
+            said += piece
+    return said
+
+
+def _raw(address: str, data: bytes) -> bytes:
+    """What the server says to it. Nothing: it closed the connection."""
+    to = urlsplit(address)
+    with socket.create_connection((to.hostname, to.port or 0), timeout=10) as made:
+        try:
+            made.sendall(data)
+        except (ConnectionResetError, BrokenPipeError):
+            return b""
+        return _rest(made)
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "answer"),
+    [
+        (b"nonsense\r\n\r\n", b"400"),
+        (b"GET / HTTP/9.9\r\n\r\n", b"400"),
+        (HEAD + b"Content-Length: -1\r\n\r\n", b"400"),
+        (HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", b"400"),
+        (HEAD + b"Content-Length: 99999999999999999999999999\r\n\r\n", b"400"),
+        (HEAD + b"Content-Length: 10000000000\r\n\r\n", b"413"),
+        (HEAD + b"Content-Length: 50\r\n\r\n{", b"408"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{", b"408"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"fff\r\n" + b" " * 0xFFF + b"\r\n", b"408"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + (b"fff\r\n" + b" " * 0xFFF + b"\r\n") * 30, b"413"),
+        (HEAD + b"X: " + b"y" * 300_000, b""),
+        (HEAD + b"X: y\r\n" * 100_000, b""),
+        (HEAD[:20], b""),
+        (b"", b""),
+    ],
+)
+def test_broken_http(live: Live, data: bytes, answer: bytes) -> None:
+    start = time.monotonic()
+    said = _raw(live.address, data)
+    assert said == answer or said.split(b" ")[1:2] == [answer], said
+    assert time.monotonic() - start < 9, "the server lets go of the connection"
+    wait_until(lambda: not live.server.places.running)
+
+
+def test_a_body_that_never_ends_is_cut_off(live: Live) -> None:
+    to = urlsplit(live.address)
+    sent = 0
+    with socket.create_connection((to.hostname, to.port or 0), timeout=10) as made:
+        made.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        with pytest.raises(OSError, match=r"reset|[Bb]roken"):
+            while sent < 100 << 20:
+                made.sendall(b"ffff\r\n" + b" " * 0xFFFF + b"\r\n")
+                sent += 0xFFFF
+    assert sent < 20 << 20
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_is_a_500_and_says_nothing_of_the_request(
+    live: Live, stream: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(choice: Choice) -> None:
+        raise KeyError(f"{MARK} in {choice.options}") from ValueError(MARK)
+
+    monkeypatch.setattr(Choice, "finish", property(fail))
+    messages = [{"role": "user", "content": MARK}]
+    said = ask(live.address, chat(messages=messages, max_tokens=2, stream=stream))
+    if stream:
+        last = said.body.strip().split(b"\n\n")[-1].removeprefix(b"data: ")
+        error = json.loads(last)["error"]
+    else:
+        assert said.status == 500
+        error = said.error
+    assert error["type"] == "server_error" and MARK not in str(said.body)
+    logged = "".join(capfd.readouterr())
+    assert MARK not in logged and "KeyError" in logged and error["code"].removeprefix("failure_") in logged
+    wait_until(lambda: not live.server.places.running)
+
+
+def _good(address: str) -> list[Any]:
+    """What normal clients get."""
+    bodies = [chat(model=model, max_tokens=40, ignore_eos=True) for model in ("all", "all2", "toy")] * 2
+    with ThreadPoolExecutor(3) as threads:
+        said = list(threads.map(lambda body: ask(address, body), bodies))
+    assert {one.status for one in said} == {200}
+    return [one.body["choices"] for one in said]
+
+
+def test_bad_clients_do_not_disturb_good_ones(toy_bundle: bedplate.Bundle) -> None:
+    """One reads nothing, some leave, some speak no HTTP or no JSON, and some send too much, all at once."""
+    limits = Settings(max_body=1 << 20, client_timeout=2.0)
+    with running({"toy": toy_bundle}, limits) as live:
+        expected = _good(live.address)
+        # More than the system's buffers take: the server has to wait for its reader.
+        wide = chat(stream=True, n=32, ignore_eos=True, logprobs=True, top_logprobs=20)
+        readers = [open_request(live.address, wide, receive_buffer=4096) for _ in range(2)]
+        wait_until(lambda: len(live.server.places.running) == 2)
+        before = resident_bytes()
+
+        def leave(_: int) -> None:
+            for stream in (True, False):
+                gone = open_request(live.address, chat(stream=stream, n=2, ignore_eos=True))
+                time.sleep(0.01)
+                gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # by RST
+                gone.close()
+
+        def mumble(_: int) -> None:
+            _raw(live.address, b"nonsense\r\n\r\n")
+            assert ask(live.address, b"{" * 1000).status == 400
+
+        def overfill(_: int) -> None:
+            assert ask(live.address, b" " * (1 << 20) + b" ").status == 413
+
+        with ThreadPoolExecutor(4) as threads:
+            bad = [threads.submit(one, turn) for turn in range(10) for one in (leave, mumble, overfill)]
+            assert _good(live.address) == expected
+            assert _good(live.address) == expected
+            for one in bad:
+                one.result()
+        assert resident_bytes() - before < 64 << 20
+        # Who reads nothing is let go.
+        wait_until(lambda: not live.server.places.running)
+        wait_until(lambda: not live.process.server_state.connections)
+        for reader in readers:
+            with reader:
+                assert b"[DONE]" not in _rest(reader)
+        assert _good(live.address) == expected
+        gc.collect()
+        assert not live.engine._scheduler._active and not live.engine._sessions
+
+
+def test_a_chat_template_that_never_ends(
+    toy_bundle: bedplate.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = Templates.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "seconds", 0.3)
+    shutil.copytree(toy_bundle.path, tmp_path / "bad.bundle")
+    bad = bedplate.Bundle.open(tmp_path / "bad.bundle")
+    template = bad.chat_settings(None).template_file
+    assert template is not None
+    template.write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    with (
+        running({"toy": toy_bundle, "bad": bad}, guard_templates=True) as live,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        expected = _good(live.address)
+        # `all` is the name of an adapter in both bundles.
+        failing = [
+            threads.submit(ask, live.address, chat(model="bad:all", stream=stream))
+            for stream in (False, True)
+        ]
+        assert _good(live.address) == expected
+        for one in failing:
+            said = one.result()
+            assert said.status == 400 and "chat template takes more than 0.3 seconds" in said.error["message"]
+        assert ask(live.address, chat(model="bad")).status == 400
+        body = {"model": "bad", "prompt": "the fox", "max_tokens": 2}
+        assert ask(live.address, body, path="/v1/completions").status == 200

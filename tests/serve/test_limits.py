@@ -1,0 +1,253 @@
+"""Limits: who gets a place, how much a request may ask for, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from live import Live, running
+from raw import MESSAGES, ask, chat, open_request, wait_until
+
+import bedplate
+from bedplate.serve.errors import ApiError
+from bedplate.serve.limits import Place, Places
+from bedplate.serve.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def live(toy_bundle: bedplate.Bundle) -> Iterator[Live]:
+    """With two answers at once, and a queue of one."""
+    limits = Settings(max_running=2, max_queue=1, max_tokens=60, max_prompt=40, ping=0.05, max_body=200_000)
+    with running({"toy": toy_bundle}, limits) as live:
+        yield live
+
+
+@pytest.fixture
+def slow(live: Live, monkeypatch: pytest.MonkeyPatch) -> Live:
+    """Each step takes 20 ms more."""
+    scheduler = live.engine._scheduler
+    step = scheduler._step
+
+    def slowed() -> None:
+        time.sleep(0.02)
+        step()
+
+    monkeypatch.setattr(scheduler, "_step", slowed)
+    return live
+
+
+def _idle(live: Live) -> bool:
+    return not live.server.places.running and not live.engine._scheduler._active
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 61}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "fox " * 60}]}, "prompt"),
+        ({"n": 3}, "n"),
+        ({"messages": MESSAGES * 2049}, "messages"),
+        ({"stop": ["x" * 1001]}, "stop"),
+        ({"user": "x" * 257}, "user"),
+        ({"timeout": 0}, "timeout"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_too_much_is_refused_by_name(
+    live: Live, fields: dict[str, Any], param: str, stream: bool
+) -> None:
+    said = ask(live.address, chat(stream=stream, **fields))
+    assert said.status == 400 and said.error["param"].split(".")[0] == param
+    assert _idle(live)
+
+
+def test_no_limit_named_means_the_server_s(live: Live) -> None:
+    said = ask(live.address, chat(ignore_eos=True))
+    assert said.body["usage"]["completion_tokens"] == 60
+
+
+def test_a_full_queue_says_when_to_come_back(slow: Live) -> None:
+    places = slow.server.places
+    with ThreadPoolExecutor(4) as threads:
+        first = threads.submit(ask, slow.address, chat(n=2, max_tokens=20, ignore_eos=True))
+        wait_until(lambda: places.running)
+        second = threads.submit(ask, slow.address, chat(max_tokens=2))
+        wait_until(lambda: places.waiting)
+        third = ask(slow.address, chat())
+        assert third.status == 429 and third.error["code"] == "rate_limit_exceeded"
+        assert int(third.headers["retry-after"]) >= 1
+        assert first.result().status == second.result().status == 200
+
+
+def test_time_is_up_in_the_queue_and_in_an_answer(slow: Live) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        long = threads.submit(ask, slow.address, chat(n=2, timeout=0.5, ignore_eos=True))
+        wait_until(lambda: slow.server.places.running)
+        waited = ask(slow.address, chat(timeout=0.1))
+        assert waited.status == 503 and waited.error["code"] == "timeout" and "retry-after" in waited.headers
+        body = long.result().body
+    assert [one["finish_reason"] for one in body["choices"]] == ["length", "length"]
+    assert 2 < body["usage"]["completion_tokens"] < 80
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_goes_away_frees_the_place_within_a_step(slow: Live, stream: bool) -> None:
+    gone = open_request(slow.address, chat(stream=stream, n=2, ignore_eos=True))
+    wait_until(lambda: slow.engine._scheduler._active)
+    queued = open_request(slow.address, chat(stream=stream))
+    wait_until(lambda: slow.server.places.waiting)
+    queued.close()
+    wait_until(lambda: not slow.server.places.waiting, seconds=1)
+    assert not _idle(slow)
+    left = time.monotonic()
+    gone.close()
+    wait_until(lambda: _idle(slow), seconds=1)
+    assert time.monotonic() - left < 0.3, "more than a step and what the machine needs"
+    gc.collect()
+    assert not slow.engine._sessions
+
+
+def test_pings_come_while_nothing_is_said(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = live.engine._scheduler._step
+
+    def slowed() -> None:
+        time.sleep(0.3)
+        step()
+
+    monkeypatch.setattr(live.engine._scheduler, "_step", slowed)
+    body = ask(live.address, chat(stream=True, max_tokens=1)).body
+    assert body.count(b": ping\n\n") >= 2 and body.endswith(b"[DONE]\n\n")
+
+
+def test_a_rate_of_tokens(toy_bundle: bedplate.Bundle) -> None:
+    with running({"toy": toy_bundle}, Settings(tokens_per_minute=20)) as live:
+        first = ask(live.address, chat(max_tokens=10, ignore_eos=True))
+        assert first.status == 200 and first.headers["x-ratelimit-limit-tokens"] == "20"
+        ask(live.address, chat(max_tokens=20, ignore_eos=True))
+        second = ask(live.address, chat(max_tokens=1))
+        assert second.status == 429 and second.error["type"] == "tokens"
+        assert (
+            second.headers["x-ratelimit-remaining-tokens"] == "0" and int(second.headers["retry-after"]) > 1
+        )
+        assert ask(live.address, chat(model="all2", max_tokens=1)).status == 200
+
+
+def _place(settings: Settings, key: str, user: str = "", n: int = 1) -> Place:
+    model: Any = SimpleNamespace()
+    asked: Any = SimpleNamespace(n=n, user=user, timeout=None)
+    return Place(model, key, asked, 1, settings)
+
+
+def _uses(place: Place, tokens: int) -> None:
+    stats = SimpleNamespace(prompt_tokens=tokens, reused_tokens=0, generated_tokens=0)
+    session: Any = SimpleNamespace(last=stats, cancel=lambda: None)
+    place.sessions.append(session)
+
+
+def _order(settings: Settings, asked: list[tuple[str, str]], tokens: Callable[[Place], int]) -> list[str]:
+    """Who is served, one after the other, where all have come before the first one is."""
+    served: list[str] = []
+
+    async def one(places: Places, key: str, user: str) -> None:
+        place = _place(settings, key, user)
+        async with places.place(place):
+            _uses(place, tokens(place))
+            served.append(key + user)
+            await asyncio.sleep(0)
+
+    async def all_of_them() -> None:
+        places = Places(settings)
+        async with places.place(_place(settings, "first")):
+            tasks = [asyncio.create_task(one(places, key, user)) for key, user in asked]
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        assert not places.running and not places.waiting and places.answers == 0
+
+    asyncio.run(all_of_them())
+    return served
+
+
+def test_who_was_served_least_comes_first() -> None:
+    settings = Settings(max_running=1)
+    asked = [("a", ""), ("a", ""), ("a", ""), ("a", ""), ("b", ""), ("b", "")]
+    assert "".join(_order(settings, asked, lambda place: 10)) == "ababaa"
+    # b's requests are twice as long
+    assert "".join(_order(settings, asked, lambda place: 20 if place.key == "b" else 10)) == "abaaba"
+
+
+def test_within_a_key_users_are_served_alike() -> None:
+    asked = [("a", "1"), ("a", "1"), ("a", "1"), ("a", "2"), ("b", "1")]
+    assert _order(Settings(max_running=1), asked, lambda place: 10) == ["a1", "b1", "a2", "a1", "a1"]
+
+
+def test_who_comes_back_has_no_more_claim_than_others() -> None:
+    settings = Settings(max_running=1)
+
+    async def main() -> list[str]:
+        places, order = Places(settings), list[str]()
+        async with places.place(first := _place(settings, "idle")):
+            _uses(first, 5)
+        async with AsyncExitStack() as held:
+            busy = _place(settings, "busy")
+            await held.enter_async_context(places.place(busy))
+            _uses(busy, 1000)
+
+            async def later(key: str, tokens: int) -> None:
+                place = _place(settings, key)
+                async with places.place(place):
+                    order.append(key)
+                    _uses(place, tokens)
+
+            tasks = [asyncio.create_task(later("busy", 10))]
+            tasks += [asyncio.create_task(later("idle", 10)) for _ in range(3)]
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        return order
+
+    assert asyncio.run(main()) == ["busy", "idle", "idle", "idle"]
+
+
+def test_a_large_request_is_not_passed_by_small_ones() -> None:
+    settings = Settings(max_running=4)
+
+    async def main() -> None:
+        places = Places(settings)
+        async with AsyncExitStack() as held:
+            await held.enter_async_context(places.place(_place(settings, "a", n=2)))
+            large = asyncio.create_task(places.place(_place(settings, "b", n=4)).__aenter__())
+            await asyncio.sleep(0)
+            small = asyncio.create_task(places.place(_place(settings, "c")).__aenter__())
+            await asyncio.sleep(0.01)
+            assert not large.done() and not small.done()
+        await large
+        assert places.answers == 4 and len(places.waiting) == 1
+        small.cancel()
+        await asyncio.gather(small, return_exceptions=True)
+        assert not places.waiting
+
+    asyncio.run(main())
+
+
+def test_no_queue() -> None:
+    settings = Settings(max_running=1, max_queue=0)
+
+    async def main() -> None:
+        places = Places(settings)
+        async with places.place(_place(settings, "a")):
+            with pytest.raises(ApiError) as caught:
+                async with places.place(_place(settings, "b")):
+                    pass
+            assert caught.value.status == 429
+        async with places.place(_place(replace(settings, timeout=math.inf), "b")):
+            pass
+
+    asyncio.run(main())
