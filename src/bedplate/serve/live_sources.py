@@ -158,7 +158,7 @@ def _strange(url: str) -> bool:
     return (
         not scheme.isalnum()
         or scheme in ("local", "file")
-        or any(sign in rest for sign in "%?#\\@:\0")
+        or any(sign in rest for sign in ("%", "?", "#", "\\", "@", "::", "\0"))
         or any(part in ("", ".", "..") for part in (parts[1:] if rest.startswith("/") else parts))
     )
 
