@@ -51,15 +51,16 @@ def scripted_address(shared: Shared) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(
-    scope="module"
-)  # while it is there, asyncio has a running loop, which other tests must not see
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Of one module: while it is there, asyncio has a running loop, which other tests must not see."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed (Debian: apt install chromium)")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
         yield browser
         browser.close()
 

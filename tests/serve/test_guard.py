@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import socket
 import struct
 import time
@@ -21,7 +22,9 @@ from raw import ask, chat, open_request, wait_until
 import bedplate
 from bedplate.errors import BedplateError
 from bedplate.runtime.engine import resident_bytes
-from bedplate.serve import openai_chat
+from bedplate.runtime.template_guard import Templates
+from bedplate.serve import guard
+from bedplate.serve.answers import Choice
 from bedplate.serve.keys import Keys
 from bedplate.serve.limits import Place
 from bedplate.serve.settings import Settings
@@ -200,14 +203,37 @@ def test_a_body_that_never_ends_is_cut_off(live: Live) -> None:
     assert sent < 20 << 20
 
 
+def test_who_reads_too_slowly_holds_no_place(live: Live) -> None:
+    """One that takes a little now and then never stands still."""
+    body = chat(stream=True, n=32, ignore_eos=True, logprobs=True, top_logprobs=20, timeout=0.5)
+    with open_request(live.address, body, receive_buffer=4096) as reader:
+        wait_until(lambda: live.server.places.running)
+        while live.server.places.running:
+            reader.recv(2000)
+            time.sleep(0.01)
+        assert b"[DONE]" not in _rest(reader)
+
+
+def test_bodies_take_so_much_memory_together(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "_BODIES", 0.5)
+    to = urlsplit(live.address)
+    half = HEAD + b"Content-Length: 60000\r\n\r\n" + b" " * 30_000
+    with socket.create_connection((to.hostname, to.port or 0), timeout=10) as first:
+        first.sendall(half)
+        time.sleep(0.2)
+        assert _raw(live.address, half).split()[1] == b"503"
+        assert ask(live.address, chat(max_tokens=1)).status == 200
+        assert _rest(first).split()[1] == b"408"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failure_is_a_500_and_says_nothing_of_the_request(
     live: Live, stream: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*arguments: Any) -> None:
-        raise KeyError(f"{MARK} in {arguments}") from ValueError(MARK)
+    def fail(choice: Choice) -> None:
+        raise KeyError(f"{MARK} in {choice.options}") from ValueError(MARK)
 
-    monkeypatch.setattr(openai_chat, "chat_logprobs", fail)  # in the midst of an answer, or at its end
+    monkeypatch.setattr(Choice, "finish", property(fail))
     messages = [{"role": "user", "content": MARK}]
     said = ask(live.address, chat(messages=messages, max_tokens=2, stream=stream))
     if stream:
@@ -270,5 +296,38 @@ def test_bad_clients_do_not_disturb_good_ones(toy_bundle: bedplate.Bundle) -> No
             with reader:
                 assert b"[DONE]" not in _rest(reader)
         assert _good(live.address) == expected
-        gc.collect()
-        assert not live.engine._scheduler._active and not live.engine._sessions
+        assert not live.engine._scheduler._active
+        wait_until(lambda: gc.collect() >= 0 and not live.engine._sessions)  # also where one had just begun
+
+
+def test_a_chat_template_that_never_ends(
+    toy_bundle: bedplate.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = Templates.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "seconds", 0.3)
+    shutil.copytree(toy_bundle.path, tmp_path / "bad.bundle")
+    bad = bedplate.Bundle.open(tmp_path / "bad.bundle")
+    template = bad.chat_settings(None).template_file
+    assert template is not None
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template.write_text(
+        endless.ljust(template.stat().st_size)
+    )  # bundles are opened by the sizes of their files
+    with (
+        running({"toy": toy_bundle, "bad": bad}, guard_templates=True) as live,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        expected = _good(live.address)
+        # `all` is the name of an adapter in both bundles.
+        failing = [
+            threads.submit(ask, live.address, chat(model="bad:all", stream=stream))
+            for stream in (False, True)
+        ]
+        assert _good(live.address) == expected
+        for one in failing:
+            said = one.result()
+            assert said.status == 400 and "chat template takes more than 0.3 seconds" in said.error["message"]
+        assert ask(live.address, chat(model="bad")).status == 400
+        body = {"model": "bad", "prompt": "the fox", "max_tokens": 2}
+        assert ask(live.address, body, path="/v1/completions").status == 200

@@ -105,7 +105,17 @@ def serve(
     )
     memory_bytes = None if memory is None else _bytes(memory)
     bases = [
-        Base(name, Engine(bundle, threads=threads, kv=kv, max_context=max_context, memory_bytes=memory_bytes))
+        Base(
+            name,
+            Engine(
+                bundle,
+                threads=threads,
+                kv=kv,
+                max_context=max_context,
+                memory_bytes=memory_bytes,
+                guard_templates=True,
+            ),
+        )
         for name, bundle in zip(names_of(bundles), opened, strict=True)
     ]
     app.serve(bases, settings)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from bedplate.runtime.template_guard import Templates
+
 _MOST_THREADS = 1024  # no processor has more; of a number out of all reason the system would make what it can
 # The longest run of rows that one step takes. Longer prompts go in several; more than this gains no speed.
 MAX_ROWS = 256
@@ -113,6 +115,7 @@ class Engine:
         memory_bytes: int | None = None,
         max_step_rows: int = STEP_ROWS,
         lookup: bool = True,
+        guard_templates: bool = False,
     ) -> None:
         arguments.instance("bundle", bundle, Bundle, "give an open bundle: Bundle.open(path)")
         spec = read_spec(bundle)
@@ -128,7 +131,8 @@ class Engine:
         self.limits = Limits(max_rows=MAX_ROWS, max_context=form.max_context, vocab=spec.vocab_size)
         self.bundle = bundle
         self.memory_bytes = form.memory_bytes
-        self._loaded = Loaded(bundle, spec, form, self._in_use)
+        self._templates = _templates() if arguments.flag("guard_templates", guard_templates) else None
+        self._loaded = Loaded(bundle, spec, form, self._in_use, self._templates)
         self._scheduler = Scheduler(
             arguments.integer("max_step_rows", max_step_rows, least=1), self._loaded.reserve
         )
@@ -168,6 +172,8 @@ class Engine:
         for session in self._sessions:
             session.reset()
         self._scheduler.close()
+        if self._templates is not None:
+            self._templates.close()
         self.unload()
 
     def session(self, adapter: str | Mapping[str, float] | None = None, *, cache_salt: str = "") -> Session:
@@ -326,6 +332,12 @@ class Engine:
                 for session, one in going
             ],
         )
+
+
+def _templates() -> Templates:
+    from bedplate.runtime.template_guard import Templates
+
+    return Templates()
 
 
 def _context(spec: ModelSpec, wanted: int | None) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bedplate import _native
 from bedplate.bundle.store import AdapterEntry, Bundle
@@ -21,6 +21,9 @@ from bedplate.runtime.sums import Sums
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.runtime.weights import Precision, Weights
 from bedplate.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from bedplate.runtime.template_guard import Templates
 
 # What tells a file from any that stood, or will stand, under its name. None: there is none.
 _State = tuple[int, int, int, int] | None
@@ -49,14 +52,20 @@ class _Adapter:
 class Loaded:
     """You can call it from any thread of the process that made it. Everything is loaded when it is first used.
 
-    in_use: names of the adapters that sessions use, which stay.
+    in_use: names of the adapters that sessions use, which stay.  templates: render chat templates, if this process
+    does not.
     """
 
     def __init__(
-        self, bundle: Bundle, spec: ModelSpec, form: Form, in_use: Callable[[], Collection[str]]
+        self,
+        bundle: Bundle,
+        spec: ModelSpec,
+        form: Form,
+        in_use: Callable[[], Collection[str]],
+        templates: Templates | None = None,
     ) -> None:
         self.bundle, self._spec, self._form, self._in_use = bundle, spec, form, in_use
-        self.tokenizer = Tokenizer.of_bundle(bundle)
+        self.tokenizer = Tokenizer.of_bundle(bundle, templates)
         self.process = Process()
         self.meter = _native.Meter()  # of keys and values
         self.base: Weights | None = None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
     from bedplate.runtime.chat_template import ChatTemplate
+    from bedplate.runtime.template_guard import GuardedTemplate, Templates
     from bedplate.runtime.user_text import UserText
 
 
@@ -24,8 +25,8 @@ class Tokenizer:
 
     backend: or the `tokenizer.json`, which is then opened when it is first used. RunError: it is not a tokenizer.
     chat_template: Jinja source. None: there is no template.  special_tokens: `bos_token`, `eos_token` … as text, for
-    the chat template.  end_ids, end_token: what ends an answer: ids, and the text of a token of this tokenizer. No
-    text of a message becomes a special or an end token.
+    the chat template.  templates: render it, in place of this process.  end_ids, end_token: what ends an answer: ids,
+    and the text of a token of this tokenizer. No text of a message becomes a special or an end token.
     """
 
     def __init__(
@@ -34,19 +35,20 @@ class Tokenizer:
         *,
         chat_template: str | None,
         special_tokens: Mapping[str, str],
+        templates: Templates | None = None,
         end_ids: Collection[int] = (),
         end_token: str | None = None,
     ) -> None:
         self._source = backend
         self._chat_template = chat_template
-        self._special_tokens = special_tokens
+        self._special_tokens, self._templates = special_tokens, templates
         self._end_ids, self._end_token = end_ids, end_token
         self._root: Tokenizer | None = None
 
     @classmethod
-    def of_bundle(cls, bundle: Bundle) -> Tokenizer:
+    def of_bundle(cls, bundle: Bundle, templates: Templates | None = None) -> Tokenizer:
         """The tokenizer of the base. RunError: the chat template cannot be read."""
-        return cls._of(bundle, bundle.tokenizer_file, None)
+        return cls._of(bundle, bundle.tokenizer_file, None, templates)
 
     def of_adapter(self, bundle: Bundle, adapter: str | None) -> Tokenizer:
         """The tokenizer of an adapter of the same bundle. It may have further tokens and another chat template.
@@ -57,19 +59,22 @@ class Tokenizer:
             return self
         file = bundle.tokenizer_of(adapter)
         if file != bundle.tokenizer_file:
-            return self._of(bundle, file, adapter)
-        made = self._of(bundle, self._backend, adapter)
+            return self._of(bundle, file, adapter, self._templates)
+        made = self._of(bundle, self._backend, adapter, self._templates)
         made._root = self
         return made
 
     @classmethod
-    def _of(cls, bundle: Bundle, backend: Backend | Path, adapter: str | None) -> Tokenizer:
+    def _of(
+        cls, bundle: Bundle, backend: Backend | Path, adapter: str | None, templates: Templates | None
+    ) -> Tokenizer:
         chat = bundle.chat_settings(adapter)
         has_own = bundle.tokenizer_of(adapter) != bundle.tokenizer_file
         return cls(
             backend,
             chat_template=None if chat.template_file is None else _read(chat.template_file),
             special_tokens=chat.special_tokens,
+            templates=templates,
             end_ids=bundle.manifest.tokenizer.eos_ids,
             end_token=chat.special_tokens.get("eos_token") if has_own else None,
         )
@@ -119,18 +124,16 @@ class Tokenizer:
         return frozenset(self._end_ids if own is None else (*self._end_ids, own))
 
     @property
-    def added_texts(self) -> dict[int, str]:
-        """Tokens beside the model's own vocabulary that texts show: `decode` leaves out the special ones."""
-        return {
-            token: added.content
-            for token, added in self._backend.get_added_tokens_decoder().items()
-            if not added.special
-        }
+    def added(self) -> dict[int, tuple[str, bool]]:
+        """Tokens beside the model's own vocabulary: their texts, and whether they are special. `decode` leaves out
+        those.
+        """
+        found = self._backend.get_added_tokens_decoder()
+        return {token: (added.content, added.special) for token, added in found.items()}
 
     def special_id(self, text: str) -> int | None:
         """The special token of this text. None: there is none."""
-        added = self._backend.get_added_tokens_decoder()
-        return next((token for token, one in added.items() if one.special and one.content == text), None)
+        return next((token for token, known in self.added.items() if known == (text, True)), None)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the tokens of a plain text, with the tokens that the tokenizer adds (`bos`, for some models).
@@ -172,12 +175,16 @@ class Tokenizer:
         return open_backend(self._source) if isinstance(self._source, Path) else self._source
 
     @lazy
-    def _template(self) -> ChatTemplate:
-        from bedplate.runtime.chat_template import ChatTemplate
-
+    def _template(self) -> ChatTemplate | GuardedTemplate:
         if self._chat_template is None:
             hint = "give the prompt as text"
             raise RunError("the bundle has no chat template, so it takes no messages", hint=hint)
+        if self._templates is not None:
+            from bedplate.runtime.template_guard import GuardedTemplate
+
+            return GuardedTemplate(self._chat_template, self._templates)
+        from bedplate.runtime.chat_template import ChatTemplate
+
         return ChatTemplate(self._chat_template)
 
     @lazy
