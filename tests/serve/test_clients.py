@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,14 +71,15 @@ def litellm() -> Iterator[Any]:
         patch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it would be fetched
         import litellm
 
-        loop = asyncio.new_event_loop()  # it would make one, and leave it open, as it does its connections
+        loop = asyncio.new_event_loop()  # it would make one, and leave it open
         asyncio.set_event_loop(loop)
         yield litellm
-        for client in litellm.in_memory_llm_clients_cache.cache_dict.values():
-            client.close()
-        litellm.module_level_client.close()
-        asyncio.set_event_loop(None)
-        loop.close()
+        with warnings.catch_warnings(action="ignore"):  # connections and tasks that it leaves
+            asyncio.set_event_loop(None)
+            loop.close()
+            litellm.in_memory_llm_clients_cache.flush_cache()
+            litellm.module_level_client.close()
+            gc.collect()
 
 
 @pytest.mark.parametrize("by", ["openai/all", "anthropic/all", "text-completion-openai/all"])
