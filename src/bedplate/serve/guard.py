@@ -148,7 +148,7 @@ class _Said:
         """If something has been said, the answer just breaks off: the client must not take it for a whole one."""
         if self._begun:
             return
-        body = json.dumps(error.body()).encode()
+        body = json.dumps(error.body_at(self._scope["path"])).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
         encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await self.send({"type": "http.response.start", "status": error.status, "headers": encoded})
