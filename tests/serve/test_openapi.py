@@ -29,7 +29,7 @@ CHECKS = (
 
 def test_the_committed_document_is_current() -> None:
     said = openapi.text(openapi.document(create_app([]).routes))
-    assert COMMITTED.read_text() == said, "python -m bedplate.serve.openapi docs/openapi.json"
+    assert COMMITTED.read_text() == said, "make openapi"
 
 
 def test_every_path_but_those_of_the_page_is_described(address: str) -> None:
