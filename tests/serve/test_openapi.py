@@ -25,6 +25,14 @@ CHECKS = (
     "response_schema_conformance",
     "unsupported_method",
 )
+_QUIET = (
+    "--generation-deterministic",
+    "--continue-on-failure",
+    "--no-shrink",
+    "--no-color",
+    "--warnings",
+    "off",
+)
 
 
 def test_the_committed_document_is_current() -> None:
@@ -89,13 +97,3 @@ def test_schemathesis_finds_nothing(address: str, tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert get(f"{address}/health").status == 200
-
-
-_QUIET = (
-    "--generation-deterministic",
-    "--continue-on-failure",
-    "--no-shrink",
-    "--no-color",
-    "--warnings",
-    "off",
-)
