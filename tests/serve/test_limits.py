@@ -18,7 +18,7 @@ from live import Live, running
 from raw import MESSAGES, ask, chat, open_request, wait_until
 
 import bedplate
-from bedplate.runtime import loaded
+from bedplate.runtime import loaded, loading
 from bedplate.serve.errors import ApiError
 from bedplate.serve.limits import Place, Places
 from bedplate.serve.settings import Settings
@@ -133,7 +133,7 @@ def test_others_are_answered_while_weights_load(
     toy_bundle: bedplate.Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The event loop waits for no lock of the engine."""
-    load = loaded.load_adapter
+    load = loading.load_adapter
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(1)
