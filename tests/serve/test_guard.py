@@ -75,6 +75,9 @@ def test_a_key_is_needed(toy_bundle: bedplate.Bundle) -> None:
         ):
             said = ask(live.address, path="/v1/models", headers=headers)
             assert said.status == 401 and said.error["code"] == "invalid_api_key"
+        said = ask(live.address, {}, path="/v1/messages", headers={"x-api-key": "wrong"})
+        assert said.status == 401 and said.body["type"] == "error"
+        assert said.error["type"] == "authentication_error" and said.body["request_id"]
         assert ask(live.address, path="/health").status == 200
         for headers in ({"Authorization": "Bearer secret"}, {"x-api-key": "other"}):
             assert ask(live.address, path="/v1/models", headers=headers).status == 200

@@ -40,7 +40,8 @@ class Api(Route):
         super().__init__(path, endpoint, methods=[method])
         self.method, self.summary, self.body = method, summary, body
         self.said, self.fault = said, fault
-        self.media, self.errors = tuple(media), frozenset(errors)
+        of_body = () if body is None else (400, 408, 413)
+        self.media, self.errors = tuple(media), frozenset({*GUARDED, *of_body, *errors})
 
 
 def get(path: str, answer: Callable[[Request], Awaitable[Response]], summary: str, **described: Any) -> Api:
@@ -62,9 +63,11 @@ def post(
     async def endpoint(request: Request) -> Response:
         return await answer(request, await body_of(request, body))
 
-    return Api("POST", path, endpoint, summary, body=body, errors={400, 413, *errors}, **described)
+    return Api("POST", path, endpoint, summary, body=body, errors=errors, **described)
 
 
+# What stands before all routes can say.
+GUARDED = frozenset({401, 403, 500, 503})
 # What every route of models can say, and what every route that generates can say beside it.
 UNKNOWN_MODEL = frozenset({404})
-GENERATES = frozenset({404, 429, 500, 503})
+GENERATES = frozenset({404, 429})

@@ -25,10 +25,11 @@ _ERRORS = {
     401: "There is no valid API key",
     403: "The server does not allow it",
     404: "There is nothing of this name",
+    408: "The body came too slowly",
     413: "The body is too long",
     429: "Too many requests wait",
-    500: "The bundle is damaged",
-    503: "The server is loading, or ends",
+    500: "The bundle is damaged, or the server has failed",
+    503: "The server is loading, has too much to do, or ends",
 }
 
 

@@ -42,7 +42,7 @@ def routes(server: Server) -> list[Api]:
             body=ResponsesRequest,
             said=ResponseBegun,
             media=(JSON, SSE),
-            errors={400, 413, *GENERATES},
+            errors=GENERATES,
         )
     ]
 
