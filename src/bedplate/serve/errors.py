@@ -51,8 +51,10 @@ class ApiError(Exception):
 def anthropic_body(error: ApiError) -> dict[str, Any]:
     """The JSON of the answer, as Anthropic gives it."""
     other = "api_error" if error.status >= 500 else "invalid_request_error"
-    said = {"type": _ANTHROPIC.get(error.status, other), "message": error.message}
-    return {"type": "error", "error": said}
+    message, param = error.message, error.param
+    if param is not None and param.split(".")[0] not in message:  # its form has no place for the field
+        message = f"{param}: {message}"
+    return {"type": "error", "error": {"type": _ANTHROPIC.get(error.status, other), "message": message}}
 
 
 def unknown_model(name: str, known: list[str], *, param: str = "model") -> ApiError:
@@ -66,11 +68,12 @@ def of_bedplate(error: BedplateError) -> ApiError:
     """400 for what the caller can change, 503 for what may be otherwise in a moment, 500 for a bundle that is damaged.
     No path is told.
     """
+    if isinstance(error, MemoryFullError):
+        full = "The server's memory is full: others use all of it. Ask again."
+        return ApiError(503, full, kind="server_error", code="memory_full", headers={"Retry-After": "5"})
     message = error.what if error.hint is None else f"{error.what} (hint: {error.hint})"
     if isinstance(error, NotFoundError):
         return ApiError(404, message, code="not_found")
-    if isinstance(error, MemoryFullError):
-        return ApiError(503, message, kind="server_error", code="memory_full", headers={"Retry-After": "5"})
     if isinstance(error, (RunError, UnsupportedError)):
         return ApiError(400, message)
     return ApiError(500, message, kind="server_error")

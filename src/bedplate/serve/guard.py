@@ -21,7 +21,7 @@ from bedplate.serve.server import HEADERS, Server
 from bedplate.serve.settings import Settings
 
 _BODIES = 32  # so many of the largest ones may be held at once, with those of requests that wait
-_PROBES = ("/health", "/ready")
+_PROBES = ("/health", "/ready", "/metrics")  # gateways ask them without a key, also while it ends
 _PAGE = "/page/"  # its files hold no secret: the page itself asks for a key
 
 

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from bedplate.errors import BedplateError
 from bedplate.serve import stream
 from bedplate.serve.answers import timings, usage
-from bedplate.serve.api import GENERATES, JSON, SSE, UNKNOWN_MODEL, Api
+from bedplate.serve.api import GENERATES, JSON, OF_BODY, SSE, UNKNOWN_MODEL, Api
 from bedplate.serve.as_chat import named
 from bedplate.serve.chat import Answer, Chat, Delta, count
 from bedplate.serve.described import AnthropicError, MessageBegun, TokenCount
@@ -43,7 +43,7 @@ def routes(server: Server) -> list[Api]:
             body=MessagesRequest,
             said=MessageBegun,
             media=(JSON, SSE),
-            errors=GENERATES,
+            errors={*OF_BODY, *GENERATES},
             fault=AnthropicError,
         ),
         Api(
@@ -53,7 +53,7 @@ def routes(server: Server) -> list[Api]:
             "How many tokens a conversation has",
             body=Conversation,
             said=TokenCount,
-            errors=UNKNOWN_MODEL,
+            errors={*OF_BODY, *UNKNOWN_MODEL},
             fault=AnthropicError,
         ),
     ]
@@ -122,6 +122,7 @@ def _usage(chat: Chat) -> Json:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
         "inference_geo": None,
+        "output_tokens_details": None,
         "server_tool_use": None,
         "service_tier": "standard",
     }
@@ -144,7 +145,7 @@ def _content(answer: Answer) -> list[Json]:
 
 
 def _tool_use(id: str, name: str, input: Json) -> Json:
-    return {"type": "tool_use", "id": id, "name": name, "input": input}
+    return {"type": "tool_use", "id": id, "name": name, "input": input, "caller": {"type": "direct"}}
 
 
 class _Told:

@@ -107,7 +107,8 @@ def _bound(addresses: dict[Any, Any], settings: Settings) -> list[socket.socket]
     port = settings.port
     try:
         for address, family in addresses.items():
-            bound.append(socket.socket(family, socket.SOCK_STREAM))
+            # Only where the protocol is named does asyncio send at once, and not after 40 ms what is short.
+            bound.append(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
             bound[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 bound[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
