@@ -10,6 +10,15 @@ from typing import Any
 
 from bedplate.errors import BedplateError, MemoryFullError, NotFoundError, RunError, UnsupportedError
 
+# As Anthropic names the types of errors.
+_ANTHROPIC = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 _log = logging.getLogger("bedplate.serve")
 
 
@@ -37,6 +46,15 @@ class ApiError(Exception):
         """The JSON of the answer, as OpenAI gives it."""
         said = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": said}
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    """The JSON of the answer, as Anthropic gives it."""
+    other = "api_error" if error.status >= 500 else "invalid_request_error"
+    message, param = error.message, error.param
+    if param is not None and param.split(".")[0] not in message:  # its form has no place for the field
+        message = f"{param}: {message}"
+    return {"type": "error", "error": {"type": _ANTHROPIC.get(error.status, other), "message": message}}
 
 
 def unknown_model(name: str, known: list[str], *, param: str = "model") -> ApiError:

@@ -19,20 +19,12 @@ from bedplate.serve.api import GENERATES, JSON, OF_BODY, SSE, UNKNOWN_MODEL, Api
 from bedplate.serve.as_chat import named
 from bedplate.serve.chat import Answer, Chat, Delta, count
 from bedplate.serve.described import AnthropicError, MessageBegun, TokenCount
-from bedplate.serve.errors import ApiError, of_bedplate
+from bedplate.serve.errors import ApiError, anthropic_body, of_bedplate
 from bedplate.serve.messages_request import NAMES, Conversation, MessagesRequest, as_chat, counted
 from bedplate.serve.server import Server, body_of
 from bedplate.serve.tools import CallPiece
 
 Json = dict[str, Any]
-_KINDS = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
 
 
 def routes(server: Server) -> list[Api]:
@@ -82,16 +74,8 @@ async def _in_its_words(request: Request, answer: Callable[[], Awaitable[Respons
 
 
 def _refused(error: ApiError, id: str) -> Response:
-    body = {**_error(error), "request_id": id}
+    body = {**anthropic_body(error), "request_id": id}
     return JSONResponse(body, status_code=error.status, headers=error.headers)
-
-
-def _error(error: ApiError) -> Json:
-    other = "api_error" if error.status >= 500 else "invalid_request_error"
-    message, param = error.message, error.param
-    if param is not None and param.split(".")[0] not in message:  # its form has no place for the field
-        message = f"{param}: {message}"
-    return {"type": "error", "error": {"type": _KINDS.get(error.status, other), "message": message}}
 
 
 async def _answer(server: Server, request: Request) -> Response:
@@ -185,10 +169,10 @@ class _Told:
                     for line in self._told(delta):
                         yield line
         except ApiError as error:
-            yield stream.data(_error(error), "error")
+            yield stream.data(anthropic_body(error), "error")
             return
         except BedplateError as error:
-            yield stream.data(_error(of_bedplate(error)), "error")
+            yield stream.data(anthropic_body(of_bedplate(error)), "error")
             return
         for line in self._closed():
             yield line
