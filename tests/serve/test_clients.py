@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ import openai
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from pydantic_ai import Agent, NativeOutput, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -69,7 +71,15 @@ def litellm() -> Iterator[Any]:
         patch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it would be fetched
         import litellm
 
+        loop = asyncio.new_event_loop()  # it would make one, and leave it open
+        asyncio.set_event_loop(loop)
         yield litellm
+        with warnings.catch_warnings(action="ignore"):  # connections and tasks that it leaves
+            asyncio.set_event_loop(None)
+            loop.close()
+            litellm.in_memory_llm_clients_cache.flush_cache()
+            litellm.module_level_client.close()
+            gc.collect()
 
 
 @pytest.mark.parametrize("by", ["openai/all", "anthropic/all", "text-completion-openai/all"])
@@ -99,29 +109,6 @@ def test_litellm_tells_errors_by_class(litellm: Any, address: str) -> None:
         litellm.completion(model="openai/all", **asked, extra_body={"audio": {}})
 
 
-@pytest.mark.parametrize("kind", [OpenAIChatModel, OpenAIResponsesModel])
-def test_pydantic_ai(kind: Any, address: str, alone: bedplate.Engine) -> None:
-    said = run_agent(kind, address, "all", model_settings={"max_tokens": 8, "temperature": 0})
-    assert said.output == alone.session("all").generate(TALK[:2], max_tokens=8)
-    assert said.usage.output_tokens == 8
-
-
-class Where(BaseModel):
-    """Look where something is."""
-
-    place: str
-
-
-@pytest.mark.parametrize("by", ["chat", "responses"])
-def test_langchain_calls_and_fills_in(by: str, scripted_address: str) -> None:
-    chat = langchain(scripted_address, "scripted", by, max_completion_tokens=256)
-    said = chat.bind_tools([Where], tool_choice="required").invoke("where?")
-    (call,) = said.tool_calls
-    assert (call["name"], call["args"]) == ("Where", {"place": ""})
-    for method in ("json_schema", "function_calling"):
-        assert chat.with_structured_output(Where, method=method).invoke("where?") == Where(place="")  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("by", ["openai/scripted", "anthropic/scripted"])
 def test_litellm_calls(by: str, litellm: Any, scripted_address: str) -> None:
     function = {"name": "look", "parameters": Where.model_json_schema()}
@@ -135,6 +122,31 @@ def test_litellm_calls(by: str, litellm: Any, scripted_address: str) -> None:
     whole = litellm.stream_chunk_builder(pieces).choices[0]
     assert whole.finish_reason == "tool_calls"
     assert json.loads(whole.message.tool_calls[0].function.arguments) == {"place": ""}
+
+
+@pytest.mark.parametrize("kind", [OpenAIChatModel, OpenAIResponsesModel])
+def test_pydantic_ai(kind: Any, address: str, alone: bedplate.Engine) -> None:
+    said = run_agent(kind, address, "all", model_settings={"max_tokens": 8, "temperature": 0})
+    assert said.output == alone.session("all").generate(TALK[:2], max_tokens=8)
+    assert said.usage.output_tokens == 8
+
+
+class Where(BaseModel):
+    """Look where something is."""
+
+    model_config = ConfigDict(extra="forbid")  # what a model that is not able would add
+
+    place: str
+
+
+@pytest.mark.parametrize("by", ["chat", "responses"])
+def test_langchain_calls_and_fills_in(by: str, scripted_address: str) -> None:
+    chat = langchain(scripted_address, "scripted", by, max_completion_tokens=256)
+    said = chat.bind_tools([Where], tool_choice="required").invoke("where?")
+    (call,) = said.tool_calls
+    assert (call["name"], call["args"]) == ("Where", {"place": ""})
+    for method in ("json_schema", "function_calling"):
+        assert chat.with_structured_output(Where, method=method).invoke("where?") == Where(place="")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [OpenAIChatModel, OpenAIResponsesModel])

@@ -7,15 +7,13 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
-import uuid
 from collections.abc import Callable
-from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bedplate.serve.errors import ApiError, anthropic_body, failed
+from bedplate.serve.errors import ApiError, failed
 from bedplate.serve.keys import key_in
 from bedplate.serve.server import HEADERS, Server
 from bedplate.serve.settings import Settings
@@ -150,17 +148,11 @@ class _Said:
         """If something has been said, the answer just breaks off: the client must not take it for a whole one."""
         if self._begun:
             return
-        body = json.dumps(self._body(error)).encode()
+        body = json.dumps(error.body_at(self._scope["path"])).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
         encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await self.send({"type": "http.response.start", "status": error.status, "headers": encoded})
         await self._send({"type": "http.response.body", "body": body})
-
-    def _body(self, error: ApiError) -> dict[str, Any]:
-        """In the words of the API that was asked."""
-        if not self._scope["path"].startswith("/v1/messages"):
-            return error.body()
-        return {**anthropic_body(error), "request_id": f"req_{uuid.uuid4().hex}"}
 
 
 def _stops() -> ApiError:

@@ -19,7 +19,7 @@ from bedplate.serve.api import GENERATES, JSON, OF_BODY, SSE, UNKNOWN_MODEL, Api
 from bedplate.serve.as_chat import named
 from bedplate.serve.chat import Answer, Chat, Delta, count
 from bedplate.serve.described import AnthropicError, MessageBegun, TokenCount
-from bedplate.serve.errors import ApiError, anthropic_body, of_bedplate
+from bedplate.serve.errors import ApiError, api_error_of
 from bedplate.serve.messages_request import NAMES, Conversation, MessagesRequest, as_chat, counted
 from bedplate.serve.server import Server, body_of
 from bedplate.serve.tools import CallPiece
@@ -65,17 +65,14 @@ async def _in_its_words(request: Request, answer: Callable[[], Awaitable[Respons
     try:
         with named(NAMES):
             response = await answer()
-    except ApiError as error:
-        response = _refused(error, id)
-    except BedplateError as error:
-        response = _refused(of_bedplate(error), id)
+    except (ApiError, BedplateError) as error:
+        response = _refused(api_error_of(error), id)
     response.headers["request-id"] = id
     return response
 
 
 def _refused(error: ApiError, id: str) -> Response:
-    body = {**anthropic_body(error), "request_id": id}
-    return JSONResponse(body, status_code=error.status, headers=error.headers)
+    return JSONResponse(error.in_anthropics_words(id), status_code=error.status, headers=error.headers)
 
 
 async def _answer(server: Server, request: Request) -> Response:
@@ -168,11 +165,8 @@ class _Told:
                     finish = delta.finish or finish
                     for line in self._told(delta):
                         yield line
-        except ApiError as error:
-            yield stream.data(anthropic_body(error), "error")
-            return
-        except BedplateError as error:
-            yield stream.data(anthropic_body(of_bedplate(error)), "error")
+        except Exception as error:
+            yield stream.data(api_error_of(error).in_anthropics_words(), "error")
             return
         for line in self._closed():
             yield line
