@@ -18,7 +18,7 @@ from bedplate.serve.calls import CallReader
 from bedplate.serve.catalog import Model
 from bedplate.serve.limits import Place
 from bedplate.serve.structured import Constrained, grammar_of, guide_of
-from bedplate.serve.tools import Call, CallPiece, Calling, MadeCall, Tool, ToolChoice, calling_of, prompt_of
+from bedplate.serve.tools import Call, Calling, CallPiece, MadeCall, Tool, ToolChoice, calling_of, prompt_of
 from bedplate.serve.wire import Strict
 
 MOST_MESSAGES = 2048

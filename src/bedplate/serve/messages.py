@@ -95,7 +95,7 @@ async def _answer(server: Server, request: Request) -> Response:
     asked = await body_of(request, MessagesRequest)
     model = server.catalog.find(asked.model, asked.lora)
     async with server.ticket(request, model, asked) as ticket:
-        chat = Chat(model, as_chat(asked), ticket.place)
+        chat = await run_in_threadpool(Chat, model, as_chat(asked), ticket.place)
         if asked.stream:
             return await ticket.stream(_Told(asked, chat).lines(), chat.choices)
         (answered,) = await ticket.whole(chat.answers())
