@@ -77,7 +77,7 @@ class Answer(NamedTuple):
 
 
 class Chat:
-    """A conversation that is being answered.
+    """A conversation that is being answered. It is made in a thread: another process may read its chat template.
 
     ApiError: a field of the request is not honoured.
     """

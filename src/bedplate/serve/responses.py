@@ -16,7 +16,7 @@ from bedplate.errors import BedplateError
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.serve import logprobs, stream
 from bedplate.serve.answers import timings, usage
-from bedplate.serve.api import GENERATES, JSON, SSE, Api
+from bedplate.serve.api import GENERATES, JSON, OF_BODY, SSE, Api
 from bedplate.serve.as_chat import named
 from bedplate.serve.chat import Answer, Chat, Delta
 from bedplate.serve.described import ResponseBegun
@@ -42,7 +42,7 @@ def routes(server: Server) -> list[Api]:
             body=ResponsesRequest,
             said=ResponseBegun,
             media=(JSON, SSE),
-            errors={400, 413, *GENERATES},
+            errors={*OF_BODY, *GENERATES},
         )
     ]
 
