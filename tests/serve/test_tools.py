@@ -213,6 +213,16 @@ def test_a_history_of_calls_is_answered(client: openai.OpenAI, kind: str, tools:
     assert (said.choices[0].message.tool_calls is None) == (tools is None)
 
 
+@pytest.mark.parametrize("kind", USABLE)
+def test_tokenize_reads_a_history_as_chat_does(client: openai.OpenAI, kind: str) -> None:
+    model, messages = f"{kind}-ad", history(["abcdefghi"])
+    root = client.with_options(base_url=str(client.base_url).removesuffix("v1/"))
+    found: Any = root.post("tokenize", body={"model": model, "messages": messages}, cast_to=object)
+    asked: Any = messages
+    said = client.chat.completions.create(model=model, messages=asked, max_tokens=1)
+    assert said.usage is not None and found["count"] == said.usage.prompt_tokens
+
+
 def test_a_system_message_stays(bundles: dict[str, bedplate.Bundle]) -> None:
     with bedplate.Engine(bundles["words"], threads=1) as engine:
         parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
