@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -20,7 +21,8 @@ class Ranks:
     """Ranks of adapters. A file that says one is long, so it is read once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str], tuple[AdapterEntry, str]] = {}
+        # Its files are removed when nobody has the entry.
+        self._known: dict[tuple[str, str], tuple[weakref.ref[AdapterEntry], str]] = {}
 
     def of(self, base: Base, name: str) -> str:
         """Empty: nothing says it any more."""
@@ -29,9 +31,9 @@ class Ranks:
             self._known.pop((base.name, name), None)
             return ""
         known = self._known.get((base.name, name))
-        if known is None or known[0] is not entry:
+        if known is None or known[0]() is not entry:
             try:
-                known = entry, str(entry.read_info().rank)
+                known = weakref.ref(entry), str(entry.read_info().rank)
             except (BedplateError, OSError):
                 return ""
             self._known[base.name, name] = known
