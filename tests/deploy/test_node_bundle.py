@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ import fsspec
 import pytest
 
 import bedplate
+from bedplate.deploy.adapter_store import AdapterStore, Found
 from bedplate.deploy.node_bundle import cache_folder, local_bundle, name_of, own_view
 from bedplate.deploy.shelf import Shelf
 
@@ -66,18 +68,18 @@ def test_versions_of_an_adapter(
     with own_view(toy_bundle.path, tmp_path) as bundle, bedplate.Engine(bundle, threads=1) as engine:
         shelf = Shelf(bundle, engine)
         expected = {name: _said(engine, name) for name in ("all", "all2", None)}
-        shelf.put("one", toy_adapters["all"], "first")
+        shelf.put(Found("one", {}, "first"), toy_adapters["all"])
         with shelf.hold("one") as first, shelf.hold("all") as own, shelf.hold("none") as none:
             assert first is not None and own == "all" and none is None
             # 8 bits are the default of this foundation, as `all8` has them.
             before = _said(engine, first)
             assert before == _said(engine, "all8")
-            shelf.put("one", toy_adapters["all2"], "second")
+            shelf.put(Found("one", {}, "second"), toy_adapters["all2"])
             with shelf.hold("one") as second:
                 assert second is not None and second != first and _said(engine, second) != before
             assert _said(engine, first) == before and shelf.stamp("one") == "second"
             with pytest.raises(bedplate.errors.BedplateError):
-                shelf.put("one", tmp_path, "broken")
+                shelf.put(Found("one", {}, "broken"), tmp_path)
             assert shelf.stamp("one") == "second"
         assert first not in bundle.adapters and second in bundle.adapters  # nobody holds or means the first
         shelf.drop("one")
@@ -87,6 +89,34 @@ def test_versions_of_an_adapter(
         assert list(bundle.adapters) == list(toy_bundle.adapters) and shelf.names == []
         assert {name: _said(engine, name) for name in expected} == expected
     assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_of_another_bundle(toy_bundle: bedplate.Bundle, tmp_path: Path) -> None:
+    there = shutil.copytree(toy_bundle.path, tmp_path / "there.bundle")
+    store = AdapterStore(str(there), toy_bundle.foundation_sha256)
+    found = store.list()
+    assert list(found) == list(toy_bundle.adapters) and not any(".pte" in file for file in found["all"].files)
+    folder = tmp_path / "fetched"
+    folder.mkdir()
+    with (
+        own_view(toy_bundle.path, tmp_path, adapters=False) as bundle,
+        bedplate.Engine(bundle, threads=1) as engine,
+        bedplate.Engine(toy_bundle, threads=1) as other,
+    ):
+        shelf = Shelf(bundle, engine)
+        shelf.put(store.fetch("all2", folder), folder)
+        with shelf.hold("all2") as local:
+            assert local is not None and _said(engine, local) == _said(other, "all2")
+            # Not packed again: the constants are the same.
+            assert bundle.adapters[local].info.constants == toy_bundle.adapters["all2"].info.constants
+    bedplate.Bundle.open(there).remove_adapter("all")
+    after = store.list()
+    assert "all" not in after and after["all2"].stamp == found["all2"].stamp
+    (there / "adapters/all2/weights.ptd").write_bytes(b"")
+    with pytest.raises(bedplate.errors.BundleError, match="cut short or overwritten"):
+        store.fetch("all2", folder)
+    with pytest.raises(bedplate.errors.BundleError, match="another foundation"):
+        AdapterStore(str(there), "0")
 
 
 def _said(engine: bedplate.Engine, adapter: str | None) -> str:

@@ -48,7 +48,7 @@ def local_bundle(url: str, cache: Path, options: Mapping[str, Any] | None = None
     folder = cache / f"bundle-{sha256_of_few(data)[:32]}"
     with files.locked(cache):
         if not folder.exists():
-            document = _without_programs(manifest.load(Manifest, data, f"{url}/{manifest.MANIFEST}"))
+            document = without_programs(manifest.load(Manifest, data, f"{url}/{manifest.MANIFEST}"))
             with files.workspace(cache, folder.name) as draft:
                 for name in all_files(document):
                     (draft / name).parent.mkdir(parents=True, exist_ok=True)
@@ -61,12 +61,16 @@ def local_bundle(url: str, cache: Path, options: Mapping[str, Any] | None = None
 
 
 @contextmanager
-def own_view(bundle: Path, cache: Path) -> Iterator[bedplate.Bundle]:
+def own_view(bundle: Path, cache: Path, *, adapters: bool = True) -> Iterator[bedplate.Bundle]:
     """A bundle with the same files, to which a replica can add adapters that nobody else sees. It is removed at the
     end, or by the next replica on this machine if the process is killed.
+
+    adapters: whether it has those of the bundle.
     """
     there = bedplate.Bundle.open(bundle, check=False)
-    document = _without_programs(there.manifest)
+    document = without_programs(there.manifest)
+    if not adapters:
+        document = replace(document, adapters={})
     with files.workspace(cache, "replica") as own:
         folder = own / f"{name_of(str(bundle))}.bundle"  # not `own`, whose lock is held
         (folder / manifest.ADAPTERS).mkdir(parents=True)
@@ -77,7 +81,7 @@ def own_view(bundle: Path, cache: Path) -> Iterator[bedplate.Bundle]:
         yield bedplate.Bundle.open(folder, check=False)
 
 
-def _without_programs(document: Manifest) -> Manifest:
+def without_programs(document: Manifest) -> Manifest:
     """Of a bundle that only computes from its constants."""
     programs = {*manifest.BASE_PROGRAMS.values(), *manifest.ADAPTER_PROGRAMS.values()}
     adapters = {

@@ -7,13 +7,19 @@ no longer meant and the last request that holds it has ended.
 from __future__ import annotations
 
 import itertools
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import bedplate
+from bedplate.bundle import manifest
+from bedplate.bundle.entries import AdapterFacts
+from bedplate.bundle.manifest import ADAPTER_INFO, AdapterInfo, AdapterRecord
+from bedplate.deploy.adapter_store import Found
 
 
 @dataclass(eq=False)
@@ -51,18 +57,22 @@ class Shelf:
         version = self._versions.get(name)
         return None if version is None else version.stamp
 
-    def put(self, name: str, folder: Path, stamp: str) -> None:
-        """Pack an adapter, and have the name mean it. If it cannot be packed, the name means what it did.
+    def put(self, found: Found, folder: Path) -> None:
+        """Pack an adapter, if it is not, and have its name mean it. After an error, the name means what it did.
 
-        Raises what `Bundle.add` raises.
+        folder: has its files. Raises what `Bundle.add` raises.
         """
+        name = found.name
         assert name not in self.own
         local = next(local for at in self._numbers if (local := f"{name}.{at}") not in self.own)
-        # Its effect is not measured: that would load the foundation once more.
-        self._bundle.add(folder, name=local, programs=False, allow_noop=True)
+        if found.record is None:
+            # Its effect is not measured: that would load the foundation once more.
+            self._bundle.add(folder, name=local, programs=False, allow_noop=True)
+        else:
+            self._bundle.add_adapters({local: partial(_copy, found.record, folder, local)})
         with self._lock:
             before = self._versions.get(name)
-            self._versions[name] = _Version(local, stamp)
+            self._versions[name] = _Version(local, found.stamp)
         self._no_longer_meant(before)
 
     def drop(self, name: str) -> None:
@@ -108,3 +118,12 @@ class Shelf:
     def _remove(self, version: _Version) -> None:
         self._bundle.remove_adapter(version.local)
         self._engine.unload(version.local)
+
+
+def _copy(record: AdapterRecord, folder: Path, name: str, out: Path) -> AdapterFacts:
+    """Write an adapter that is packed, under another name."""
+    where = folder / ADAPTER_INFO
+    info = manifest.load(AdapterInfo, where.read_bytes(), str(where))
+    for file in record.files.keys() - {ADAPTER_INFO}:
+        shutil.copyfile(folder / file, out / file)
+    return AdapterFacts(info=replace(info, name=name), special_tokens=record.special_tokens)

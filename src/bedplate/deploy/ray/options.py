@@ -19,7 +19,9 @@ class RayOptions(BaseModel):
     """The arguments of the application.
 
     bundle: a folder that each node has, or a URL that fsspec knows. Each node fetches it once.
-    adapters: a folder that each node has, or a URL, with a folder of PEFT for each adapter. None: those of the bundle.
+    adapters: further ones: a folder that each node has, or a URL, with a folder of PEFT for each adapter; or another
+        bundle of the same foundation, whose adapters are packed. The same bundle: what is added to it while it is
+        served is served too.
     storage: options of fsspec for both.  cache: the folder in which nodes keep what they fetch.
     name: of the base. None: as the bundle's folder.
 

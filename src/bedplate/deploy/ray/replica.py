@@ -22,7 +22,7 @@ from bedplate.deploy.node_bundle import cache_folder, local_bundle, name_of, own
 from bedplate.deploy.ray.forwarded import ADAPTERS, REPLICA, Call, Head, answered
 from bedplate.deploy.ray.options import RayOptions
 from bedplate.deploy.shelf import Shelf
-from bedplate.errors import AdapterError, BedplateError, CheckpointError, UnsupportedError
+from bedplate.errors import AdapterError, BedplateError, BundleError, CheckpointError, UnsupportedError
 from bedplate.serve.app import create_app
 from bedplate.serve.catalog import Base
 from bedplate.serve.errors import ApiError, of_bedplate
@@ -42,7 +42,8 @@ class Replica:
         self._shelf = Shelf(bundle, engine)
         self._store = None
         if options.adapters is not None:
-            self._store = await run_in_threadpool(AdapterStore, options.adapters, options.storage)
+            foundation = bundle.foundation_sha256
+            self._store = await run_in_threadpool(AdapterStore, options.adapters, foundation, options.storage)
         self._listing = Listing(
             self._store, self._shelf.own, every=options.refresh_seconds, stale=options.stale_seconds
         )
@@ -66,7 +67,10 @@ class Replica:
     def _open(self) -> bedplate.Bundle:
         cache = cache_folder(self._options.cache)
         folder = local_bundle(self._options.bundle, cache, self._options.storage)
-        return self._held.enter_context(own_view(folder, cache))
+        from_store = (
+            self._options.adapters == self._options.bundle
+        )  # then it follows what is added to the bundle
+        return self._held.enter_context(own_view(folder, cache, adapters=not from_store))
 
     def _catalog(self, bases: Sequence[Base]) -> StoreCatalog:
         own = sorted(self._shelf.own)
@@ -124,7 +128,7 @@ class Replica:
             try:
                 self._listing.learn(await run_in_threadpool(self._fetch, name))
                 self._broken.pop(name, None)
-            except (AdapterError, CheckpointError, UnsupportedError) as error:
+            except BedplateError as error:
                 self._broken[name] = found.stamp, error
                 raise
 
@@ -133,7 +137,7 @@ class Replica:
         with tempfile.TemporaryDirectory(dir=cache_folder(self._options.cache), prefix=".fetch-") as folder:
             found = self._store.fetch(name, Path(folder))
             if self._shelf.stamp(name) != found.stamp:
-                self._shelf.put(name, Path(folder), found.stamp)
+                self._shelf.put(found, Path(folder))
         return found
 
     def _drop_removed(self) -> None:
@@ -182,7 +186,7 @@ class _WithAdapters:
 def _said(error: ApiError | BedplateError) -> ApiError:
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, (AdapterError, CheckpointError, UnsupportedError)):
+    if isinstance(error, (AdapterError, BundleError, CheckpointError, UnsupportedError)):
         return ApiError(
             400, f"The adapter cannot be used: {error.what}", param="model", code="broken_adapter"
         )
