@@ -13,13 +13,16 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-arm sanitize check format clean
+.PHONY: help demo serve-demo test test-fast test-arm sanitize check format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(VENV)/.extension $(VENV)/.model ## Build a bundle of SmolLM2-135M with two adapters and ask them all the same
 	@$(BIN)/python examples/demo.py
+
+serve-demo: $(VENV)/.extension $(VENV)/.model ## Serve that bundle: a page in the browser asks them all at once
+	@$(BIN)/python examples/serve_demo.py $(SERVE_ARGS)
 
 test: $(VENV)/.extension $(VENV)/.model ## Run every test; PYTEST_ARGS="-k name" runs some
 	$(PYTEST) $(PYTEST_ARGS)

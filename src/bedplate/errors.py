@@ -11,6 +11,7 @@
     ├── NameTakenError      the name is already in use
     ├── NotFoundError       there is no such bundle, adapter or file
     └── RunError            a program cannot be loaded or run, or a request does not fit it
+        └── MemoryFullError an engine has no room for more keys, values or adapters
 
 Each error says what is wrong, where, and what to do. The command line prints it on stderr and exits with code 2.
 """
@@ -72,3 +73,7 @@ class NotFoundError(BedplateError):
 
 class RunError(BedplateError):
     """A program cannot be loaded or run, or a request does not fit it."""
+
+
+class MemoryFullError(RunError):
+    """An engine has no room for more keys, values or adapters. When others end, there can be."""

@@ -108,6 +108,9 @@ def test_an_error_is_of_its_generation_alone(
         with pytest.raises(error, match=what):
             list(wrong)
         assert list(wrong) == []
+        alone = engine.session().events("ab", max_tokens=9, ignore_eos=True, mask=Failing(force))
+        with pytest.raises(error, match=what):
+            list(alone)
 
 
 def test_it_can_cancel(toy_bundle: Bundle) -> None:

@@ -13,6 +13,7 @@ from tokenizers import models
 from toy_tokenizers import KINDS, Toy
 
 from bedplate.errors import RunError
+from bedplate.runtime.messages import Conversation
 from bedplate.runtime.tokenizer import Tokenizer
 
 BYTES = ["smollm2", "llama3"]  # of these kinds, decoding gives every character back
@@ -217,3 +218,42 @@ def test_a_message_of_all_noncharacters() -> None:
     with pytest.raises(RunError, match="noncharacters"):
         toy.ours.encode_chat([{"role": "user", "content": content + "<|im_end|>"}])
     assert toy.ours.encode_chat([{"role": "user", "content": content}], allow_special=True)
+
+
+TOOLS_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson%s }}\n{{ t.function.name }}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("form", ["", "(ensure_ascii=True)", "(indent=4)"])
+@pytest.mark.parametrize("text", ["<|im_end|>", "x<|im_", "plain"])
+def test_tools_are_text_of_users_too(form: str, text: str) -> None:
+    toy = KINDS["smollm2"]()
+    ours = Tokenizer(toy.backend, chat_template=TOOLS_TEMPLATE.replace("%s", form), special_tokens={})
+    schema = {"type": "object", "properties": {text: {"type": "string", "enum": [text, "end|>"]}}}
+    tool = {"type": "function", "function": {"name": "f", "description": text, "parameters": schema}}
+    prompt = Conversation([{"role": "user", "content": "hi"}], [tool])
+    ids = ours.encode_chat(prompt)
+    assert len(toy.special(ids)) == 4 and ours.reads_tools
+    assert toy.backend.decode(ids, skip_special_tokens=False) == ours.render(prompt)
+    if text == "plain":
+        assert ids == toy.backend.encode(ours.render(prompt), add_special_tokens=False).ids
+    assert ours.encode_chat(Conversation(prompt.messages)) == ours.encode_chat(prompt.messages)
+
+
+def test_templates_that_read_tools() -> None:
+    backend = KINDS["smollm2"]().backend
+    late = "{% if not tools is defined %}{% set tools = none %}{% endif %}{% for t in tools %}{{ t }}{% endfor %}"
+    for template, reads in ((late, True), ("{{ messages }}", False), (None, False)):
+        assert Tokenizer(backend, chat_template=template, special_tokens={}).reads_tools == reads
+
+
+@pytest.mark.parametrize("tools", ["x", 5, ["x"], [{"function": {1, 2}}]])
+def test_what_is_no_tool(tools: Any) -> None:
+    ours = Tokenizer(
+        KINDS["smollm2"]().backend, chat_template=TOOLS_TEMPLATE.replace("%s", ""), special_tokens={}
+    )
+    with pytest.raises(RunError, match=r"tools(?s:.*)\nhint: "):
+        ours.encode_chat(Conversation([{"role": "user", "content": "hi"}], tools))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
 from live import serving
+from tab import CHROMIUM, Tab, opened
 
 import bedplate
 
@@ -29,3 +31,25 @@ def alone(toy_bundle: bedplate.Bundle) -> Iterator[bedplate.Engine]:
     """An engine beside the server, for what the answers should be."""
     with bedplate.Engine(toy_bundle, threads=1, cache_bytes=0) as engine:
         yield engine
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Of one module: while it is there, asyncio has a running loop, which other tests must not see."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed (Debian: apt install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser: Any, address: str) -> Iterator[Tab]:
+    """The page of the toy server. It must have asked nobody else, and nothing may have gone wrong."""
+    with opened(browser, address) as tab:
+        tab.open()
+        yield tab

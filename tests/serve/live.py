@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import bedplate
+from bedplate.bundle.overlay import Overlay
 from bedplate.serve.app import create_app
 from bedplate.serve.catalog import Base
 from bedplate.serve.process import Process, listen
@@ -44,7 +45,8 @@ def running(
 ) -> Iterator[Live]:
     """As `serving`. Gives all of it."""
     bases = [
-        Base(name, bedplate.Engine(bundle, **{"threads": 1, **engine})) for name, bundle in bundles.items()
+        Base(name, bedplate.Engine(Overlay.open(bundle.path, check=False), **{"threads": 1, **engine}))
+        for name, bundle in bundles.items()
     ]
     app = create_app(bases, replace(settings or Settings(), port=0))
     sockets = listen(app.state.server.settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import socket
 import struct
 import time
@@ -21,7 +22,8 @@ from raw import ask, chat, open_request, wait_until
 import bedplate
 from bedplate.errors import BedplateError
 from bedplate.runtime.engine import resident_bytes
-from bedplate.serve import openai_chat
+from bedplate.runtime.template_guard import Templates
+from bedplate.serve.answers import Choice
 from bedplate.serve.keys import Keys
 from bedplate.serve.limits import Place
 from bedplate.serve.settings import Settings
@@ -204,10 +206,10 @@ def test_a_body_that_never_ends_is_cut_off(live: Live) -> None:
 def test_a_failure_is_a_500_and_says_nothing_of_the_request(
     live: Live, stream: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*arguments: Any) -> None:
-        raise KeyError(f"{MARK} in {arguments}") from ValueError(MARK)
+    def fail(choice: Choice) -> None:
+        raise KeyError(f"{MARK} in {choice.options}") from ValueError(MARK)
 
-    monkeypatch.setattr(openai_chat, "chat_logprobs", fail)  # in the midst of an answer, or at its end
+    monkeypatch.setattr(Choice, "finish", property(fail))
     messages = [{"role": "user", "content": MARK}]
     said = ask(live.address, chat(messages=messages, max_tokens=2, stream=stream))
     if stream:
@@ -272,3 +274,33 @@ def test_bad_clients_do_not_disturb_good_ones(toy_bundle: bedplate.Bundle) -> No
         assert _good(live.address) == expected
         gc.collect()
         assert not live.engine._scheduler._active and not live.engine._sessions
+
+
+def test_a_chat_template_that_never_ends(
+    toy_bundle: bedplate.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = Templates.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "seconds", 0.3)
+    shutil.copytree(toy_bundle.path, tmp_path / "bad.bundle")
+    bad = bedplate.Bundle.open(tmp_path / "bad.bundle")
+    template = bad.chat_settings(None).template_file
+    assert template is not None
+    template.write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    with (
+        running({"toy": toy_bundle, "bad": bad}, guard_templates=True) as live,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        expected = _good(live.address)
+        # `all` is the name of an adapter in both bundles.
+        failing = [
+            threads.submit(ask, live.address, chat(model="bad:all", stream=stream))
+            for stream in (False, True)
+        ]
+        assert _good(live.address) == expected
+        for one in failing:
+            said = one.result()
+            assert said.status == 400 and "chat template takes more than 0.3 seconds" in said.error["message"]
+        assert ask(live.address, chat(model="bad")).status == 400
+        body = {"model": "bad", "prompt": "the fox", "max_tokens": 2}
+        assert ask(live.address, body, path="/v1/completions").status == 200

@@ -57,13 +57,16 @@ def add_adapters(
 def _read_text(source: Path, base: BaseTokenizer, vocab: int) -> AdapterText:
     text = read_text(source, base, vocab=vocab)
     if text.chat_template is not None:
-        from bedplate.runtime.chat_template import ChatTemplate  # which imports jinja2
+        from bedplate.runtime.template_guard import GuardedTemplate, Templates
 
+        templates = Templates(processes=1)  # to read one is to compute what is constant in it
         try:
-            ChatTemplate(text.chat_template)
+            GuardedTemplate(text.chat_template, templates)
         except RunError as error:
             hint = f"correct or remove it in {TEMPLATE} or {SETTINGS}; without it, the base model's template is used"
             raise AdapterError(error.what, where=source, hint=hint) from error
+        finally:
+            templates.close()
     return text
 
 

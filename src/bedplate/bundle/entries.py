@@ -47,13 +47,14 @@ class ChatSettings(NamedTuple):
 class AdapterEntry:
     """An adapter of an open bundle.
 
-    folder: where its files are. foundation: SHA-256 of the bundle's foundation. program, static_program (of fixed
-    shapes): None if it has none.
+    folder: where its files are. foundation: SHA-256 of the bundle's foundation. record: what `bundle.json` says of it.
+    program, static_program (of fixed shapes): None if it has none.
     """
 
     name: str
     folder: Path
     foundation: str
+    record: AdapterRecord
     program: Path | None
     static_program: Path | None
 
@@ -63,7 +64,14 @@ class AdapterEntry:
         program, static = (
             folder / file if file in record.files else None for file in manifest.ADAPTER_PROGRAMS.values()
         )
-        return cls(name=name, folder=folder, foundation=foundation, program=program, static_program=static)
+        return cls(
+            name=name,
+            folder=folder,
+            foundation=foundation,
+            record=record,
+            program=program,
+            static_program=static,
+        )
 
     @property
     def nbytes(self) -> int:

@@ -61,6 +61,10 @@ class Bundle:
 
     def __init__(self, path: Path, document: Manifest, adapters: Mapping[str, AdapterEntry]) -> None:
         self.path = path
+        self._show(document, adapters)
+
+    def _show(self, document: Manifest, adapters: Mapping[str, AdapterEntry]) -> None:
+        """What is on disk now."""
         self.manifest = document
         self.adapters = adapters
 
@@ -140,8 +144,9 @@ class Bundle:
 
     def tokenizer_of(self, adapter: str | None) -> Path:
         """The `tokenizer.json` of an adapter that has further tokens; of others (and of None) the base's."""
-        if adapter is not None and manifest.TOKENIZER in self.manifest.adapters[adapter].files:
-            return self.adapters[adapter].folder / manifest.TOKENIZER
+        entry = None if adapter is None else self.adapters[adapter]
+        if entry is not None and manifest.TOKENIZER in entry.record.files:
+            return entry.folder / manifest.TOKENIZER
         return self.tokenizer_file
 
     @property
@@ -153,11 +158,11 @@ class Bundle:
         """For conversations with an adapter (None: the base). What an adapter does not have comes from the base."""
         template, special_tokens = self.chat_template_file, self.manifest.tokenizer.special_tokens
         if adapter is not None:
-            record = self.manifest.adapters[adapter]
-            if manifest.CHAT_TEMPLATE in record.files:
-                template = self.adapters[adapter].folder / manifest.CHAT_TEMPLATE
-            if record.special_tokens is not None:
-                special_tokens = record.special_tokens
+            entry = self.adapters[adapter]
+            if manifest.CHAT_TEMPLATE in entry.record.files:
+                template = entry.folder / manifest.CHAT_TEMPLATE
+            if entry.record.special_tokens is not None:
+                special_tokens = entry.record.special_tokens
         return ChatSettings(template_file=template, special_tokens=special_tokens)
 
     def check_name(self, name: str) -> None:
@@ -265,7 +270,7 @@ class Bundle:
     def refresh(self) -> None:
         """Read the bundle again, as it is on disk now. Raises the same errors as `open`."""
         with _refreshing.lock:
-            self.manifest, self.adapters = _read_now(self.path, check=False)
+            self._show(*_read_now(self.path, check=False))
 
 
 def check_free(out: Path, *, replace: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
@@ -20,11 +21,13 @@ from bedplate.errors import RunError
 
 
 class ChatTemplate:
-    """RunError: the template is malformed."""
+    """names: of what it reads. RunError: the template is malformed."""
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self._template = _compile(source)
+        environment = _environment()
+        self._template = _compile(environment, source)
+        self.names = jinja2.meta.find_undeclared_variables(environment.parse(source))
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, special_tokens: Mapping[str, str], **values: Any
@@ -59,7 +62,7 @@ def _failed(error: Exception, messages: Sequence[Mapping[str, Any]]) -> RunError
     return RunError(f"the chat template refuses the messages: {what}", hint=hint)
 
 
-def _compile(source: str) -> jinja2.Template:
+def _environment() -> ImmutableSandboxedEnvironment:
     """Templates are the model authors' code, so they run in a sandbox, set up as transformers' own."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
@@ -69,6 +72,10 @@ def _compile(source: str) -> jinja2.Template:
     environment.globals["strftime_now"] = _strftime_now
     environment.globals["dict"] = _Dict()
     environment.globals["namespace"] = _Namespace
+    return environment
+
+
+def _compile(environment: jinja2.Environment, source: str) -> jinja2.Template:
     try:
         return environment.from_string(source)
     except Exception as error:  # also what Python says of the code that jinja2 makes

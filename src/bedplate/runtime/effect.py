@@ -82,16 +82,20 @@ def without_effect(base: Weights, bundle: Bundle, spec: ModelSpec) -> list[str]:
 
     BundleError: an adapter's file is damaged.
     """
+    return [
+        name
+        for name, entry in bundle.adapters.items()
+        if not has_effect(base, load_adapter(base, bundle, name, spec), entry, spec)
+    ]
+
+
+def has_effect(base: Weights, adapted: Weights, entry: AdapterEntry, spec: ModelSpec) -> bool:
+    """Whether an adapter changes some bit of the logits after a few tokens, of which an invocation comes first."""
     # With one token alone, q and k would change nothing.
     few = [spec.vocab_size * number // _FEW for number in range(_FEW)]
-    idle = []
-    for name, entry in bundle.adapters.items():
-        weights = load_adapter(base, bundle, name, spec)
-        first = weights.invocation or _own_tokens(entry, spec.vocab_size)
-        ids = [*first, *few][: spec.max_positions]
-        if np.array_equal(_last_logits(weights.for_text(ids), ids), _last_logits(base, ids)):
-            idle.append(name)
-    return idle
+    first = adapted.invocation or _own_tokens(entry, spec.vocab_size)
+    ids = [*first, *few][: spec.max_positions]
+    return not np.array_equal(_last_logits(adapted.for_text(ids), ids), _last_logits(base, ids))
 
 
 def _last_logits(weights: Weights, ids: list[int]) -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ from bedplate.bundle.store import Bundle
 from bedplate.errors import RunError
 from bedplate.runtime import arguments, session_file
 from bedplate.runtime.cores import usable_cores
+from bedplate.runtime.fixed import Fixed
 from bedplate.runtime.held import Held
 from bedplate.runtime.loaded import Form, Loaded
 from bedplate.runtime.lookup import Habits
@@ -28,6 +29,8 @@ from bedplate.spec import ModelSpec
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from bedplate.runtime.template_guard import Templates
 
 _MOST_THREADS = 1024  # no processor has more; of a number out of all reason the system would make what it can
 # The longest run of rows that one step takes. Longer prompts go in several; more than this gains no speed.
@@ -112,6 +115,7 @@ class Engine:
         memory_bytes: int | None = None,
         max_step_rows: int = STEP_ROWS,
         lookup: bool = True,
+        guard_templates: bool = False,
     ) -> None:
         arguments.instance("bundle", bundle, Bundle, "give an open bundle: Bundle.open(path)")
         spec = read_spec(bundle)
@@ -126,7 +130,9 @@ class Engine:
         )
         self.limits = Limits(max_rows=MAX_ROWS, max_context=form.max_context, vocab=spec.vocab_size)
         self.bundle = bundle
-        self._loaded = Loaded(bundle, spec, form, self._in_use)
+        self.memory_bytes = form.memory_bytes
+        self._templates = _templates() if arguments.flag("guard_templates", guard_templates) else None
+        self._loaded = Loaded(bundle, spec, form, self._in_use, self._templates)
         self._scheduler = Scheduler(
             arguments.integer("max_step_rows", max_step_rows, least=1), self._loaded.reserve
         )
@@ -166,6 +172,8 @@ class Engine:
         for session in self._sessions:
             session.reset()
         self._scheduler.close()
+        if self._templates is not None:
+            self._templates.close()
         self.unload()
 
     def session(self, adapter: str | Mapping[str, float] | None = None, *, cache_salt: str = "") -> Session:
@@ -180,6 +188,30 @@ class Engine:
         session = Session(self._host(), adapters, Held(arguments.text("cache_salt", cache_salt)))
         self._adopt(session)
         return session
+
+    def fixed(self, adapter: str | Mapping[str, float] | None = None) -> Fixed:
+        """The base, or adapters, for sessions that belong together: all have the same weights, those of the time when
+        the first of them is used. RunError: the argument has a wrong type or value.
+        """
+        return Fixed(self._host(), arguments.adapters(adapter), self.tokenizer_of)
+
+    def try_adapter(self, drafts: Bundle, name: str) -> bool:
+        """Load an adapter of a bundle that has the same foundation, and let it go. Returns whether it changes the
+        logits of a short text.
+
+        BundleError: its files are damaged, or were packed against another foundation.  RunError: its chat template or
+        its tokenizer cannot be read.
+        """
+        from bedplate.runtime.effect import has_effect  # which imports numpy
+
+        base, adapted = self._loaded.trial(drafts, name)
+        with self._scheduler.turn():
+            return has_effect(base, adapted, drafts.adapters[name], read_spec(self.bundle))
+
+    @property
+    def running(self) -> int:
+        """How many generations have begun, and have not ended."""
+        return self._scheduler.running
 
     def load_session(self, path: str | Path) -> Session:
         """A session that `Session.save` wrote: it goes on where that one was.
@@ -300,6 +332,12 @@ class Engine:
                 for session, one in going
             ],
         )
+
+
+def _templates() -> Templates:
+    from bedplate.runtime.template_guard import Templates
+
+    return Templates()
 
 
 def _context(spec: ModelSpec, wanted: int | None) -> int:

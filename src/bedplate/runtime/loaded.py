@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bedplate import _native
-from bedplate.bundle.store import Bundle
-from bedplate.errors import BedplateError, BundleError, NotFoundError, RunError
+from bedplate.bundle.store import AdapterEntry, Bundle
+from bedplate.errors import BedplateError, BundleError, MemoryFullError, NotFoundError
 from bedplate.runtime import arguments
 from bedplate.runtime.loading import load_adapter, load_foundation
 from bedplate.runtime.prefix_cache import PrefixCache
@@ -21,6 +21,9 @@ from bedplate.runtime.sums import Sums
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.runtime.weights import Precision, Weights
 from bedplate.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from bedplate.runtime.template_guard import Templates
 
 # What tells a file from any that stood, or will stand, under its name. None: there is none.
 _State = tuple[int, int, int, int] | None
@@ -38,8 +41,9 @@ class Form(NamedTuple):
 
 @dataclass(kw_only=True)
 class _Adapter:
-    """What is loaded of an adapter. state: of the file of its weights, by which it is known."""
+    """What is loaded of an adapter. It is known by its entry, and by the state of the file of its weights."""
 
+    entry: AdapterEntry
     state: _State
     weights: Weights | None = None
     tokenizer: Tokenizer | None = None
@@ -48,14 +52,20 @@ class _Adapter:
 class Loaded:
     """You can call it from any thread of the process that made it. Everything is loaded when it is first used.
 
-    in_use: names of the adapters that sessions use, which stay.
+    in_use: names of the adapters that sessions use, which stay.  templates: render chat templates, if this process
+    does not.
     """
 
     def __init__(
-        self, bundle: Bundle, spec: ModelSpec, form: Form, in_use: Callable[[], Collection[str]]
+        self,
+        bundle: Bundle,
+        spec: ModelSpec,
+        form: Form,
+        in_use: Callable[[], Collection[str]],
+        templates: Templates | None = None,
     ) -> None:
         self.bundle, self._spec, self._form, self._in_use = bundle, spec, form, in_use
-        self.tokenizer = Tokenizer.of_bundle(bundle)
+        self.tokenizer = Tokenizer.of_bundle(bundle, templates)
         self.process = Process()
         self.meter = _native.Meter()  # of keys and values
         self.base: Weights | None = None
@@ -103,7 +113,10 @@ class Loaded:
         with self._lock:
             adapter = self._adapter(name)
             if adapter.tokenizer is None:
-                adapter.tokenizer = self.tokenizer.of_adapter(self.bundle, name)
+                try:
+                    adapter.tokenizer = self.tokenizer.of_adapter(self.bundle, name)
+                except KeyError:  # it has gone just now
+                    raise self._unknown(name) from None
             return adapter.tokenizer
 
     def load_for_text(self, adapters: Mapping[str, float]) -> tuple[Weights, Tokenizer]:
@@ -143,6 +156,11 @@ class Loaded:
         """
         self.check(name)
         with self._lock:
+            base = self._load_base(meanwhile)
+            return base if name is None else self._load_adapter(base, name, beside)
+
+    def _load_base(self, meanwhile: Callable[[], None] | None) -> Weights:
+        with self._lock:
             if self.base is None:
                 self._check_foundation()
                 self.base = load_foundation(
@@ -155,7 +173,18 @@ class Loaded:
                     cache_bytes=self._form.cache_bytes,
                     meanwhile=meanwhile,
                 )
-            return self.base if name is None else self._load_adapter(self.base, name, beside)
+            return self.base
+
+    def trial(self, drafts: Bundle, name: str) -> tuple[Weights, Weights]:
+        """The base, and an adapter of a bundle that has the same foundation. It is in no list, and goes when nobody
+        holds it. Its tokenizer and chat template are read, too.
+
+        BundleError: its files are damaged.  RunError: its chat template or its tokenizer cannot be read.
+        """
+        base = self._load_base(None)
+        tokenizer = self.tokenizer.of_adapter(drafts, name)
+        tokenizer.check()
+        return base, load_adapter(base, drafts, name, self._spec)
 
     def _load_adapter(self, base: Weights, name: str, beside: Collection[str]) -> Weights:
         adapter = self._adapter(name)
@@ -172,12 +201,12 @@ class Loaded:
         return adapter.weights
 
     def _read_adapter(self, base: Weights, name: str) -> Weights:
-        before = self.bundle.manifest.adapters.get(name)
+        before = self.bundle.adapters.get(name)
         try:
             return load_adapter(base, self.bundle, name, self._spec)
-        except (BundleError, NotFoundError, KeyError) as error:
+        except (BundleError, NotFoundError, FileNotFoundError, KeyError) as error:
             self.bundle.refresh()
-            now = self.bundle.manifest.adapters.get(name)
+            now = self.bundle.adapters.get(name)
             if now is None:
                 raise self._unknown(name) from error
             if now == before:
@@ -190,7 +219,7 @@ class Loaded:
         NotFoundError: it is gone.
         """
         there, entry = self._adapters.get(name), self.bundle.adapters.get(name)
-        if there is not None and entry is not None and there.state == _state(entry.weights):
+        if there is not None and there.entry == entry and there.state == _state(there.entry.weights):
             self._adapters[name] = self._adapters.pop(name)
             return there
         if there is not None or entry is None:
@@ -199,11 +228,11 @@ class Loaded:
             entry = self.bundle.adapters.get(name)
         if entry is None:
             raise self._unknown(name)
-        self._adapters[name] = _Adapter(state=_state(entry.weights))
+        self._adapters[name] = _Adapter(entry=entry, state=_state(entry.weights))
         return self._adapters[name]
 
     def reserve(self, parts: Sequence[tuple[_native.Kv, int, int]]) -> None:
-        """Take memory for positions [begin, end) of keys and values. RunError: there is none."""
+        """Take memory for positions [begin, end) of keys and values. MemoryFullError: there is none."""
         if self._form.memory_bytes is None or not any(kv.growth(begin, end) for kv, begin, end in parts):
             return
         while not self._take(parts):
@@ -221,7 +250,8 @@ class Loaded:
             return True
 
     def _make_room(self, nbytes: int, kept: Collection[str] = ()) -> None:
-        """Drop what is needed least, if there is no room. The caller holds the lock. RunError: not enough is left.
+        """Drop what is needed least, if there is no room. The caller holds the lock. MemoryFullError: not enough is
+        left.
 
         kept: adapters that stay, beside those that sessions use.
         """
@@ -244,8 +274,8 @@ class Loaded:
                 self.unload(name)
                 over -= size
 
-    def _full(self, nbytes: int) -> RunError:
-        return RunError(
+    def _full(self, nbytes: int) -> MemoryFullError:
+        return MemoryFullError(
             f"the engine's memory is full: {nbytes:,} bytes more than the {self._taken():,} that are in use would "
             f"be more than memory_bytes, {self._form.memory_bytes:,}",
             hint="reset sessions that you no longer need, or give the engine more memory_bytes",

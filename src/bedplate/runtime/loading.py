@@ -13,7 +13,7 @@ from bedplate.background import Background
 from bedplate.bundle import strict_json
 from bedplate.bundle.manifest import CHAT_TEMPLATE, FOUNDATION, FOUNDATION_INFO, TOKENIZER
 from bedplate.bundle.named import NamedConstants
-from bedplate.bundle.store import Bundle
+from bedplate.bundle.store import AdapterEntry, Bundle
 from bedplate.errors import BundleError, UnsupportedError
 from bedplate.runtime.adapter_weights import AdapterReader, beyond_branches
 from bedplate.runtime.places import EMBEDDING, HEAD, Reader
@@ -147,7 +147,7 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
     entry = bundle.adapters[name]
     said, file = entry.read_info_bytes(), entry.weights
     info = entry.decode_info(said)  # not kept: the lists take 0.3 MB
-    sha256 = bundle.manifest.adapters[name].files[file.name].sha256
+    sha256 = entry.record.files[file.name].sha256
     with ExitStack() as stack:
         foundation = None
         if info.shared:
@@ -169,7 +169,7 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
         vocab=info.vocab,
         layers=reader.replicated,
         unscalable=_unscalable([constant.name for constant in named]),
-        unsummable=beyond_branches(info, spec) or _own_text(bundle, name),
+        unsummable=beyond_branches(info, spec) or _own_text(bundle, entry),
         invocation=info.invocation,
         file=sha256,
     )
@@ -186,9 +186,9 @@ def _unscalable(names: Sequence[str]) -> str | None:
     return None
 
 
-def _own_text(bundle: Bundle, name: str) -> str | None:
+def _own_text(bundle: Bundle, entry: AdapterEntry) -> str | None:
     """What an adapter has in place of the base's tokenizer and chat template."""
-    own, base = bundle.manifest.adapters[name], bundle.manifest
+    own, base = entry.record, bundle.manifest
     if TOKENIZER in own.files:
         return "a tokenizer of its own"
     template = own.files.get(CHAT_TEMPLATE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from bedplate.errors import RunError
 from bedplate.runtime import arguments
@@ -11,6 +11,14 @@ from bedplate.runtime import arguments
 Message = Mapping[str, Any]
 """One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text or a list of text parts}, and
 what else the model's chat template reads."""
+
+
+class Conversation(NamedTuple):
+    """Messages, and the tools that a chat template tells the model of: functions, as transformers takes them."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+
 
 _DEEPEST = 64  # levels of lists and objects in a message: far from where Python, or a template, gives up
 # Names of what a model thought before it answered; transformers offers a template the first two.
@@ -29,6 +37,19 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     if not messages:
         raise RunError("there are no messages", hint=hint)
     return [_plain_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def plain_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """A copy, as a template is shown it. None: there are none.
+
+    RunError: one is not an object, or holds something else than a message can.
+    """
+    hint = 'give a list of tools: [{"type": "function", "function": {"name": "…", "parameters": {…}}}]'
+    if isinstance(tools, (str, bytes)) or not isinstance(tools, Sequence):
+        raise RunError(f"tools is {arguments.shown(tools)}", hint=hint)
+    for i, tool in enumerate(tools):
+        arguments.instance(f"tools[{i}]", tool, Mapping, hint)
+    return [_plain(tool, f"tools[{i}]", 0) for i, tool in enumerate(tools)] or None
 
 
 def _plain_message(message: Any, where: str) -> dict[str, Any]:

@@ -72,6 +72,11 @@ class Scheduler:
             hint = "a mask function can only cancel: do this before the generation, or after it"
             raise RunError("a session is used within a step", hint=hint)
 
+    @property
+    def running(self) -> int:
+        """How many generations it has."""
+        return len(self._active)
+
     def begin(self, generation: Generation) -> None:
         """From now on steps compute it."""
         with self._state:
@@ -243,6 +248,7 @@ class Scheduler:
             room = min(_DRAFT_ROWS, self._most) - len(wanting)
             for one in wanting:
                 self._propose(one, room // len(wanting))
+            wanting = [one for one in wanting if not one.ended]
             given = self._shares.give(wanting, self._most) if wanting else {}
             parts = {one: part for one, rows in given.items() if (part := one.part(rows)) is not None}
         for one, part in list(parts.items()):
@@ -339,7 +345,10 @@ def _first(generation: Generation) -> Event | Progress | None:
         return None
     first = generation.outbox.popleft()
     if isinstance(first, BaseException):
-        raise first
+        try:
+            raise first
+        finally:
+            del first  # else it and this frame hold each other, and the keys and values of its step
     return first
 
 

@@ -18,7 +18,7 @@ from bedplate.runtime.events import Events, asynchronous
 from bedplate.runtime.generation import Generation, Request, texts
 from bedplate.runtime.held import Held
 from bedplate.runtime.lookup import Habits, Lookup
-from bedplate.runtime.messages import Message
+from bedplate.runtime.messages import Conversation, Message
 from bedplate.runtime.request import Event, Options, Statistics, TokenLogprobs, Wish
 from bedplate.runtime.sampling import Sampler
 from bedplate.runtime.scheduler import Scheduler
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Prompt = str | Sequence[Message] | Sequence[int]
+Prompt = str | Sequence[Message] | Sequence[int] | Conversation
 _LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions take much memory
 
 
@@ -420,8 +420,10 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt, allow_special: bool) -> list[i
     if _are_ids(prompt):
         return arguments.token_ids(prompt, "prompt")
     hint = 'give text, token ids, or a list of messages: [{"role": "user", "content": "…"}]'
-    messages = cast("Sequence[Message]", arguments.instance("prompt", prompt, Sequence, hint))
-    return tokenizer.encode_chat(messages, allow_special=allow_special)
+    messages = (
+        prompt if isinstance(prompt, Conversation) else arguments.instance("prompt", prompt, Sequence, hint)
+    )
+    return tokenizer.encode_chat(cast("Conversation", messages), allow_special=allow_special)
 
 
 def _ids(token_ids: object) -> list[int]:

@@ -25,7 +25,7 @@ _HINT = (
     "remove it from the message, or allow special tokens in messages (allow_special=True, --allow-special)"
 )
 
-Render = Callable[[Sequence[Mapping[str, Any]]], str]
+Render = Callable[[Mapping[str, Any]], str]
 Span = tuple[int, int]
 
 
@@ -47,17 +47,18 @@ class UserText:
     def _marker(self) -> _Marker:
         return _Marker(list(self._special.values()))
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], render: Render, template: str) -> list[int]:
+    def encode(self, conversation: Mapping[str, Any], render: Render, template: str) -> list[int]:
         """Tokens of a conversation, as `render` writes it. Without special tokens in it, those of the plain tokenizer.
 
-        template: its source. RunError: bedplate cannot tell whether the template or a message wrote a special token.
+        conversation: messages and tools.  template: its source.
+        RunError: bedplate cannot tell whether the template or a message wrote a special token.
         """
-        text = render(messages)
+        text = render(conversation)
         plain = self._backend.encode(text, add_special_tokens=False)
-        free = _free_characters([template, text, *_strings(messages), *self._special.values()])
+        free = _free_characters([template, text, *_strings(conversation), *self._special.values()])
         marks, guard = _Marks(begin=free[0], end=free[1], edge=free[2]), free[-1]
-        marked = self._marker.mark(messages, marks)
-        if marked == messages:
+        marked = self._marker.mark(conversation, marks)
+        if marked == conversation:
             return list(plain.ids)
         genuine = self._genuine(_rendered_marked(render, marked, marks), text, marks)
         if genuine == self._spelled(plain, text):
@@ -91,7 +92,7 @@ class UserText:
         return spans
 
 
-def _rendered_marked(render: Render, marked: Sequence[Mapping[str, Any]], marks: _Marks) -> str:
+def _rendered_marked(render: Render, marked: Mapping[str, Any], marks: _Marks) -> str:
     try:
         text = render(marked)
     except RunError as error:

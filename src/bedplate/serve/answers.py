@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from bedplate.errors import MemoryFullError
 from bedplate.runtime.request import Event, FinishReason, Statistics
 from bedplate.runtime.sampling import MaskFunction
 from bedplate.runtime.session import Prompt, Session
@@ -32,7 +33,7 @@ FINISH: dict[FinishReason, str] = {
 
 class Wanted(NamedTuple):
     """What a request wants of the engine. place: for as many answers.  prompts: each gets `n` answers.
-    options: of `Session.events`.  mask: makes a mask for one answer, or None.
+    options: of `Session.events`.  mask: makes a mask for one answer, in a thread; or None.
     """
 
     model: Model
@@ -44,14 +45,15 @@ class Wanted(NamedTuple):
     cache_salt: str
     seed: int | None
     options: Mapping[str, Any]
-    mask: Any = None
+    mask: Callable[[], MaskFunction] | None = None
 
 
 @dataclass(kw_only=True, eq=False)
 class Choice:
     """One answer of a request, as far as it has come. events: all of it.
 
-    heard: when the latest event came, a time of `time.perf_counter`. None: none has come.
+    heard: when the latest event came, a time of `time.perf_counter`. None: none has come.  mask: makes a mask for each
+    start, in a thread.
     """
 
     index: int
@@ -60,6 +62,7 @@ class Choice:
     session: Session
     prompt: Prompt
     options: dict[str, Any]
+    mask: Callable[[], MaskFunction] | None = None
     heard: float | None = None
     events: list[Event] = field(default_factory=list)
     _begun: AsyncGenerator[Event] | None = None
@@ -78,21 +81,35 @@ class Choice:
         """As OpenAI names the reasons."""
         return FINISH[self.stats.finish_reason or "cancelled"]
 
-    async def start(self) -> None:
-        """Begin. Raises what is wrong with the request."""
-        self._begun = await self.session.begin_async(
-            self.prompt, key=self.place.key, deadline=self.place.seconds_left, **self.options
+    async def start(self, *, waits: bool = True) -> None:
+        """Begin, when there is memory. Raises what is wrong with the request. MemoryFullError: there is none."""
+        if waits:
+            room, holding = self.model.base.room, self.model.fixed.is_loaded
+            self._begun = await room.enter(self._begin, holding=holding)
+        else:
+            self._begun = await self._begin()
+
+    async def _begin(self) -> AsyncGenerator[Event]:
+        mask = None if self.mask is None else await asyncio.to_thread(self.mask)
+        begun = await self.session.begin_async(
+            self.prompt, key=self.place.key, deadline=self.place.seconds_left, mask=mask, **self.options
         )
         self.place.check_prompt(self.stats.prompt_tokens)
+        return begun
+
+    async def _begin_again(self) -> None:
+        """After its memory was needed. The same seed gives the same events: those that were said are left out."""
+        self.options["seed"] = self.stats.seed
+        await asyncio.to_thread(self.session.reset)
+        await self.start()
 
     async def stream(self) -> AsyncGenerator[Event]:
         """Its events. It can be called once."""
         if self._begun is None:
             await self.start()
-        assert self._begun is not None
         watch, failed = self.model.base.watch, None
         try:
-            async with aclosing(self._begun) as events:
+            async with aclosing(self._whole()) as events:
                 async for event in events:
                     self.events.append(event)
                     watch.said(self, event)
@@ -103,6 +120,23 @@ class Choice:
             raise
         finally:
             watch.ended(self, failed)
+            del failed  # as in `merged`
+            self.model.base.room.left()
+
+    async def _whole(self) -> AsyncGenerator[Event]:
+        """Its events, also where it has to begin again."""
+        while True:
+            assert self._begun is not None
+            known = len(self.events)
+            with suppress(MemoryFullError):  # while it is known, it holds what the step held
+                async with aclosing(self._begun) as events:
+                    async for event in events:
+                        if known:
+                            known -= 1
+                        else:
+                            yield event
+                return
+            await self._begin_again()
 
 
 def begin(wanted: Wanted) -> list[Choice]:
@@ -111,14 +145,12 @@ def begin(wanted: Wanted) -> list[Choice]:
     most = place.max_tokens(wanted.max_tokens)
     for prompt in wanted.prompts:
         for _ in range(wanted.n):
-            session = model.base.engine.session(model.adapters, cache_salt=wanted.cache_salt)
+            session = model.fixed.session(cache_salt=wanted.cache_salt)
             options = dict(wanted.options)
             options["max_tokens"] = most
             options["logprobs"] = wanted.logprobs
             if wanted.seed is not None:  # so that they differ, and can be had again
                 options["seed"] = (wanted.seed + len(made)) % 2**64
-            mask: MaskFunction | None = None if wanted.mask is None else wanted.mask()
-            options["mask"] = mask
             place.sessions.append(session)
             made.append(
                 Choice(
@@ -128,6 +160,7 @@ def begin(wanted: Wanted) -> list[Choice]:
                     session=session,
                     prompt=prompt,
                     options=options,
+                    mask=wanted.mask,
                 )
             )
     return made
@@ -156,9 +189,12 @@ def sampling_options(request: Sampled) -> dict[str, Any]:
 
 
 async def start(made: Sequence[Choice]) -> None:
-    """Begin the first answer of each prompt: see `merged`."""
-    for choice in {id(choice.prompt): choice for choice in reversed(made)}.values():
-        await choice.start()
+    """Begin the first answer of each prompt: see `merged`. Only one waits for memory, which others may wait for."""
+    firsts = list({id(choice.prompt): choice for choice in reversed(made)}.values())[::-1]
+    await firsts[0].start()
+    with suppress(MemoryFullError):
+        for choice in firsts[1:]:
+            await choice.start(waits=False)
 
 
 async def merged(made: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Event]]:
@@ -189,7 +225,10 @@ async def merged(made: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Event]]
         while left:
             found = await queue.get()
             if isinstance(found, BaseException):
-                raise found
+                try:
+                    raise found
+                finally:
+                    del found  # else it and this frame hold each other, and the sessions
             if found is None:
                 left -= 1
             else:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from bedplate.serve.described import Error
 from bedplate.serve.server import body_of
 
 _Body = TypeVar("_Body", bound=BaseModel)
@@ -19,8 +20,8 @@ JSON, SSE, TEXT = "application/json", "text/event-stream", "text/plain"
 class Api(Route):
     """`get` and `post` make it. `openapi.document` reads it.
 
-    body: of the request.  said: the type of the answer, which pydantic describes. None: any.
-    media: what the answer can be.  errors: statuses that it can have beside 200.
+    body: of the request.  said: the type of the answer. None: any.  media: what the answer can be.
+    errors: statuses that it can have beside 200.  fault: the type of those answers.
     """
 
     def __init__(
@@ -31,13 +32,15 @@ class Api(Route):
         summary: str,
         *,
         body: type[BaseModel] | None = None,
-        said: Any = None,
+        said: type[BaseModel] | None = None,
         media: Collection[str] = (JSON,),
         errors: Collection[int] = (),
+        fault: type[BaseModel] = Error,
     ) -> None:
         super().__init__(path, endpoint, methods=[method])
         self.method, self.summary, self.body = method, summary, body
-        self.said, self.media, self.errors = said, tuple(media), frozenset(errors)
+        self.said, self.fault = said, fault
+        self.media, self.errors = tuple(media), frozenset(errors)
 
 
 def get(path: str, answer: Callable[[Request], Awaitable[Response]], summary: str, **described: Any) -> Api:

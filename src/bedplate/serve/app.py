@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from bedplate.errors import BedplateError
-from bedplate.serve import messages, models, openai_chat, openai_text, openapi, page, process, responses
+from bedplate.serve import (
+    live_api,
+    messages,
+    models,
+    openai_chat,
+    openai_text,
+    openapi,
+    page,
+    probes,
+    process,
+    responses,
+)
 from bedplate.serve.catalog import Base, Catalog
+from bedplate.serve.counted import Counted
 from bedplate.serve.errors import ApiError, of_bedplate
 from bedplate.serve.guard import Guard
+from bedplate.serve.metrics import Metrics
 from bedplate.serve.server import Server
 from bedplate.serve.settings import Settings
 
-_PARTS = (models, openai_chat, openai_text, responses, messages, page)
+_PARTS = (models, live_api, openai_chat, openai_text, responses, messages, probes, page)
 
 
 def create_app(
@@ -31,11 +48,17 @@ def create_app(
     """The ASGI application of some bundles. It closes their engines when it ends. `state.server` is what its routes
     share.
     """
-    server = Server(catalog(bases), settings or Settings())
+    metrics = Metrics(bases)
+    watched = [replace(base, watch=metrics) for base in bases]
+    server = Server(catalog(watched), settings or Settings(), metrics)
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
+        server.live.start()
+        loading = asyncio.create_task(server.load())
         yield
+        loading.cancel()
+        await run_in_threadpool(server.live.close)
         for base in bases:
             await run_in_threadpool(base.engine.close)
 
@@ -43,15 +66,29 @@ def create_app(
         ApiError: _said,
         BedplateError: _refused,
         ClientDisconnect: _left,
+        HTTPException: _no_route,
     }
     routes = [route for part in _PARTS for route in part.routes(server)]
     routes.append(openapi.route(routes))
-    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=life)
-    app.add_middleware(Guard, server=server)
-    if allowed := server.settings.allow_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=allowed, allow_headers=["*"], allow_methods=["*"])
+    app = Starlette(
+        routes=routes,
+        exception_handlers=handlers,
+        lifespan=life,
+        middleware=[
+            Middleware(Counted, metrics, routes),
+            *_cross_origin(server.settings),
+            Middleware(Guard, server),
+        ],
+    )
     app.state.server = server
     return app
+
+
+def _cross_origin(settings: Settings) -> list[Middleware]:
+    allowed = settings.allow_origins
+    if not allowed:
+        return []
+    return [Middleware(CORSMiddleware, allow_origins=allowed, allow_headers=["*"], allow_methods=["*"])]
 
 
 def serve(bases: Sequence[Base], settings: Settings) -> None:
@@ -66,6 +103,11 @@ def _said(request: Request, error: ApiError) -> Response:
 
 def _refused(request: Request, error: BedplateError) -> Response:
     return _said(request, of_bedplate(error))
+
+
+def _no_route(request: Request, error: HTTPException) -> Response:
+    """There is no such path, or it has no such method."""
+    return _said(request, ApiError(error.status_code, f"{error.detail}.", headers=error.headers))
 
 
 def _left(request: Request, error: ClientDisconnect) -> Response:

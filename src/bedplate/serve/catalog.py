@@ -6,37 +6,59 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from bedplate.bundle.entries import AdapterEntry
 from bedplate.errors import NameTakenError
 from bedplate.runtime.engine import Engine
+from bedplate.runtime.fixed import Fixed
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.errors import ApiError, unknown_model
+from bedplate.serve.room import Room
 from bedplate.serve.watch import Watch
 from bedplate.serve.wire import Lora
 
 Json = dict[str, Any]
 
 
+class Origin(NamedTuple):
+    """Where a loaded adapter came from, and when."""
+
+    root: str
+    created: int
+
+
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A bundle that is served. name: of its base.  watch: is told of its requests."""
+    """A bundle that is served. name: of its base.  watch: is told of its requests.  origins: of the adapters that were
+    loaded while it is served.  room: where requests wait for memory.
+    """
 
     name: str
     engine: Engine
     created: int = field(default_factory=lambda: int(time.time()))
     watch: Watch = field(default_factory=Watch)
+    origins: dict[str, Origin] = field(default_factory=dict)
+    room: Room = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "room", Room(self.engine))
+
+    def load(self) -> None:
+        """Load the foundation and the tokenizer. It takes seconds."""
+        self.engine.tokenizer.open()
+        self.engine.load()
 
 
 @dataclass(frozen=True)
 class Model:
-    """What answers a request. id: as it was asked for.  adapters: by name, each with its scale; none: the base.
-    since: when it was asked for, a time of `time.perf_counter`.
+    """What answers a request. id: as it was asked for.  fixed: adapters as they are when the request begins; none: the
+    base.  since: when it was asked for, a time of `time.perf_counter`.
     """
 
     id: str
     base: Base
-    adapters: dict[str, float]
+    fixed: Fixed
     since: float = field(default_factory=time.perf_counter, compare=False)
 
     @property
@@ -45,10 +67,14 @@ class Model:
         return ":".join([self.base.name, *sorted(self.adapters)])
 
     @property
+    def adapters(self) -> dict[str, float]:
+        """By name, each with its scale."""
+        return self.fixed.adapters
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """Of its one adapter, else of the base."""
-        name = next(iter(self.adapters)) if len(self.adapters) == 1 else None
-        return self.base.engine.tokenizer_of(name)
+        return self.fixed.tokenizer
 
 
 class Catalog:
@@ -70,7 +96,7 @@ class Catalog:
         """ApiError: there is none, or not the adapters of `lora`."""
         base, adapter = self._find(name)
         if lora is None:
-            return Model(name, base, {} if adapter is None else {adapter: 1.0})
+            return Model(name, base, base.engine.fixed(adapter))
         for one in lora:
             if one.id not in base.engine.bundle.adapters:
                 message = f"The adapter {one.id!r} does not exist."
@@ -78,7 +104,7 @@ class Catalog:
         mixed = {one.id: one.scale for one in lora}
         if len(mixed) < len(lora):
             raise ApiError(400, "An adapter stands twice in lora.", param="lora")
-        return Model(name, base, mixed)
+        return Model(name, base, base.engine.fixed(mixed))
 
     def _find(self, name: str) -> tuple[Base, str | None]:
         """An adapter's name wins over that of a base, as in vLLM."""
@@ -114,13 +140,15 @@ def _cards(base: Base) -> Iterator[Json]:
 
 
 def _card(base: Base, adapter: str | None, name: str) -> Json:
-    bundle = base.engine.bundle
+    bundle, origin = base.engine.bundle, None if adapter is None else base.origins.get(adapter)
+    entry: AdapterEntry | None = None if adapter is None else bundle.adapters.get(adapter)
+    root = str(bundle.path if entry is None else entry.folder)
     return {
         "id": name,
         "object": "model",
-        "created": base.created,
+        "created": base.created if origin is None else origin.created,
         "owned_by": "bedplate",
-        "root": str(bundle.path if adapter is None else bundle.adapters[adapter].folder),
+        "root": root if origin is None else origin.root,
         "parent": None if adapter is None else base.name,
         "max_model_len": base.engine.limits.max_context,
     }

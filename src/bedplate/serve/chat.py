@@ -16,8 +16,9 @@ from bedplate.serve.answers import Choice, Wanted, begin, merged, sampling_optio
 from bedplate.serve.catalog import Model
 from bedplate.serve.errors import ApiError
 from bedplate.serve.limits import Place
+from bedplate.serve.structured import Constrained, guide_of
 from bedplate.serve.tools import Call, CallPiece, Tool, ToolChoice
-from bedplate.serve.wire import Sampled, Strict
+from bedplate.serve.wire import Strict
 
 MOST_MESSAGES = 2048
 
@@ -38,7 +39,7 @@ class ChatMessage(BaseModel):
     content: str | list[TextPart] | None = None
 
 
-class ChatRequest(Sampled):
+class ChatRequest(Constrained):
     """`/v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
@@ -95,6 +96,7 @@ class Chat:
                 cache_salt=request.cache_salt,
                 seed=request.seed,
                 options=sampling_options(request),
+                mask=guide_of(model, request),
             )
         )
 

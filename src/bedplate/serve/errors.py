@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bedplate.errors import BedplateError, NotFoundError, RunError, UnsupportedError
+from bedplate.errors import BedplateError, MemoryFullError, NotFoundError, RunError, UnsupportedError
 
 _log = logging.getLogger("bedplate.serve")
 
@@ -39,19 +39,22 @@ class ApiError(Exception):
         return {"error": said}
 
 
-def unknown_model(name: str, known: list[str]) -> ApiError:
+def unknown_model(name: str, known: list[str], *, param: str = "model") -> ApiError:
     """404: there is no such model."""
     there = ", ".join(known[:20]) + (" …" if len(known) > 20 else "")
-    return ApiError(
-        404, f"The model {name!r} does not exist. There are: {there}", param="model", code="model_not_found"
-    )
+    message = f"The model {name!r} does not exist. There are: {there}"
+    return ApiError(404, message, param=param, code="model_not_found")
 
 
 def of_bedplate(error: BedplateError) -> ApiError:
-    """400 for what the caller can change, 500 for a bundle that is damaged. No path is told."""
+    """400 for what the caller can change, 503 for what may be otherwise in a moment, 500 for a bundle that is damaged.
+    No path is told.
+    """
     message = error.what if error.hint is None else f"{error.what} (hint: {error.hint})"
     if isinstance(error, NotFoundError):
         return ApiError(404, message, code="not_found")
+    if isinstance(error, MemoryFullError):
+        return ApiError(503, message, kind="server_error", code="memory_full", headers={"Retry-After": "5"})
     if isinstance(error, (RunError, UnsupportedError)):
         return ApiError(400, message)
     return ApiError(500, message, kind="server_error")

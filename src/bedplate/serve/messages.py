@@ -18,6 +18,7 @@ from bedplate.serve.answers import timings, usage
 from bedplate.serve.api import GENERATES, JSON, SSE, UNKNOWN_MODEL, Api
 from bedplate.serve.as_chat import named
 from bedplate.serve.chat import Answer, Chat, Delta, count
+from bedplate.serve.described import AnthropicError, MessageBegun, TokenCount
 from bedplate.serve.errors import ApiError, of_bedplate
 from bedplate.serve.messages_request import NAMES, Conversation, MessagesRequest, as_chat, counted
 from bedplate.serve.server import Server, body_of
@@ -48,8 +49,10 @@ def routes(server: Server) -> list[Api]:
             answer,
             "An answer to a conversation, in the words of Anthropic's Messages",
             body=MessagesRequest,
+            said=MessageBegun,
             media=(JSON, SSE),
             errors={400, 413, *GENERATES},
+            fault=AnthropicError,
         ),
         Api(
             "POST",
@@ -57,7 +60,9 @@ def routes(server: Server) -> list[Api]:
             tell_count,
             "How many tokens a conversation has",
             body=Conversation,
+            said=TokenCount,
             errors={400, 413, *UNKNOWN_MODEL},
+            fault=AnthropicError,
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""`/v1/models`, `/tokenize`, `/detokenize`, `/health`."""
+"""`/v1/models`, `/tokenize`, `/detokenize`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from bedplate.serve.api import UNKNOWN_MODEL, Api, get, post
 from bedplate.serve.chat import MOST_MESSAGES, ChatMessage
+from bedplate.serve.described import ModelCard, ModelCards, Text, Tokens
 from bedplate.serve.errors import ApiError
 from bedplate.serve.server import Server
 from bedplate.serve.wire import Strict
@@ -45,21 +46,25 @@ def routes(server: Server) -> list[Api]:
         tokenizer = server.catalog.find(body.model).tokenizer
         return JSONResponse({"prompt": await run_in_threadpool(tokenizer.decode, body.tokens)})
 
-    async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
-
     return [
-        get("/v1/models", models, "All models: bases and adapters"),
-        get("/v1/models/{name:path}", model, "One model", errors=UNKNOWN_MODEL),
+        get("/v1/models", models, "All models: bases and adapters", said=ModelCards),
+        get("/v1/models/{name:path}", model, "One model", said=ModelCard, errors=UNKNOWN_MODEL),
         post(
             "/tokenize",
             TokenizeRequest,
             tokenize,
             "The tokens of a text, or of a conversation",
+            said=Tokens,
             errors=UNKNOWN_MODEL,
         ),
-        post("/detokenize", DetokenizeRequest, detokenize, "The text of tokens", errors=UNKNOWN_MODEL),
-        get("/health", health, "Whether the process answers"),
+        post(
+            "/detokenize",
+            DetokenizeRequest,
+            detokenize,
+            "The text of tokens",
+            said=Text,
+            errors=UNKNOWN_MODEL,
+        ),
     ]
 
 

@@ -17,6 +17,7 @@ from bedplate.serve import logprobs, stream
 from bedplate.serve.answers import Choice, timings, usage
 from bedplate.serve.api import GENERATES, JSON, SSE, Api, post
 from bedplate.serve.chat import Answer, Chat, ChatRequest, Delta
+from bedplate.serve.described import ChatCompletion
 from bedplate.serve.errors import ApiError
 from bedplate.serve.server import Server
 from bedplate.serve.wire import Accepted
@@ -49,6 +50,7 @@ def routes(server: Server) -> list[Api]:
             ChatCompletionRequest,
             answer,
             "Answers to a conversation",
+            said=ChatCompletion,
             media=(JSON, SSE),
             errors=GENERATES,
         )

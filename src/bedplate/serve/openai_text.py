@@ -20,18 +20,19 @@ from bedplate.serve import stream
 from bedplate.serve.answers import Choice, Wanted, begin, finished, merged, sampling_options, timings, usage
 from bedplate.serve.api import GENERATES, JSON, SSE, Api, post
 from bedplate.serve.catalog import Model
+from bedplate.serve.described import TextCompletion
 from bedplate.serve.errors import ApiError
 from bedplate.serve.limits import Place
 from bedplate.serve.logprobs import OfText
 from bedplate.serve.server import Server
-from bedplate.serve.wire import Sampled
+from bedplate.serve.structured import Constrained, guide_of
 
 Json = dict[str, Any]
 _DEFAULT_TOKENS = 16  # OpenAI's
 _AT_ONCE = 64  # tokens of a prompt that are scored while nobody looks whether the client is there
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(Constrained):
     """`/v1/completions`. prompt: text or token ids, or a list of one of them.
 
     echo: the prompt is told too. With logprobs, so are those of its tokens; of the first there are none.
@@ -94,9 +95,8 @@ class Echo:
                 self.scores += some
 
     def _scored(self) -> Iterator[TokenLogprobs]:
-        asked, engine = self._asked, self._model.base.engine
-        session = engine.session(self._model.adapters, cache_salt=asked.cache_salt)
-        return session.logprobs(self.ids, top=asked.logprobs or 0)
+        session = self._model.fixed.session(cache_salt=self._asked.cache_salt)
+        return session.logprobs(self.ids, top=self._asked.logprobs or 0)
 
     def told(self, known: OfText) -> Json | None:
         """Its logprobs."""
@@ -113,6 +113,7 @@ def routes(server: Server) -> list[Api]:
             CompletionRequest,
             answer,
             "Continuations of texts",
+            said=TextCompletion,
             media=(JSON, SSE),
             errors=GENERATES,
         )
@@ -150,6 +151,7 @@ def _wanted(model: Model, asked: CompletionRequest, place: Place) -> Wanted:
         cache_salt=asked.cache_salt,
         seed=asked.seed,
         options=sampling_options(asked),
+        mask=guide_of(model, asked),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute
 from bedplate.serve.api import JSON, Api, get
 
 Json = dict[str, Any]
-_REF = "#/components/schemas/{model}"
+Schemas = Mapping[type[BaseModel], Json]
 _ERRORS = {
     400: "The request has a field that is not honoured, or a wrong value",
     401: "There is no valid API key",
@@ -30,21 +30,6 @@ _ERRORS = {
     500: "The bundle is damaged",
     503: "The server is loading, or ends",
 }
-
-
-class ErrorDetail(BaseModel):
-    """What is wrong. param: the field that it is about.  code: a word for programs, or a number."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | int | None
-
-
-class ErrorBody(BaseModel):
-    """An answer with a status from 400 on."""
-
-    error: ErrorDetail
 
 
 def route(others: Sequence[BaseRoute]) -> Api:
@@ -60,44 +45,54 @@ def route(others: Sequence[BaseRoute]) -> Api:
 def document(routes: Iterable[BaseRoute]) -> Json:
     """Of all `Api`s among the routes."""
     apis = [one for one in routes if isinstance(one, Api)]
-    types: list[Any] = [ErrorBody, *(one.body for one in apis), *(one.said for one in apis)]
-    inputs: list[tuple[Any, Any, TypeAdapter[Any]]] = [
-        (at, "validation", TypeAdapter(kind)) for at, kind in enumerate(types) if kind is not None
+    types = {one for api in apis for one in (api.body, api.said, api.fault) if one is not None}
+    inputs: list[tuple[type[BaseModel], Any, TypeAdapter[Any]]] = [
+        (one, "validation", TypeAdapter(one)) for one in sorted(types, key=str)
     ]
-    schemas, parts = TypeAdapter.json_schemas(inputs, ref_template=_REF)
-    known = {at: schema for (at, _), schema in schemas.items()}
+    found, parts = TypeAdapter.json_schemas(inputs, ref_template="#/components/schemas/{model}")
+    schemas = {one: schema for (one, _), schema in found.items()}
     paths: dict[str, Json] = {}
-    for at, api in enumerate(apis, 1):
-        described = _operation(api, known.get(at), known.get(at + len(apis)))
-        paths.setdefault(api.path_format, {})[api.method.lower()] = described
+    for api in apis:
+        paths.setdefault(api.path_format, {})[api.method.lower()] = _operation(api, schemas)
     return {
         "openapi": "3.1.0",
         "info": {"title": "bedplate serve", "version": "1"},
         "paths": dict(sorted(paths.items())),
-        "components": {"schemas": parts["$defs"], "responses": _failures(apis, known[0])},
+        "components": {"schemas": parts["$defs"], "responses": _faults(apis, schemas)},
     }
 
 
-def _failures(apis: Iterable[Api], error: Any) -> Json:
-    statuses = sorted({status for api in apis for status in api.errors})
-    content = {JSON: {"schema": error}}
-    return {str(status): {"description": _ERRORS[status], "content": content} for status in statuses}
-
-
-def _operation(api: Api, body: Any, said: Any) -> Json:
+def _operation(api: Api, schemas: Schemas) -> Json:
+    said = None if api.said is None else schemas[api.said]
     content = {one: _content(one, said) for one in api.media}
     responses: Json = {"200": {"description": "The answer", "content": content}}
     for status in sorted(api.errors):
-        responses[str(status)] = {"$ref": f"#/components/responses/{status}"}
+        responses[str(status)] = {"$ref": f"#/components/responses/{_fault(api, status)}"}
     operation: Json = {"summary": api.summary, "operationId": _name(api), "responses": responses}
     if api.param_convertors:
         operation["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
             for name in api.param_convertors
         ]
-    if body is not None:
-        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": body}}}
+    if api.body is not None:
+        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schemas[api.body]}}}
     return operation
+
+
+def _faults(apis: Iterable[Api], schemas: Schemas) -> Json:
+    said = {
+        _fault(api, status): {
+            "description": _ERRORS[status],
+            "content": {JSON: {"schema": schemas[api.fault]}},
+        }
+        for api in apis
+        for status in api.errors
+    }
+    return dict(sorted(said.items()))
+
+
+def _fault(api: Api, status: int) -> str:
+    return f"{api.fault.__name__}{status}"
 
 
 def _content(media: str, said: Any) -> Json:

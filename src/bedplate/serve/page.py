@@ -6,20 +6,20 @@ Its files are read once, when the server starts. They ask no other origin, and t
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from bedplate.runtime.engine import resident_bytes
+from bedplate.runtime.engine import Running, resident_bytes
+from bedplate.serve.api import get
 from bedplate.serve.catalog import Base
+from bedplate.serve.described import Said
 from bedplate.serve.errors import ApiError
 from bedplate.serve.server import Server
 
-Json = dict[str, Any]
 FILES = Path(__file__).with_name("page_files")
 _TYPES = {
     ".css": "text/css",
@@ -41,6 +41,33 @@ _HEADERS = {
 }
 
 
+class Memory(Said):
+    """Bytes of what is loaded. adapters: by name.  kv: of conversations.  cache: that only the cache holds."""
+
+    foundation: int
+    adapters: dict[str, int]
+    kv: int
+    cache: int
+
+
+class BaseState(Said):
+    """Of one bundle. rows: tokens that its steps have computed so far."""
+
+    name: str
+    memory: Memory
+    steps: int
+    rows: int
+    running: list[Running]
+
+
+class State(Said):
+    """process: bytes of it in RAM.  waiting: requests without a place."""
+
+    process: int
+    waiting: int
+    bases: list[BaseState]
+
+
 class _File(NamedTuple):
     content: bytes
     media_type: str
@@ -60,13 +87,17 @@ def routes(server: Server) -> list[Route]:
         return _sent(request, files[name])
 
     async def state(request: Request) -> Response:
-        bases = [_state(base) for base in server.catalog.bases]
-        return JSONResponse({"process": resident_bytes(), "bases": bases}, headers={"Cache-Control": "no-store"})
+        found = State(
+            process=resident_bytes(),
+            waiting=len(server.places.waiting),
+            bases=[_state(base) for base in server.catalog.bases],
+        )
+        return JSONResponse(found.model_dump(), headers={"Cache-Control": "no-store"})
 
     return [
         Route("/", page),
         Route("/page/{name:path}", file),
-        Route("/v1/bedplate/state", state),
+        get("/v1/bedplate/state", state, "What is in memory, and which answers are computed", said=State),
     ]
 
 
@@ -82,8 +113,14 @@ def _sent(request: Request, file: _File) -> Response:
     return Response(file.content, media_type=file.media_type, headers=headers)
 
 
-def _state(base: Base) -> Json:
-    """memory: bytes, of what is loaded.  rows: tokens that steps have computed."""
-    memory, activity = asdict(base.engine.memory()), asdict(base.engine.activity())
-    del memory["process"]  # of all bases together
-    return {"name": base.name, "memory": memory, **activity}
+def _state(base: Base) -> BaseState:
+    memory, activity = base.engine.memory(), base.engine.activity()
+    return BaseState(
+        name=base.name,
+        memory=Memory(
+            foundation=memory.foundation, adapters=memory.adapters, kv=memory.kv, cache=memory.cache
+        ),
+        steps=activity.steps,
+        rows=activity.rows,
+        running=activity.running,
+    )

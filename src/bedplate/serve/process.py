@@ -50,6 +50,11 @@ class Process(uvicorn.Server):
         loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="bedplate-serve"))
         loop.set_exception_handler(_unhandled)
         await super().startup(sockets)
+        port = self.servers[0].sockets[0].getsockname()[1]
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        models = [card["id"] for card in self._server.catalog.cards()]
+        more = f" and {len(models) - 10} more" if len(models) > 10 else ""
+        print(f"serving http://{host}:{port}: {', '.join(models[:10])}{more}", file=sys.stderr, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets running answers end. The second does not."""
@@ -70,16 +75,9 @@ def run(app: Any, server: Server) -> None:
 
     RunError: the address cannot be listened at, or others reach it and there are no keys.
     """
-    settings = server.settings
-    sockets = listen(settings)
+    sockets = listen(server.settings)
     try:
-        process = Process(app, server)
-        port = sockets[0].getsockname()[1]
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        models = [card["id"] for card in server.catalog.cards()]
-        more = f" and {len(models) - 10} more" if len(models) > 10 else ""
-        print(f"serving http://{host}:{port}: {', '.join(models[:10])}{more}", file=sys.stderr, flush=True)
-        process.run(sockets)
+        Process(app, server).run(sockets)
     finally:
         for one in sockets:
             one.close()

@@ -18,6 +18,7 @@ from bedplate.serve.answers import timings, usage
 from bedplate.serve.api import GENERATES, JSON, SSE, Api
 from bedplate.serve.as_chat import named
 from bedplate.serve.chat import Answer, Chat, Delta
+from bedplate.serve.described import ResponseBegun
 from bedplate.serve.errors import ApiError, of_bedplate
 from bedplate.serve.responses_request import NAMES, ResponsesRequest, as_chat
 from bedplate.serve.server import Server, body_of
@@ -38,6 +39,7 @@ def routes(server: Server) -> list[Api]:
             answer,
             "Answers to a conversation, in the words of OpenAI's Responses",
             body=ResponsesRequest,
+            said=ResponseBegun,
             media=(JSON, SSE),
             errors={400, 413, *GENERATES},
         )

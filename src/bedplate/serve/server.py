@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -17,6 +18,8 @@ from bedplate.serve.answers import Choice, start
 from bedplate.serve.catalog import Catalog, Model
 from bedplate.serve.errors import ApiError, failed, of_bedplate
 from bedplate.serve.limits import Place, Places
+from bedplate.serve.live import Live
+from bedplate.serve.metrics import Metrics
 from bedplate.serve.settings import Settings
 from bedplate.serve.wire import Asking, first_problem
 
@@ -54,9 +57,28 @@ class Server:
     draining: it is told to end: no request comes in any more.
     """
 
-    def __init__(self, catalog: Catalog, settings: Settings) -> None:
+    def __init__(self, catalog: Catalog, settings: Settings, metrics: Metrics) -> None:
         self.catalog, self.settings, self.places = catalog, settings, Places(settings)
+        self.live = Live(catalog, settings)
+        for base in catalog.bases:
+            base.room.seconds = settings.memory_seconds
+        self.metrics = metrics
         self.draining = False
+        self._unloaded: str | None = "The model is loading."
+
+    @property
+    def unready(self) -> str | None:
+        """Why a request is not answered at once, or not at all. None: it is."""
+        return "The server is about to stop." if self.draining else self._unloaded
+
+    async def load(self) -> None:
+        """Load what every request needs, so that the first one does not wait for it."""
+        try:
+            for base in self.catalog.bases:
+                await run_in_threadpool(base.load)
+            self._unloaded = None
+        except BedplateError as error:  # a request says it too
+            self._unloaded = of_bedplate(error).message
 
     @asynccontextmanager
     async def ticket(
@@ -69,7 +91,8 @@ class Server:
         key = getattr(request.state, "key", None) or model.key
         place = Place(model, key, asked, answers, self.settings)
         async with AsyncExitStack() as held:
-            await _unless_gone(request, held.enter_async_context(self.places.place(place)))
+            with model.base.watch.waiting(model):
+                await _unless_gone(request, held.enter_async_context(self.places.place(place)))
             held.enter_context(model.base.watch.running(model))
             request.scope.get(HEADERS, {}).update(self.places.headers(key))
             yield Ticket(request, place, held, self.settings.ping)

@@ -109,7 +109,7 @@ function KeyForm() {
     loadModels();
   };
   return html`
-    <form class="notice key" onSubmit=${onSubmit}>
+    <form class="notice key-form" onSubmit=${onSubmit}>
       <label for="key">This server wants an API key. It stays in this tab.</label>
       <input id="key" name="key" type="password" autocomplete="off" required />
       <button type="submit" class="main">Use it</button>

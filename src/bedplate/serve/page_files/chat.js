@@ -140,7 +140,7 @@ function requestOf(column, prompt) {
 /** One prompt to all columns. Resolves when all answers have ended. */
 export const send = (prompt) => Promise.all(state.columns.map((column) => ask(column, prompt)));
 
-/** status: running, done, stopped or failed.  pieces: of text, so far.  first: seconds until the first of them. */
+/** status: running, done, stopped or failed.  pieces: of text, so far.  first, last: seconds until they came. */
 async function ask(column, prompt) {
   const turn = {
     prompt,
@@ -151,6 +151,7 @@ async function ask(column, prompt) {
     text: "",
     pieces: 0,
     first: null,
+    last: null,
     started: performance.now(),
     abort: new AbortController(),
   };
@@ -164,19 +165,18 @@ async function ask(column, prompt) {
     turn.problem = problemOf(error);
     if (error instanceof Refused && error.status === 401) state.needsKey = true;
   }
-  turn.seconds = (performance.now() - turn.started) / 1000;
   redraw();
 }
 
 function take(turn, piece) {
   const [choice] = piece.choices;
   if (choice?.delta?.content) {
-    turn.first ??= (performance.now() - turn.started) / 1000;
+    turn.last = (performance.now() - turn.started) / 1000;
+    turn.first ??= turn.last;
     turn.text += choice.delta.content;
     turn.pieces++;
     redraw();
   }
   turn.finish = choice?.finish_reason ?? turn.finish;
   turn.usage = piece.usage ?? turn.usage;
-  turn.timings = piece.timings ?? turn.timings;
 }

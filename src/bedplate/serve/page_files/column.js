@@ -94,20 +94,17 @@ function Turn({ turn, runs }) {
 
 const Run = (run) => (run.differs ? html`<mark>${run.text}</mark>` : run.text);
 
-/** How fast it is or was. What the server has not told yet is counted by pieces, and said to be about so much. */
+/** How fast it came. Tokens that the server has not told yet are taken for as many as the pieces of text. */
 function figures(turn) {
-  const { status, first, usage, timings, pieces } = turn;
+  const { status, first, usage } = turn;
   const said = [];
   if (status === "running" && first === null) return ["reading the prompt …"];
-  if (first !== null) said.push(`first token after ${seconds(first)}`);
-  if (timings?.predicted_per_second) said.push(`${rate(timings.predicted_per_second)} tokens/s`);
-  else if (pieces > 1) {
-    const now = turn.seconds ?? (performance.now() - turn.started) / 1000;
-    said.push(`about ${rate((pieces - 1) / Math.max(now - first, 0.001))} tokens/s`);
-  }
+  if (first !== null) said.push(`first token ${seconds(first)}`);
+  const tokens = usage?.completion_tokens ?? turn.pieces;
+  if (turn.last > first) said.push(`${usage ? "" : "about "}${rate((tokens - 1) / (turn.last - first))} tokens/s`);
   if (usage) said.push(count(usage.completion_tokens, "token"));
   const cached = usage?.prompt_tokens_details?.cached_tokens;
-  if (cached) said.push(`${cached} of ${usage.prompt_tokens} prompt tokens from the cache`);
+  if (cached) said.push(`${cached} of ${usage.prompt_tokens} prompt tokens cached`);
   if (turn.finish === "length") said.push("cut off at the limit");
   if (status === "stopped") said.push("stopped");
   return said;

@@ -13,37 +13,38 @@ const SPAN = 60; // seconds that the chart shows
 export function Machine() {
   const [isOpen, setOpen] = useState(true);
   const [seen, see] = useReducer(next, { now: null, samples: [] });
-  useEffect(() => {
-    if (!isOpen) return undefined;
-    let timer = 0;
-    const look = async () => {
-      if (document.visibilityState === "visible" && !state.needsKey) {
-        await get("v1/bedplate/state").then(see, () => {});
-      }
-      timer = setTimeout(look, isRunning() ? FAST : SLOW);
-    };
-    const lookNow = () => {
-      clearTimeout(timer);
-      look();
-    };
-    const onSend = () => isRunning() && lookNow();
-    look();
-    document.addEventListener("submit", onSend);
-    return () => {
-      clearTimeout(timer);
-      document.removeEventListener("submit", onSend);
-    };
-  }, [isOpen]);
+  const runs = isRunning();
+  useEffect(() => (isOpen ? looking(see) : undefined), [isOpen, runs]);
   const { now, samples } = seen;
   return html`
     <details class="machine" open=${isOpen} onToggle=${(event) => setOpen(event.target.open)}>
       <summary><h2>The machine</h2></summary>
       ${now && now.bases.map((base) => html`<${Memory} base=${base} isOne=${now.bases.length === 1} />`)}
       ${now && html`<p class="muted">The whole process has ${size(now.process)} in RAM.</p>`}
-      ${now && html`<${Batch} bases=${now.bases} sample=${samples.at(-1)} />`}
+      ${now && html`<${Batch} state=${now} sample=${samples.at(-1)} />`}
       <${Chart} samples=${samples} span=${SPAN} />
     </details>
   `;
+}
+
+/** Look, and go on looking. Returns what ends it. */
+function looking(see) {
+  let timer = 0, isOver = false;
+  const look = async () => {
+    let isBusy = isRunning();
+    if (document.visibilityState === "visible" && !state.needsKey) {
+      const now = await get("v1/bedplate/state").catch(() => null);
+      if (isOver) return;
+      if (now) see(now);
+      isBusy ||= Boolean(now?.bases.some((base) => base.running.length));
+    }
+    timer = setTimeout(look, isBusy ? FAST : SLOW);
+  };
+  look();
+  return () => {
+    isOver = true;
+    clearTimeout(timer);
+  };
 }
 
 /** A look adds a sample: tokens a second, and tokens a step, since the look before. */
@@ -96,7 +97,7 @@ function Memory({ base, isOne }) {
 
 const MOST_SHOWN = 12;
 
-function Batch({ bases, sample }) {
+function Batch({ state: { bases, waiting }, sample }) {
   const going = bases.flatMap((base) => base.running.map((one) => ({ ...one, base: base.name })));
   const isIdle = !going.length && !sample.perSecond;
   const hidden = going.length - MOST_SHOWN;
@@ -105,6 +106,7 @@ function Batch({ bases, sample }) {
       <h3>Batch</h3>
       <p class="figures">${isIdle ? "idle" : html`
         <span>${count(going.length, "answer")} at once</span>
+        ${waiting > 0 && html`<span>${count(waiting, "request waits", "requests wait")}</span>`}
         <span>${sample.perStep.toFixed(1)} tokens a step</span>
         <span>${rate(sample.perSecond)} tokens/s</span>`}
       </p>

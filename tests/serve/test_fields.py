@@ -1,0 +1,282 @@
+"""Every field that the clients know of is honoured, or refused by its name: none is ignored where it matters."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any, NamedTuple
+
+import httpx2
+import pytest
+from anthropic.types import message_count_tokens_params, message_create_params
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
+
+MESSAGES = [{"role": "user", "content": "the fox"}]
+SCHEMA = {"type": "object", "properties": {}, "additionalProperties": False}
+FUNCTION = {"name": "look", "parameters": SCHEMA}
+USER = {"type": "message", "role": "user", "content": "fox"}
+
+
+class Api(NamedTuple):
+    """A route, a request of it, and the types of the client that say what a request may have.
+
+    honoured: a value of each field that is taken.  refused: a value of each that is not.
+    """
+
+    path: str
+    least: dict[str, Any]
+    types: tuple[Any, ...]
+    honoured: dict[str, Any]
+    refused: dict[str, Any]
+
+
+OPENAI = {
+    "frequency_penalty": 0.5,
+    "logit_bias": {"5": 1},
+    "presence_penalty": -0.5,
+    "seed": 5,
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "user": "me",
+}
+ACCEPTED = {
+    "metadata": {"a": "b"},
+    "parallel_tool_calls": False,
+    "prompt_cache_key": "key",
+    "prompt_cache_retention": "in_memory",
+    "safety_identifier": "me",
+    "service_tier": "auto",
+    "store": False,
+}
+OF_MESSAGES = {
+    "cache_control": {"type": "ephemeral"},
+    "messages": MESSAGES,
+    "output_config": {"format": None},
+    "speed": "standard",
+    "system": "be brief",
+    "thinking": {"type": "disabled"},
+    "tool_choice": {"type": "none"},
+    "tools": [],
+}
+
+APIS = {
+    "completions": Api(
+        "/v1/completions",
+        {"model": "all", "prompt": "the fox", "max_tokens": 1},
+        (
+            completion_create_params.CompletionCreateParamsNonStreaming,
+            completion_create_params.CompletionCreateParamsStreaming,
+        ),
+        {
+            **OPENAI,
+            "best_of": 1,
+            "echo": True,
+            "logprobs": 2,
+            "max_tokens": 2,
+            "n": 2,
+            "prompt": ["a", "b"],
+            "stop": ["x"],
+            "stream": False,
+            "stream_options": {"include_usage": True},
+        },
+        {"best_of": 2, "suffix": "end", "stream_options": {"include_obfuscation": True}},
+    ),
+    "chat": Api(
+        "/v1/chat/completions",
+        {"model": "all", "messages": MESSAGES, "max_tokens": 1},
+        (
+            chat_create_params.CompletionCreateParamsNonStreaming,
+            chat_create_params.CompletionCreateParamsStreaming,
+        ),
+        {
+            **OPENAI,
+            **ACCEPTED,
+            "logprobs": True,
+            "max_completion_tokens": 1,
+            "max_tokens": 2,
+            "messages": MESSAGES,
+            "modalities": ["text"],
+            "n": 2,
+            "response_format": {"type": "text"},
+            "stop": "x",
+            "stream": False,
+            "stream_options": {"include_usage": True},
+            "tool_choice": "none",
+            "tools": [{"type": "function", "function": FUNCTION}],
+            "top_logprobs": 0,
+            "verbosity": "medium",
+        },
+        {
+            "audio": {"format": "wav", "voice": "alloy"},
+            "function_call": "auto",
+            "functions": [FUNCTION],
+            "max_completion_tokens": 2,
+            "modalities": ["text", "audio"],
+            "moderation": {"model": "omni-moderation-latest"},
+            "prediction": {"type": "content", "content": "fox"},
+            "prompt_cache_options": {"mode": "implicit"},
+            "prompt_cache_retention": "24h",
+            "reasoning_effort": "low",
+            "service_tier": "flex",
+            "store": True,
+            "top_logprobs": 2,
+            "verbosity": "low",
+            "web_search_options": {},
+        },
+    ),
+    "responses": Api(
+        "/v1/responses",
+        {"model": "all", "input": "the fox", "max_output_tokens": 1},
+        (
+            response_create_params.ResponseCreateParamsNonStreaming,
+            response_create_params.ResponseCreateParamsStreaming,
+        ),
+        {
+            **ACCEPTED,
+            "background": False,
+            "include": ["message.output_text.logprobs"],
+            "input": [USER],
+            "instructions": "be brief",
+            "max_output_tokens": 2,
+            "max_tool_calls": 1,
+            "reasoning": {"effort": "none"},
+            "stream": False,
+            "stream_options": {"include_obfuscation": False},
+            "temperature": 0.5,
+            "text": {"format": {"type": "text"}, "verbosity": "medium"},
+            "tool_choice": "none",
+            "tools": [],
+            "top_logprobs": 2,
+            "top_p": 0.5,
+            "truncation": "disabled",
+            "user": "me",
+        },
+        {
+            "access_programs": {"cyber": "standard"},
+            "background": True,
+            "background_options": {"completion_window": "soonest"},
+            "context_management": [{"type": "compaction"}],
+            "conversation": "conv_1",
+            "image": {"context_compression": "auto"},
+            "moderation": {"model": "omni-moderation-latest"},
+            "previous_response_id": "resp_1",
+            "prompt": {"id": "pmpt_1"},
+            "prompt_cache_options": {"mode": "implicit"},
+            "reasoning": {"summary": "auto"},
+            "store": True,
+            "text": {"verbosity": "low"},
+            "truncation": "auto",
+        },
+    ),
+    "messages": Api(
+        "/v1/messages",
+        {"model": "all", "messages": MESSAGES, "max_tokens": 1},
+        (
+            message_create_params.MessageCreateParamsNonStreaming,
+            message_create_params.MessageCreateParamsStreaming,
+        ),
+        {
+            **OF_MESSAGES,
+            "max_tokens": 2,
+            "metadata": {"user_id": "me"},
+            "service_tier": "standard_only",
+            "stop_sequences": ["x"],
+            "stream": False,
+        },
+        {
+            "container": "c",
+            "diagnostics": {},
+            "inference_geo": "eu",
+            "output_config": {"effort": "low"},
+            "speed": "fast",
+            "thinking": {"type": "adaptive"},
+            "user_profile_id": "me",
+            "workspace_id": "here",
+        },
+    ),
+    "count_tokens": Api(
+        "/v1/messages/count_tokens",
+        {"model": "all", "messages": MESSAGES},
+        (message_count_tokens_params.MessageCountTokensParams,),
+        OF_MESSAGES,
+        {
+            "output_config": {"effort": "low"},
+            "speed": "fast",
+            "user_profile_id": "me",
+            "workspace_id": "here",
+        },
+    ),
+}
+
+
+def fields_of(api: Api) -> dict[str, Any]:
+    return {name: kind for one in api.types for name, kind in typing.get_type_hints(one).items()}
+
+
+@pytest.fixture(scope="module")
+def http(address: str) -> typing.Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=address) as client:
+        yield client
+
+
+def refused_field(said: httpx2.Response) -> str:
+    """The field that a 400 names."""
+    assert said.status_code == 400, said.text
+    error = said.json()["error"]
+    return str(error.get("param") or error["message"])
+
+
+@pytest.mark.parametrize("name", APIS)
+def test_every_field_of_the_client_is_known(name: str) -> None:
+    api = APIS[name]
+    assert {"model", *api.honoured, *api.refused} >= set(fields_of(api))
+
+
+@pytest.mark.parametrize("name", APIS)
+def test_fields_are_honoured(name: str, http: httpx2.Client) -> None:
+    api = APIS[name]
+    for field, value in api.honoured.items():
+        least = {
+            other: it
+            for other, it in api.least.items()
+            if (field, other) != ("max_completion_tokens", "max_tokens")
+        }
+        said = http.post(api.path, json={**least, field: value})
+        assert said.status_code == 200, (field, said.text)
+
+
+@pytest.mark.parametrize("name", APIS)
+def test_fields_are_refused_by_name(name: str, http: httpx2.Client) -> None:
+    api = APIS[name]
+    for field, value in {**api.refused, "never_heard_of": 1, "temprature": 0}.items():
+        said = http.post(api.path, json={**api.least, field: value})
+        expected = "max_tokens" if field == "max_completion_tokens" else field
+        assert refused_field(said).startswith(expected), said.text
+
+
+@pytest.mark.parametrize("name", APIS)
+def test_each_word_that_a_field_may_be_is_honoured_or_refused_by_name(name: str, http: httpx2.Client) -> None:
+    api = APIS[name]
+    for field, kind in fields_of(api).items():
+        for word in words_of(kind) if field != "model" else ():
+            said = http.post(api.path, json={**api.least, field: word})
+            assert said.status_code == 200 or refused_field(said).startswith(field), (word, said.text)
+
+
+def words_of(kind: Any) -> set[str]:
+    if typing.get_origin(kind) is typing.Literal:
+        return {word for word in typing.get_args(kind) if isinstance(word, str)}
+    if typing.get_origin(kind) is list:
+        return set()
+    return {word for part in typing.get_args(kind) for word in words_of(part)}
+
+
+@pytest.mark.parametrize("name", APIS)
+def test_null_is_what_is_not_given(name: str, http: httpx2.Client) -> None:
+    api = APIS[name]
+    nulls = {field: None for field in fields_of(api) if field not in api.least}
+    said = http.post(api.path, json={**api.least, **nulls})
+    assert said.status_code == 200, said.text
+    for field in ("model", *(field for field in api.least if not field.startswith("max"))):
+        assert refused_field(http.post(api.path, json={**api.least, field: None})).startswith(field)
