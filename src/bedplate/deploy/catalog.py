@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
 from bedplate.deploy.listing import Listing
 from bedplate.serve.catalog import Base, Catalog, Json, Model
-from bedplate.serve.errors import ApiError, unknown_model
+from bedplate.serve.errors import unknown_model
 from bedplate.serve.wire import Lora
-
-# What the adapters of the request mean that runs now: names in the replica's own bundle.
-HELD: ContextVar[Mapping[str, str]] = ContextVar("HELD")
 
 
 class StoreCatalog(Catalog):
@@ -32,17 +27,8 @@ class StoreCatalog(Catalog):
         return self._card(self._adapter(name), name)
 
     def find(self, name: str, lora: Sequence[Lora] | None = None) -> Model:
-        adapter, held = self._adapter(name), HELD.get({})
-        wanted = [one.id for one in lora] if lora is not None else [] if adapter is None else [adapter]
-        for one in wanted:
-            if one not in held:
-                message = f"The adapter {one!r} does not exist."
-                raise ApiError(
-                    404, message, param="model" if lora is None else "lora", code="model_not_found"
-                )
-        meant = [Lora(id=held[one.id], scale=one.scale) for one in lora] if lora is not None else None
-        local = held[wanted[0]] if lora is None and wanted else self._base.name
-        return replace(super().find(local, meant), id=name)
+        self._adapter(name)  # one that has been removed may be there for others still
+        return super().find(name, lora)
 
     def _names(self) -> Iterator[str]:
         yield from self._own

@@ -1,9 +1,8 @@
-"""A bundle on this machine: fetched once, if it is elsewhere, and seen by each replica as a bundle of its own."""
+"""A bundle on this machine: fetched once, if it is elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -58,27 +57,6 @@ def local_bundle(url: str, cache: Path, options: Mapping[str, Any] | None = None
                 files.sync_tree(draft)
                 files.rename_new(draft, folder)
     return folder
-
-
-@contextmanager
-def own_view(bundle: Path, cache: Path, *, adapters: bool = True) -> Iterator[bedplate.Bundle]:
-    """A bundle with the same files, to which a replica can add adapters that nobody else sees. It is removed at the
-    end, or by the next replica on this machine if the process is killed.
-
-    adapters: whether it has those of the bundle.
-    """
-    there = bedplate.Bundle.open(bundle, check=False)
-    document = without_programs(there.manifest)
-    if not adapters:
-        document = replace(document, adapters={})
-    with files.workspace(cache, "replica") as own:
-        folder = own / f"{name_of(str(bundle))}.bundle"  # not `own`, whose lock is held
-        (folder / manifest.ADAPTERS).mkdir(parents=True)
-        for name in all_files(document):
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).symlink_to((bundle / name).resolve())
-        files.write(folder / manifest.MANIFEST, manifest.dump(document))
-        yield bedplate.Bundle.open(folder, check=False)
 
 
 def without_programs(document: Manifest) -> Manifest:
