@@ -206,6 +206,23 @@ def test_an_answer_is_that_of_an_engine(node: Node, model: str | None) -> None:
     assert pieces[-1].finish_reason == "length"
 
 
+def test_all_apis(node: Node) -> None:
+    expected = node.expected("two", 16)
+    said = node.client.responses.create(model="two", input=MESSAGES, max_output_tokens=16, temperature=0)
+    assert expected.startswith(said.output_text)
+    events = node.client.responses.create(
+        model="two", input=MESSAGES, max_output_tokens=16, temperature=0, stream=True
+    )
+    assert (
+        "".join(one.delta for one in events if one.type == "response.output_text.delta") == said.output_text
+    )
+    asked = {"model": "two", "messages": MESSAGES, "max_tokens": 16, "temperature": 0}
+    message = node.client.post("/messages", cast_to=dict[str, Any], body=asked)
+    assert message["content"] == [{"type": "text", "text": said.output_text}]
+    tokens = node.client.post("/../tokenize", cast_to=dict[str, Any], body={"model": "two", "prompt": "fox"})
+    assert tokens["count"] == len(tokens["tokens"]) > 0
+
+
 def test_models_are_listed_before_they_are_used(node: Node) -> None:
     models = {model.id: model.model_extra or {} for model in node.client.models.list()}
     assert list(models) == ["toy", "own", *sorted(STORED)]
