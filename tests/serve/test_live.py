@@ -245,7 +245,7 @@ def test_what_is_missing_is_told(client: Client, field: str) -> None:
 
 
 def test_from_a_url(client: Client, sources: Path, expected: Callable[..., str]) -> None:
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     memory = fsspec.filesystem("memory")
     for file in (sources / "qv").iterdir():

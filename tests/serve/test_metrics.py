@@ -157,7 +157,8 @@ def _of_adapters(count: int) -> str:
     base = Base("toy", engine)
     metrics = Metrics([base])
     for name in entries:
-        with metrics.running(Model(name, base, {name: 1.0})):
+        fixed: Any = SimpleNamespace(adapters={name: 1.0})
+        with metrics.running(Model(name, base, fixed)):
             pass
     return metrics.text("")[0].decode()
 

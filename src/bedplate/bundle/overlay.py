@@ -46,22 +46,29 @@ class Overlay(Bundle):
         """The adapters that are not on disk."""
         return self._attached
 
+    def check_free(self, name: str, *, replace: bool = False, most: int | None = None) -> None:
+        """AdapterError: this cannot be the name of an adapter, or there are too many.  NameTakenError: the name is in
+        use.
+        """
+        if not is_adapter_name(name):
+            hint = "use letters, digits, '.', '_' and '-', first a letter or digit; 'base' is the model"
+            raise AdapterError(f"{name!r} cannot be the name of an adapter", hint=hint)
+        if not replace and name in self.adapters:
+            hint = "unload it first, or load this one in its place: load_inplace"
+            raise NameTakenError(f"the adapter {name!r} has already been loaded", hint=hint)
+        if most is not None and len(self._attached.keys() - {name}) >= most:
+            raise AdapterError(f"there are {most} adapters, which is the most", hint="unload one first")
+
     def attach(
         self, name: str, entry: AdapterEntry, *, replace: bool = False, most: int | None = None
     ) -> None:
         """Have an adapter under a name, from now on. Its files must stay as they are.
 
         replace: in place of the one that has the name.  most: adapters that can be attached.
-        AdapterError: this cannot be the name of an adapter, or there are too many.  NameTakenError: the name is in
-        use.
+        AdapterError, NameTakenError: see `check_free`.
         """
-        check_name(name)
         with self._lock:
-            if not replace and name in self.adapters:
-                hint = "unload it first, or load this one in its place: load_inplace"
-                raise NameTakenError(f"the adapter {name!r} has already been loaded", hint=hint)
-            if most is not None and len(self._attached.keys() - {name}) >= most:
-                raise AdapterError(f"there are {most} adapters, which is the most", hint="unload one first")
+            self.check_free(name, replace=replace, most=most)
             self._attached = {**self._attached, name: entry}
             self._put_together()
 
@@ -77,10 +84,3 @@ class Overlay(Bundle):
             if name in self._on_disk:
                 self._hidden[name] = self._on_disk[name].record
             self._put_together()
-
-
-def check_name(name: str) -> None:
-    """AdapterError: this cannot be the name of an adapter."""
-    if not is_adapter_name(name):
-        hint = "use letters, digits, '.', '_' and '-', first a letter or digit; 'base' is the model itself"
-        raise AdapterError(f"{name!r} cannot be the name of an adapter", hint=hint)

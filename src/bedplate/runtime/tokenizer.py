@@ -123,6 +123,18 @@ class Tokenizer:
         own = None if self._end_token is None else self._backend.token_to_id(self._end_token)
         return frozenset(self._end_ids if own is None else (*self._end_ids, own))
 
+    @property
+    def added(self) -> dict[int, tuple[str, bool]]:
+        """Tokens beside the model's own vocabulary: their texts, and whether they are special. `decode` leaves out
+        those.
+        """
+        found = self._backend.get_added_tokens_decoder()
+        return {token: (added.content, added.special) for token, added in found.items()}
+
+    def special_id(self, text: str) -> int | None:
+        """The special token of this text. None: there is none."""
+        return next((token for token, known in self.added.items() if known == (text, True)), None)
+
     def encode(self, text: str) -> list[int]:
         """Ids of the tokens of a plain text, with the tokens that the tokenizer adds (`bos`, for some models).
 

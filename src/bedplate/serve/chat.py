@@ -11,13 +11,14 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bedplate.runtime.request import TokenLogprobs
+from bedplate.runtime.messages import Conversation
+from bedplate.runtime.request import Event, TokenLogprobs
 from bedplate.serve.answers import Choice, Wanted, begin, merged, sampling_options
+from bedplate.serve.calls import CallReader
 from bedplate.serve.catalog import Model
-from bedplate.serve.errors import ApiError
 from bedplate.serve.limits import Place
-from bedplate.serve.structured import Constrained, guide_of
-from bedplate.serve.tools import Call, CallPiece, Tool, ToolChoice
+from bedplate.serve.structured import Constrained, grammar_of, guide_of
+from bedplate.serve.tools import Call, Calling, CallPiece, MadeCall, Tool, ToolChoice, calling_of, prompt_of
 from bedplate.serve.wire import Strict
 
 MOST_MESSAGES = 2048
@@ -37,6 +38,7 @@ class ChatMessage(BaseModel):
 
     role: str
     content: str | list[TextPart] | None = None
+    tool_calls: list[MadeCall] | None = None
 
 
 class ChatRequest(Constrained):
@@ -75,37 +77,59 @@ class Answer(NamedTuple):
 
 
 class Chat:
-    """A conversation that is being answered.
+    """A conversation that is being answered. It is made in a thread: another process may read its chat template.
 
     ApiError: a field of the request is not honoured.
     """
 
     def __init__(self, model: Model, request: ChatRequest, place: Place) -> None:
         self.model, self.request = model, request
-        if request.tools or request.tool_choice is not None:
-            raise ApiError(400, "tools are not honoured.", param="tools")
-        messages = [message.model_dump(exclude_none=True) for message in request.messages]
+        wanted, calling = grammar_of(request), _calling(model, request)
         self.choices = begin(
             Wanted(
                 model=model,
                 place=place,
-                prompts=[messages],
+                prompts=[_read(model, request, calling)],
                 n=request.n,
                 max_tokens=request.max_completion_tokens or request.max_tokens,
                 logprobs=(request.top_logprobs or 0) if request.logprobs else None,
                 cache_salt=request.cache_salt,
                 seed=request.seed,
                 options=sampling_options(request),
-                mask=guide_of(model, request),
+                mask=guide_of(model, request, calling.grammar(wanted) if calling else wanted),
             )
+        )
+        self._readers = (
+            [CallReader(calling.form, calling.must_call) for _ in self.choices] if calling else None
         )
 
     async def deltas(self) -> AsyncGenerator[Delta]:
         """What its answers say, as it comes."""
         async with aclosing(merged(self.choices)) as events:
             async for choice, event in events:
-                finish = None if event.finish_reason is None else choice.finish
-                yield Delta(choice, event.text, event.logprobs, finish)
+                for delta in self._deltas(choice, event):
+                    yield delta
+
+    def _deltas(self, choice: Choice, event: Event) -> list[Delta]:
+        """Of an event. The first has what is known of its tokens, the last has the reason of the end."""
+        finish = None if event.finish_reason is None else choice.finish
+        if self._readers is None:
+            return [Delta(choice, event.text, event.logprobs, finish)]
+        reader = self._readers[choice.index]
+        parts = reader.read(event.text, event.tokens)
+        if finish is not None:
+            parts += reader.finish()
+            finish = "tool_calls" if finish == "stop" and reader.count else finish
+        if not parts and (finish is not None or event.logprobs):
+            parts = [""]
+        made = [
+            Delta(choice, part, None, None) if isinstance(part, str) else Delta(choice, "", None, None, part)
+            for part in parts
+        ]
+        if made:
+            made[0] = made[0]._replace(logprobs=event.logprobs)
+            made[-1] = made[-1]._replace(finish=finish)
+        return made
 
     async def answers(self) -> list[Answer]:
         """All of them, when they have ended."""
@@ -118,15 +142,28 @@ class Chat:
 
 def count(model: Model, request: ChatRequest) -> int:
     """The tokens that are read for an answer."""
+    return len(model.tokenizer.encode_chat(_read(model, request, _calling(model, request))))
+
+
+def _calling(model: Model, request: ChatRequest) -> Calling | None:
+    return calling_of(model.tokenizer, request.tools or [], request.tool_choice, request.parallel_tool_calls)
+
+
+def _read(model: Model, request: ChatRequest, calling: Calling | None) -> Conversation:
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
-    return len(model.tokenizer.encode_chat(messages))
+    return prompt_of(model.tokenizer, messages, request.tools or [] if calling else [])
 
 
 def _whole(choice: Choice, deltas: Sequence[Delta]) -> Answer:
     known = [delta.logprobs for delta in deltas if delta.logprobs is not None]
+    calls: dict[str, Call] = {}
+    for piece in (delta.call for delta in deltas if delta.call is not None):
+        so_far = calls.get(piece.id) or Call(piece.id, piece.name or "", "")
+        calls[piece.id] = so_far._replace(arguments=so_far.arguments + piece.arguments)
     return Answer(
         choice=choice,
         text="".join(delta.text for delta in deltas),
         logprobs=tuple(one for part in known for one in part) if known else None,
-        finish=choice.finish,
+        finish=deltas[-1].finish or choice.finish,
+        calls=tuple(calls.values()),
     )

@@ -50,11 +50,12 @@ def of_bedplate(error: BedplateError) -> ApiError:
     """400 for what the caller can change, 503 for what may be otherwise in a moment, 500 for a bundle that is damaged.
     No path is told.
     """
+    if isinstance(error, MemoryFullError):
+        full = "The server's memory is full: others use all of it. Ask again."
+        return ApiError(503, full, kind="server_error", code="memory_full", headers={"Retry-After": "5"})
     message = error.what if error.hint is None else f"{error.what} (hint: {error.hint})"
     if isinstance(error, NotFoundError):
         return ApiError(404, message, code="not_found")
-    if isinstance(error, MemoryFullError):
-        return ApiError(503, message, kind="server_error", code="memory_full", headers={"Retry-After": "5"})
     if isinstance(error, (RunError, UnsupportedError)):
         return ApiError(400, message)
     return ApiError(500, message, kind="server_error")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bedplate.bundle import integrity, manifest
 from bedplate.bundle.manifest import ADAPTER_INFO, ADAPTER_PROGRAMS, MANIFEST, Manifest
-from bedplate.bundle.overlay import Overlay, check_name
+from bedplate.bundle.overlay import Overlay
 from bedplate.bundle.store import AdapterEntry, Bundle
 from bedplate.errors import AdapterError, BedplateError, NameTakenError
 from bedplate.serve.catalog import Base, Catalog, Origin
@@ -26,7 +26,7 @@ _POLL_SECONDS = 1.0
 
 
 class Live:
-    """Its methods block: call them in a thread. Of two loads, the second waits for the first.
+    """Its methods block: call them in a thread, and `load` from one at a time.
 
     NotFoundError, RunError: the settings name folders that are not there, or no beginnings of URLs.
     """
@@ -39,7 +39,8 @@ class Live:
             seconds=settings.adapter_seconds,
         )
         self._packing = Packing(settings.adapter_seconds)
-        self._one = threading.Lock()
+        self._one = threading.Lock()  # of who loads
+        self._changing = threading.Lock()  # what a name stands for
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="bedplate-watch", daemon=True)
@@ -76,8 +77,9 @@ class Live:
                 raise
             # Whoever reads its files has the entry.
             weakref.finalize(entry, shutil.rmtree, staging, ignore_errors=True)
-            overlay.attach(name, entry, replace=replace, most=self._settings.max_adapters)
-            base.origins[name] = Origin(root=place, created=int(time.time()))
+            with self._changing:
+                overlay.attach(name, entry, replace=replace, most=self._settings.max_adapters)
+                base.origins[name] = Origin(root=place, created=int(time.time()))
             base.engine.unload(name)  # what had the name: its memory is free when the last request ends
 
     def unload(self, name: str, *, base_model: str | None) -> None:
@@ -93,9 +95,10 @@ class Live:
         if len(having) > 1:
             raise _which_base(having)
         (base,) = having
-        with self._one, _said(name):
-            _overlay_of(base).detach(name)
-            base.origins.pop(name, None)
+        with _said(name):
+            with self._changing:
+                _overlay_of(base).detach(name)
+                base.origins.pop(name, None)
             base.engine.unload(name)
 
     def _base(self, name: str | None) -> Base:
@@ -108,12 +111,9 @@ class Live:
         return found[0]
 
     def _overlay(self, base: Base, name: str, *, replace: bool) -> Overlay:
-        """What an adapter is attached to, if its name can be had: before anything is read."""
-        check_name(name)
+        """What an adapter is attached to, if it can be: before anything is read."""
         overlay = _overlay_of(base)
-        if name in overlay.adapters and not replace:
-            hint = "unload it first, or give load_inplace: true"
-            raise NameTakenError(f"the adapter {name!r} has already been loaded", hint=hint)
+        overlay.check_free(name, replace=replace, most=self._settings.max_adapters)
         for other in self._catalog.bases:
             if name == other.name or (other is not base and name in other.engine.bundle.adapters):
                 raise NameTakenError(f"another model is called {name!r}", hint="choose another name")

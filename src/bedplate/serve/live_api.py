@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -37,16 +38,17 @@ class UnloadAdapterRequest(Strict):
 
 
 def routes(server: Server) -> list[Api]:
-    live = server.live
+    live, one = server.live, asyncio.Lock()  # so that those that wait take no threads
 
     async def load(request: Request, asked: LoadAdapterRequest) -> Response:
-        await run_in_threadpool(
-            live.load,
-            asked.lora_name,
-            asked.lora_path,
-            base_model=asked.base_model,
-            replace=asked.load_inplace,
-        )
+        async with one:
+            await run_in_threadpool(
+                live.load,
+                asked.lora_name,
+                asked.lora_path,
+                base_model=asked.base_model,
+                replace=asked.load_inplace,
+            )
         return _success(asked.lora_name, "added")
 
     async def unload(request: Request, asked: UnloadAdapterRequest) -> Response:

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from bedplate.errors import BedplateError
 from bedplate.serve import stream
 from bedplate.serve.answers import timings, usage
-from bedplate.serve.api import GENERATES, JSON, SSE, UNKNOWN_MODEL, Api
+from bedplate.serve.api import GENERATES, JSON, OF_BODY, SSE, UNKNOWN_MODEL, Api
 from bedplate.serve.as_chat import named
 from bedplate.serve.chat import Answer, Chat, Delta, count
 from bedplate.serve.described import AnthropicError, MessageBegun, TokenCount
@@ -51,7 +51,7 @@ def routes(server: Server) -> list[Api]:
             body=MessagesRequest,
             said=MessageBegun,
             media=(JSON, SSE),
-            errors={400, 413, *GENERATES},
+            errors={*OF_BODY, *GENERATES},
             fault=AnthropicError,
         ),
         Api(
@@ -61,7 +61,7 @@ def routes(server: Server) -> list[Api]:
             "How many tokens a conversation has",
             body=Conversation,
             said=TokenCount,
-            errors={400, 413, *UNKNOWN_MODEL},
+            errors={*OF_BODY, *UNKNOWN_MODEL},
             fault=AnthropicError,
         ),
     ]
@@ -88,14 +88,17 @@ def _refused(error: ApiError, id: str) -> Response:
 
 def _error(error: ApiError) -> Json:
     other = "api_error" if error.status >= 500 else "invalid_request_error"
-    return {"type": "error", "error": {"type": _KINDS.get(error.status, other), "message": error.message}}
+    message, param = error.message, error.param
+    if param is not None and param.split(".")[0] not in message:  # its form has no place for the field
+        message = f"{param}: {message}"
+    return {"type": "error", "error": {"type": _KINDS.get(error.status, other), "message": message}}
 
 
 async def _answer(server: Server, request: Request) -> Response:
     asked = await body_of(request, MessagesRequest)
     model = server.catalog.find(asked.model, asked.lora)
     async with server.ticket(request, model, asked) as ticket:
-        chat = Chat(model, as_chat(asked), ticket.place)
+        chat = await run_in_threadpool(Chat, model, as_chat(asked), ticket.place)
         if asked.stream:
             return await ticket.stream(_Told(asked, chat).lines(), chat.choices)
         (answered,) = await ticket.whole(chat.answers())
@@ -135,6 +138,7 @@ def _usage(chat: Chat) -> Json:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
         "inference_geo": None,
+        "output_tokens_details": None,
         "server_tool_use": None,
         "service_tier": "standard",
     }
@@ -157,7 +161,7 @@ def _content(answer: Answer) -> list[Json]:
 
 
 def _tool_use(id: str, name: str, input: Json) -> Json:
-    return {"type": "tool_use", "id": id, "name": name, "input": input}
+    return {"type": "tool_use", "id": id, "name": name, "input": input, "caller": {"type": "direct"}}
 
 
 class _Told:

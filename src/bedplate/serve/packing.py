@@ -28,6 +28,7 @@ class Packing:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
         self._lock = threading.Lock()
 
     def pack(self, bundle: Path, source: Path, name: str, staging: Path) -> None:
@@ -47,6 +48,8 @@ class Packing:
             raise AdapterError(answer["what"], hint=answer["hint"])
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._closed:
+            raise ValueError("the server ends")
         if self._process is None or self._process.poll() is not None:
             self._end()
             self._process = _started()
@@ -66,7 +69,10 @@ class Packing:
         return found
 
     def close(self) -> None:
-        """End the process."""
+        """End the process. What is being packed fails, and nothing more is packed."""
+        self._closed = True
+        if (process := self._process) is not None:
+            process.kill()
         with self._lock:
             self._end()
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -15,7 +16,7 @@ from bedplate.errors import BedplateError
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.serve import logprobs, stream
 from bedplate.serve.answers import timings, usage
-from bedplate.serve.api import GENERATES, JSON, SSE, Api
+from bedplate.serve.api import GENERATES, JSON, OF_BODY, SSE, Api
 from bedplate.serve.as_chat import named
 from bedplate.serve.chat import Answer, Chat, Delta
 from bedplate.serve.described import ResponseBegun
@@ -41,7 +42,7 @@ def routes(server: Server) -> list[Api]:
             body=ResponsesRequest,
             said=ResponseBegun,
             media=(JSON, SSE),
-            errors={400, 413, *GENERATES},
+            errors={*OF_BODY, *GENERATES},
         )
     ]
 
@@ -50,7 +51,7 @@ async def _answer(server: Server, request: Request) -> Response:
     asked = await body_of(request, ResponsesRequest)
     model = server.catalog.find(asked.model, asked.lora)
     async with server.ticket(request, model, asked) as ticket:
-        chat = Chat(model, as_chat(asked), ticket.place)
+        chat = await run_in_threadpool(Chat, model, as_chat(asked), ticket.place)
         if asked.stream:
             return await ticket.stream(_Told(asked, chat).lines(), chat.choices)
         (answered,) = await ticket.whole(chat.answers())

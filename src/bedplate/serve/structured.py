@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits
 from pydantic import ConfigDict, Field
 
 from bedplate.errors import RunError
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.catalog import Model
 from bedplate.serve.errors import ApiError
+from bedplate.serve.vocabulary import vocabulary_of
 from bedplate.serve.wire import Sampled, Strict
 
 Json = dict[str, Any]
@@ -27,6 +27,8 @@ Json = dict[str, Any]
 _WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+_STARTING = threading.Lock()
+_EXACT = 2**53  # no float is exact beyond it
 # llguidance follows the references of a grammar by calls within calls, and would crash where its stack ends.
 _LONGEST, _STACK = 1 << 17, 256 << 20  # characters of a grammar; bytes, which are taken only as they are used
 
@@ -172,14 +174,17 @@ class Guide:
         with self._lock:
             if self._first is None:
                 self._first = self._made()
-            return GrammarMask(self._first.deep_copy(), sorted(self._tokenizer.end_ids))
+            return GrammarMask(self._first.deep_copy())
 
     def _made(self) -> LLMatcher:
-        grammar, vocabulary = self._grammar, _vocabulary_of(self._tokenizer)
+        grammar, vocabulary = self._grammar, vocabulary_of(self._tokenizer)
         parts = [{"name": f"part{i}", **one} for i, one in enumerate(grammar.parts)]
         source = json.dumps({"grammars": parts}, ensure_ascii=False)
         if len(source) > _LONGEST:
             message = f"The grammar is refused: it has more than {_LONGEST} characters."
+            raise ApiError(400, message, param=grammar.param)
+        if large := next(_inexact(parts), None):
+            message = f"The grammar is refused: {large} is too large to be exact."
             raise ApiError(400, message, param=grammar.param)
         wrong, said = _with_deep_stack(lambda: LLMatcher.validate_grammar_with_warnings(source, vocabulary))
         if wrong or (grammar.strict and said):
@@ -190,8 +195,8 @@ class Guide:
 class GrammarMask:
     """The tokens that a grammar allows after those so far. An end token is allowed where the grammar can end."""
 
-    def __init__(self, matcher: LLMatcher, ends: Sequence[int]) -> None:
-        self._matcher, self._ends = matcher, ends
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
         self._read = 0  # tokens that the matcher knows
         self._forced: list[int] = matcher.compute_ff_tokens()
 
@@ -223,11 +228,20 @@ class GrammarMask:
             raise RunError(f"the grammar cannot be followed: {said}", hint="use a simpler schema or grammar")
 
 
+def _inexact(value: Any) -> Iterator[int]:
+    """Numbers that llguidance, which reads all as floats, would change."""
+    if isinstance(value, int) and abs(value) > _EXACT:
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _inexact(inner)
+
+
 def _with_deep_stack(function: Callable[[], _T]) -> _T:
     """What a function returns that needs no Python, in a thread of its own."""
     found: list[_T] = []
     thread = threading.Thread(target=lambda: found.append(function()))
-    with _BUILDING:
+    with _STARTING:
         before = threading.stack_size(_STACK)
         try:
             thread.start()
@@ -239,26 +253,3 @@ def _with_deep_stack(function: Callable[[], _T]) -> _T:
 
 def _bit(token: int) -> bytes:
     return (1 << token).to_bytes(4 * (token // 32 + 1), "little")
-
-
-_KNOWN: weakref.WeakKeyDictionary[Tokenizer, LLTokenizer] = weakref.WeakKeyDictionary()
-_BUILDING = threading.Lock()
-
-
-def _vocabulary_of(tokenizer: Tokenizer) -> LLTokenizer:
-    """Made once for a `tokenizer.json`: it takes a second, and a hundred megabytes for a large one.
-
-    ApiError: llguidance does not know such tokenizers, or no token ends a text.
-    """
-    root = tokenizer.root
-    with _BUILDING:
-        if root not in _KNOWN:
-            ends = sorted(root.end_ids)
-            if not ends:
-                raise ApiError(400, "The model has no end token, which a grammar needs.")
-            try:
-                _KNOWN[root] = LLTokenizer(root.to_json(), eos_token=ends)
-            except Exception as error:  # it raises nothing narrower
-                message = f"Grammars cannot be used with the tokenizer of this model: {error}"
-                raise ApiError(400, message) from error
-        return _KNOWN[root]

@@ -1,13 +1,23 @@
-"""Functions that a model may call: what a request tells of them, and the calls in an answer."""
+"""Functions that a model may call: how a chat template tells it of them, and the grammar of its calls.
+
+A template that knows tools has its own words for them. Else a system message tells the model of them.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from bedplate.runtime.messages import Conversation, Message
+from bedplate.runtime.tokenizer import Tokenizer
+from bedplate.serve.errors import ApiError
+from bedplate.serve.structured import Grammar, quoted, schema_part
 from bedplate.serve.wire import Strict
 
+Json = dict[str, Any]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
@@ -18,7 +28,7 @@ class Function(Strict):
 
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Json | None = None
     strict: bool | None = None
 
 
@@ -45,6 +55,25 @@ class NamedTool(Strict):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
+class CalledFunction(BaseModel):
+    """arguments: the text of a JSON object."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str
+    arguments: str
+
+
+class MadeCall(BaseModel):
+    """A call of an earlier answer. Other fields go to the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class CallPiece(NamedTuple):
     """A piece of a call. position: which call of the answer.  id: of the call.  name: in the first piece of a call,
     else None.  arguments: what is added to the text of its arguments, which is a JSON object.
@@ -62,3 +91,221 @@ class Call(NamedTuple):
     id: str
     name: str
     arguments: str
+
+
+class Form(NamedTuple):
+    """How a model writes calls.
+
+    marker: stands before the first call, and before each if they have an end. Empty: an answer is a call, or is not.
+    marker_token, end_token: where a special token is the marker: text does not show it.
+    before, end: what stands between the marker and the JSON, and after it.  between: of two calls.
+    arguments: what the model calls them.  is_list: whether the calls of an answer are one list.
+    many: whether an answer can have several.  short_ids: whether ids have nine letters and digits.
+    """
+
+    marker: str
+    before: str
+    end: str
+    between: str = ""
+    arguments: str = "arguments"
+    is_list: bool = False
+    many: bool = True
+    short_ids: bool = False
+    marker_token: int | None = None
+    end_token: int | None = None
+
+
+OPENING = '{"name": "'  # of all calls
+
+
+class Calling(NamedTuple):
+    """How an answer can call functions. must_call: it is nothing else than calls.  single: it has one at most."""
+
+    form: Form
+    functions: Sequence[Function]
+    must_call: bool
+    single: bool
+
+    def grammar(self, answer: Grammar | None) -> Grammar:
+        """Of the whole answer. answer: what it must be where it calls nothing. None: any text."""
+        form, several = self.form, self.form.many and not self.single
+        rules, parts = ["%llguidance {}"], list[Json]()
+        for i, function in enumerate(self.functions):
+            begin = f'{OPENING}{function.name}", "{form.arguments}": '
+            rules.append(f'f{i}: {quoted(begin)} @part{i + 1} "}}"')
+            parts.append(schema_part(_parameters(function), bool(function.strict)))
+        rules.append(f"body: {' | '.join(f'f{i}' for i in range(len(self.functions)))}")
+        marker, end = _token(form.marker, form.marker_token), _token(form.end, form.end_token)
+        more = f' (", " body)* {quoted("]")}' if several else f" {quoted(']')}"
+        body = f"{_text(form.before)} {quoted('[') + ' body' + more if form.is_list else 'body'} {end}"
+        rules.append(f"call: {marker} {body}")
+        following = f" ({_text(form.between)} call)*" if several and not form.is_list else ""
+        if self.must_call:
+            rules.append(f"start: call{following}")
+        elif answer is not None:
+            rules.append(f"start: @part{len(parts) + 1} | call{following}")
+            parts += answer.parts
+        elif not form.marker:
+            rules += [
+                "start: TEXT | call",
+                rf"TEXT: /(?s:.*)/ & ~/(?s:{OPENING.replace('{', chr(92) + '{')}.*)/",
+            ]
+        else:
+            lazy = form.marker_token is None  # a text ends where the marker does
+            first = f"head {body}" if lazy else f"TEXT {marker} {body}"
+            rules += [f"start: TEXT | first{following}", f"first: {first}", "TEXT: /(?s:.*)/"]
+            rules += [f"head[lazy]: TEXT {marker}"] if lazy else []
+        return Grammar([{"lark_grammar": "\n".join(rules)}, *parts], "tools", strict=False)
+
+
+def calling_of(
+    tokenizer: Tokenizer, tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool
+) -> Calling | None:
+    """None: nothing is to be called.
+
+    ApiError: the fields contradict each other, or the model writes calls in a form that is not known here.
+    """
+    functions = [tool.function for tool in tools]
+    names = [function.name for function in functions]
+    named = choice.function.name if isinstance(choice, NamedTool) else None
+    if named is not None and named not in names:
+        raise ApiError(400, f"There is no tool of the name {named!r}.", param="tool_choice")
+    if choice == "required" and not names:
+        raise ApiError(400, "tool_choice is required, and there are no tools.", param="tool_choice")
+    if len(set(names)) < len(names):
+        raise ApiError(400, "Two tools have the same name.", param="tools")
+    if not names or choice == "none":
+        return None
+    return Calling(
+        form=_form_of(tokenizer),
+        functions=[one for one in functions if named in (None, one.name)],
+        must_call=choice == "required" or named is not None,
+        single=named is not None or not parallel,
+    )
+
+
+_JSON_IN_MARKERS = Form("<tool_call>", "\n", "\n</tool_call>", between="\n")
+
+
+def _form_of(tokenizer: Tokenizer) -> Form:
+    """As the chat template writes calls. ApiError: in a form that is not known here."""
+    source = tokenizer.chat_template or ""
+    if not tokenizer.reads_tools:
+        return _JSON_IN_MARKERS
+    if "[TOOL_CALLS]" in source and "[ARGS]" not in source:  # Mistral
+        before = " " if "[TOOL_CALLS] [" in source else ""
+        form = Form("[TOOL_CALLS]", before, "", is_list=True, short_ids=True)
+    elif "<tool_call>" in source and "<function=" not in source and "<arg_key>" not in source:  # Hermes, Qwen
+        form = _JSON_IN_MARKERS
+    elif '"parameters": ' in source and "ipython" in source:  # Llama 3
+        form = Form("", "", "", arguments="parameters", many=False)
+    else:
+        message = "The chat template of this model writes calls in a form that this server does not read."
+        raise ApiError(400, message, param="tools")
+    return form._replace(
+        marker_token=tokenizer.special_id(form.marker), end_token=tokenizer.special_id(form.end.strip())
+    )
+
+
+def prompt_of(tokenizer: Tokenizer, messages: Sequence[Json], tools: Sequence[Tool]) -> Conversation:
+    """A conversation as the chat template is shown it.
+
+    ApiError: the arguments of an earlier call are no JSON object.
+    """
+    shown = [{**message, **_with_arguments(message, i)} for i, message in enumerate(messages)]
+    told = [_told(tool) for tool in tools]
+    if tokenizer.reads_tools:
+        return Conversation(shown, told)
+    return Conversation(_in_words(shown, told))
+
+
+def _with_arguments(message: Json, i: int) -> Json:
+    """Templates write arguments as JSON, so they are shown them as objects, as in transformers."""
+    calls = []
+    for n, call in enumerate(message.get("tool_calls") or ()):
+        try:
+            value = json.loads(call["function"]["arguments"] or "{}")
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            field = f"messages.{i}.tool_calls.{n}.function.arguments"
+            raise ApiError(400, f"{field}: this is not the text of a JSON object.", param=field)
+        calls.append({**call, "function": {**call["function"], "arguments": value}})
+    return {"tool_calls": calls} if calls else {}
+
+
+def _told(tool: Tool) -> Json:
+    """What a template is shown of a tool."""
+    function = tool.function.model_dump(exclude_none=True, exclude={"strict"})
+    return {"type": "function", "function": {**function, "parameters": _parameters(tool.function)}}
+
+
+def _parameters(function: Function) -> Json:
+    if function.parameters is None:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    if function.parameters.get("type", "object") != "object":
+        raise ApiError(400, f"The arguments of {function.name} are no object.", param="tools")
+    return {"type": "object", **function.parameters}
+
+
+_WORDS = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+def _in_words(messages: Sequence[Json], tools: Sequence[Json]) -> list[Message]:
+    """For a template that knows no tools: tools, calls and results as text."""
+    told: list[Message] = []
+    for message in messages:
+        if message["role"] == "tool":
+            result = f"<tool_response>\n{_content(message)}\n</tool_response>"
+            if told and told[-1].get("results"):
+                result = f"{told.pop()['content']}\n{result}"
+            told.append({"role": "user", "content": result, "results": True})
+        elif message.get("tool_calls"):
+            calls = [f"<tool_call>\n{_call(one)}\n</tool_call>" for one in message["tool_calls"]]
+            told.append(
+                {"role": "assistant", "content": "\n".join(filter(None, [_content(message), *calls]))}
+            )
+        else:
+            told.append(message)
+    told = [{name: value for name, value in one.items() if name != "results"} for one in told]
+    if not tools:
+        return told
+    words = _WORDS.format("\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+    if told[0]["role"] == "system":
+        words = f"{_content(told.pop(0))}\n\n{words}"
+    return [{"role": "system", "content": words}, *told]
+
+
+def _content(message: Message) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _call(call: Json) -> str:
+    function = call["function"]
+    return json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
+
+
+def _text(text: str) -> str:
+    """As a grammar has it. The empty text is nothing."""
+    return quoted(text) if text else ""
+
+
+def _token(text: str, token: int | None) -> str:
+    """A marker: the spaces beside it stay, and the rest is the token, if there is one."""
+    if token is None:
+        return _text(text)
+    before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+    return f"{_text(before)} <[{token}]> {_text(after)}"
