@@ -93,4 +93,5 @@ class RayOptions(BaseModel):
     def engine(self) -> dict[str, Any]:
         """Arguments of `bedplate.Engine`."""
         given = {name: getattr(self, name) for name in ("threads", "kv", "max_context", "memory_bytes")}
+        given["guard_templates"] = True
         return given if self.cache_bytes is None else {**given, "cache_bytes": self.cache_bytes}
