@@ -119,7 +119,7 @@ def test_adapters_of_another_bundle(
     other.merge({"all": 1, "all2": 1}, name="both", programs=False)
     store = AdapterStore(str(other.path), toy_bundle.foundation_sha256)
     found = store.list()
-    assert list(found) == ["all", "all2", "all8", "both"]
+    assert list(found) == ["all", "all2", "all8", "both"] and store.folder == f"{other.path}/adapters"
     assert not any(".pte" in file for file in found["all"].files)
     folder = tmp_path / "fetched"
     folder.mkdir()

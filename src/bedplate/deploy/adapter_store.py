@@ -66,6 +66,12 @@ class AdapterStore:
         if self._is_bundle:
             self._packed()
 
+    @property
+    def folder(self) -> str:
+        """The URL of the folder that has a folder for each adapter."""
+        url = self.url.rstrip("/")
+        return f"{url}/{manifest.ADAPTERS}" if self._is_bundle else url
+
     def list(self) -> dict[str, Found]:
         """What is there now: the adapters of a bundle, or each folder with an `adapter_config.json` and a name that an
         adapter can have.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from bedplate.bundle.manifest import ADAPTERS
 from bedplate.deploy.listing import Listing
 from bedplate.serve.catalog import Base, Catalog, Json, Model
 from bedplate.serve.errors import unknown_model
@@ -11,14 +12,15 @@ from bedplate.serve.wire import Lora
 
 
 class StoreCatalog(Catalog):
-    """Lists adapters that nobody has asked for yet. url, store_url: where the bundle and the store are."""
+    """Lists adapters that nobody has asked for yet. url, folder: where the bundle is, and what of the store has the
+    folders of adapters."""
 
     def __init__(
-        self, base: Base, own: Sequence[str], listing: Listing, *, url: str, store_url: str | None
+        self, base: Base, own: Sequence[str], listing: Listing, *, url: str, folder: str | None
     ) -> None:
         super().__init__([base])
         self._base, self._own, self._listing = base, own, listing
-        self._url, self._store_url = url, store_url
+        self._url, self._folder = url, folder
 
     def cards(self) -> list[Json]:
         return [self._card(name, name) for name in (None, *self._names())]
@@ -50,8 +52,8 @@ class StoreCatalog(Catalog):
         if adapter is None:
             root = self._url
         else:
-            root = f"{self._url}/adapters" if adapter in self._own else str(self._store_url)
-            root = f"{root.rstrip('/')}/{adapter}"
+            folder = f"{self._url.rstrip('/')}/{ADAPTERS}" if adapter in self._own else self._folder
+            root = f"{folder}/{adapter}"
         return {
             "id": name or self._base.name,
             "object": "model",

@@ -75,9 +75,8 @@ class Replica:
 
     def _catalog(self, bases: Sequence[Base]) -> StoreCatalog:
         own = sorted(self._shelf.own)
-        return StoreCatalog(
-            bases[0], own, self._listing, url=self._options.bundle, store_url=self._options.adapters
-        )
+        folder = None if self._store is None else self._store.folder
+        return StoreCatalog(bases[0], own, self._listing, url=self._options.bundle, folder=folder)
 
     async def __del__(self) -> None:
         await self._held.aclose()
