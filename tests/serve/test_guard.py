@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import shutil
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 from live import Live, running
 from raw import ask, chat, open_request, wait_until
+from starlette.types import Message
 
 import bedplate
 from bedplate.errors import BedplateError
@@ -28,6 +30,7 @@ from bedplate.serve.answers import Choice
 from bedplate.serve.keys import Keys
 from bedplate.serve.limits import Place
 from bedplate.serve.settings import Settings
+from bedplate.serve.stream import EventStream
 
 MARK = "zanzibar"  # stands in prompts, and must stand in no log
 
@@ -72,6 +75,9 @@ def test_a_key_is_needed(toy_bundle: bedplate.Bundle) -> None:
         ):
             said = ask(live.address, path="/v1/models", headers=headers)
             assert said.status == 401 and said.error["code"] == "invalid_api_key"
+        said = ask(live.address, {}, path="/v1/messages", headers={"x-api-key": "wrong"})
+        assert said.status == 401 and said.body["type"] == "error"
+        assert said.error["type"] == "authentication_error" and said.body["request_id"]
         assert ask(live.address, path="/health").status == 200
         for headers in ({"Authorization": "Bearer secret"}, {"x-api-key": "other"}):
             assert ask(live.address, path="/v1/models", headers=headers).status == 200
@@ -203,15 +209,33 @@ def test_a_body_that_never_ends_is_cut_off(live: Live) -> None:
     assert sent < 20 << 20
 
 
-def test_who_reads_too_slowly_holds_no_place(live: Live) -> None:
+def test_who_reads_too_slowly_holds_no_place() -> None:
     """One that takes a little now and then never stands still."""
-    body = chat(stream=True, n=32, ignore_eos=True, logprobs=True, top_logprobs=20, timeout=0.5)
-    with open_request(live.address, body, receive_buffer=4096) as reader:
-        wait_until(lambda: live.server.places.running)
-        while live.server.places.running:
-            reader.recv(2000)
-            time.sleep(0.01)
-        assert b"[DONE]" not in _rest(reader)
+    closed = list[str]()
+
+    async def lines() -> AsyncGenerator[str]:
+        try:
+            while True:
+                yield "data: 1\n\n"
+        finally:
+            closed.append("lines")
+
+    async def never() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def slowly(message: Message) -> None:
+        await asyncio.sleep(0.01)
+
+    async def main() -> None:
+        held = AsyncExitStack()
+        held.callback(closed.append, "held")
+        answer = EventStream(lines(), held, ping=5, seconds=0.1)
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+        await asyncio.wait_for(answer(scope, never, slowly), 5)
+
+    asyncio.run(main())
+    assert closed == ["lines", "held"]
 
 
 def test_bodies_take_so_much_memory_together(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

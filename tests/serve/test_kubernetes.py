@@ -9,11 +9,12 @@ import pytest
 import typer
 import yaml
 
+from bedplate.cli import serving
 from bedplate.cli.main import app as command_line
 from bedplate.serve import api
 from bedplate.serve.app import create_app
 
-MANIFEST = Path(__file__).parents[2] / "deploy" / "kubernetes.yaml"
+MANIFEST = Path(__file__).parents[2] / "examples" / "deploy" / "kubernetes.yaml"
 Json = dict[str, Any]
 
 
@@ -90,3 +91,10 @@ def test_times(pod: Json, container: Json, options: Json) -> None:
     ready = container["readinessProbe"]
     assert ready["periodSeconds"] * ready["failureThreshold"] < options["drain"]
     assert pod["spec"]["terminationGracePeriodSeconds"] > options["drain"] + 5
+
+
+def test_memory(container: Json, options: Json) -> None:
+    """The budget of adapters, keys and values leaves room for the foundation."""
+    most = container["resources"]["limits"]["memory"]
+    assert most.endswith("Gi")
+    assert serving._bytes(options["memory"]) < int(most.removesuffix("Gi")) << 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,11 @@ import httpx2 as httpx
 import openai
 import pytest
 from live import serving
+from test_process import started
 
 import bedplate
 from bedplate.bundle.overlay import Overlay
+from bedplate.serve.answers import Choice
 from bedplate.serve.settings import Settings
 
 PROMPT = "the quick brown fox"
@@ -262,6 +265,23 @@ def test_from_a_url(client: Client, sources: Path, expected: Callable[..., str])
     assert said.status_code == 400 and "more than 64 files" in said.text
 
 
+def test_a_packed_one_from_a_url_needs_its_bundle(client: Client, toy_bundle: bedplate.Bundle) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for place in ("/good/toy.bundle/adapters/all2", "/good/adapters/all2"):
+        for file in (toy_bundle.path / "adapters/all2").iterdir():
+            memory.pipe(f"{place}/{file.name}", file.read_bytes())
+    memory.pipe("/good/toy.bundle/bundle.json", (toy_bundle.path / "bundle.json").read_bytes())
+    assert client.load("mine", "memory://good/toy.bundle/adapters/all2").status_code == 200
+    assert client.say("mine") == client.say("all2")
+    said = client.load("mine2", "memory://good/adapters/all2")
+    assert said.status_code == 400 and "in no bundle that lists it" in said.text
+    memory.pipe("/good/toy.bundle/adapters/all2/weights.ptd", b"damaged")
+    said = client.load("mine2", "memory://good/toy.bundle/adapters/all2")
+    assert said.status_code == 400 and "weights.ptd" not in said.text.split("LoRA")[0]
+
+
 def test_requests_of_other_adapters_in_parallel(
     client: Client, sources: Path, expected: Callable[..., str]
 ) -> None:
@@ -452,9 +472,16 @@ def test_ten_adapters_with_room_for_two(
 
 
 def test_answers_that_grow_beyond_the_memory_begin_again(
-    toy_bundle: bedplate.Bundle, expected: Callable[..., str]
+    toy_bundle: bedplate.Bundle, expected: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each needs two blocks, and together they have three."""
+    again, begun_again = Choice._begin_again, list[Choice]()
+
+    async def begin_again(choice: Choice) -> None:
+        begun_again.append(choice)
+        await again(choice)
+
+    monkeypatch.setattr(Choice, "_begin_again", begin_again)
     with bedplate.Engine(toy_bundle, threads=1) as engine:
         block = engine.load().new_kv(False).block_nbytes
     with served({"toy": toy_bundle}, memory_bytes=3 * block, cache_bytes=0) as client:
@@ -463,6 +490,14 @@ def test_answers_that_grow_beyond_the_memory_begin_again(
             asked = [pool.submit(client.say, "toy", seed=seed, **given) for seed in range(4)]
             found = [one.result() for one in asked]
         assert found == [expected(None, seed=seed, **given) for seed in range(4)]
+        assert begun_again
+        texts = [""] * 4
+        for piece in client.openai.completions.create(
+            model="toy", prompt=PROMPT, n=4, seed=0, stream=True, **given
+        ):
+            for choice in piece.choices:
+                texts[choice.index] += choice.text
+        assert texts == found
         with pytest.raises(openai.BadRequestError, match="more memory than the server has"):
             client.say("toy", "fox " * 220)
 
@@ -505,6 +540,22 @@ def test_memory_is_free_after_an_unload(
         assert client.load("mine", "qv").status_code == 200
         (folder,) = {entry.folder for entry in overlay_of(engines[-1]).attached.values()}
     assert not folder.exists()
+
+
+def test_a_server_leaves_nothing_behind(toy_bundle: bedplate.Bundle, sources: Path, tmp_path: Path) -> None:
+    """As a process: neither files nor the process that packs."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    options = ["--allow-adapters-from", str(sources), "--memory", "1GB", "--watch", "--max-adapters", "2"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TMPDIR", str(temporary))
+        with started(toy_bundle, tmp_path, *options) as server, closing(Client(server.address)) as client:
+            assert client.load("mine", "all").status_code == 200
+            assert client.load("mine", "all2", load_inplace=True).status_code == 200
+            assert client.say("mine") and list(temporary.glob("bedplate-serve-*/*"))
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(30) == 0, server.said
+    assert not list(temporary.glob("bedplate-serve-*"))
 
 
 def overlay_of(engine: bedplate.Engine) -> Overlay:

@@ -11,6 +11,7 @@ from typing import Any
 from bedplate.errors import BedplateError, MemoryFullError, NotFoundError, RunError, UnsupportedError
 
 _log = logging.getLogger("bedplate.serve")
+# As Anthropic names the types of errors.
 _ANTHROPICS = {
     401: "authentication_error",
     403: "permission_error",
@@ -46,13 +47,14 @@ class ApiError(Exception):
         said = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": said}
 
-    def in_anthropics_words(self) -> dict[str, Any]:
+    def in_anthropics_words(self, request_id: str | None = None) -> dict[str, Any]:
         """The JSON of the answer, as Anthropic gives it."""
         other = "api_error" if self.status >= 500 else "invalid_request_error"
         message = self.message
         if self.param is not None and self.param.partition(".")[0] not in message:  # there is no place for it
             message = f"{self.param}: {message}"
-        return {"type": "error", "error": {"type": _ANTHROPICS.get(self.status, other), "message": message}}
+        said = {"type": _ANTHROPICS.get(self.status, other), "message": message}
+        return {"type": "error", "error": said, "request_id": request_id or f"req_{uuid.uuid4().hex}"}
 
     def body_at(self, path: str) -> dict[str, Any]:
         """The JSON of the answer, as clients of a path expect it."""

@@ -72,8 +72,7 @@ async def _in_its_words(request: Request, answer: Callable[[], Awaitable[Respons
 
 
 def _refused(error: ApiError, id: str) -> Response:
-    body = {**error.in_anthropics_words(), "request_id": id}
-    return JSONResponse(body, status_code=error.status, headers=error.headers)
+    return JSONResponse(error.in_anthropics_words(id), status_code=error.status, headers=error.headers)
 
 
 async def _answer(server: Server, request: Request) -> Response:

@@ -15,6 +15,7 @@ from bedplate.serve.chat import MOST_MESSAGES, ChatMessage, plain_messages
 from bedplate.serve.described import ModelCard, ModelCards, Text, Tokens
 from bedplate.serve.errors import ApiError
 from bedplate.serve.server import Server
+from bedplate.serve.tools import prompt_of
 from bedplate.serve.wire import Strict
 
 
@@ -84,4 +85,4 @@ def _encoded(model: Model, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None:
         return model.tokenizer.encode(body.prompt)
     messages = plain_messages(model.tokenizer, body.messages or ())
-    return model.tokenizer.encode_chat(messages)
+    return model.tokenizer.encode_chat(prompt_of(model.tokenizer, messages, []))

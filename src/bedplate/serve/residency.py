@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from weakref import ref
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
@@ -20,7 +21,8 @@ class Ranks:
     """Ranks of adapters. A file that says one is long, so it is read once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str], tuple[AdapterEntry, str]] = {}
+        # Weakly: the files of an adapter that was unloaded are removed when nobody holds its entry.
+        self._known: dict[tuple[str, str], tuple[ref[AdapterEntry], str]] = {}
 
     def of(self, base: Base, name: str) -> str:
         """Empty: nothing says it any more."""
@@ -29,9 +31,9 @@ class Ranks:
             self._known.pop((base.name, name), None)
             return ""
         known = self._known.get((base.name, name))
-        if known is None or known[0] is not entry:
+        if known is None or known[0]() is not entry:
             try:
-                known = entry, str(entry.read_info().rank)
+                known = ref(entry), str(entry.read_info().rank)
             except (BedplateError, OSError):
                 return ""
             self._known[base.name, name] = known
