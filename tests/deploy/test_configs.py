@@ -16,11 +16,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "deploy"
 
 def configs() -> dict[str, Any]:
     """Of Ray Serve, by where they stand."""
-    kubernetes = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
-    (service,) = (one for one in kubernetes if one["kind"] == "RayService")
+    manifests = yaml.safe_load_all((EXAMPLES / "kuberay.yaml").read_text())
+    (service,) = (one for one in manifests if one["kind"] == "RayService")
     return {
         "ray.yaml": yaml.safe_load((EXAMPLES / "ray.yaml").read_text()),
-        "kubernetes.yaml": yaml.safe_load(service["spec"]["serveConfigV2"]),
+        "kuberay.yaml": yaml.safe_load(service["spec"]["serveConfigV2"]),
     }
 
 

@@ -14,7 +14,7 @@ from bedplate.cli.main import app as command_line
 from bedplate.serve import api
 from bedplate.serve.app import create_app
 
-MANIFEST = Path(__file__).parents[2] / "deploy" / "kubernetes.yaml"
+MANIFEST = Path(__file__).parents[2] / "examples" / "deploy" / "kubernetes.yaml"
 Json = dict[str, Any]
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 from tool_templates import KINDS, build
 
 import bedplate
+from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.calls import CallReader
 from bedplate.serve.tools import CallPiece, Form, Tool, prompt_of
 
@@ -229,6 +230,19 @@ def test_a_system_message_stays(bundles: dict[str, bedplate.Bundle]) -> None:
         messages = [{"role": "system", "content": parts}, *MESSAGES]
         text = engine.tokenizer.render(prompt_of(engine.tokenizer, messages, [Tool.model_validate(TOOLS[0])]))
     assert text.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n") and text.count("system") == 1
+
+
+def test_a_template_without_a_system_message_tells_the_user() -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    tokenizer = Tokenizer(Backend(models.BPE()), chat_template=template, special_tokens={})
+    text = tokenizer.render(prompt_of(tokenizer, MESSAGES, [Tool.model_validate(TOOLS[1])]))
+    assert text.startswith("<user># Tools\n") and text.endswith("</tool_call>\n\nthe fox")
 
 
 @pytest.mark.parametrize(

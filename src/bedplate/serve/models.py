@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from bedplate.serve.api import UNKNOWN_MODEL, Api, get, post
 from bedplate.serve.catalog import Model
-from bedplate.serve.chat import MOST_MESSAGES, ChatMessage
+from bedplate.serve.chat import MOST_MESSAGES, ChatMessage, plain_messages
 from bedplate.serve.described import ModelCard, ModelCards, Text, Tokens
 from bedplate.serve.errors import ApiError
 from bedplate.serve.server import Server
@@ -84,5 +84,5 @@ async def _tokenize(server: Server, body: TokenizeRequest) -> Response:
 def _encoded(model: Model, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None:
         return model.tokenizer.encode(body.prompt)
-    messages = [message.model_dump(exclude_none=True) for message in body.messages or ()]
+    messages = plain_messages(model.tokenizer, body.messages or ())
     return model.tokenizer.encode_chat(prompt_of(model.tokenizer, messages, []))
