@@ -179,7 +179,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, build_toy: BuildToy) -> Itera
         "cache": str(folder / "cache"),
         "replicas": 2,
         "adapters_per_replica": 2,
-        "spill": 3,
+        "spill": 6,
         "refresh_seconds": REFRESH,
         "api_key_file": str(folder / "keys"),
         "settings": {"max_prompt": 1000},
