@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
@@ -164,22 +164,21 @@ def ask(connection: HTTPConnection, model: str, messages: list[Any], salt: str |
 
 
 def throughput(server: Server, models: Sequence[str], seconds: float, *, turns: bool) -> float:
-    """Tokens/s of all clients together. No prompt is found in a cache. turns: they wait for each other."""
-    asked, lock, counts = questions(), threading.Lock(), [0] * CLIENTS
-    salted = models != ["peer"]
+    """Tokens/s of all clients together. No prompt is found in a cache. turns: one client asks what all would."""
+    asked, clients = questions(), 1 if turns else CLIENTS
+    counts = [0] * clients
 
     def client(number: int, until: float, run: int) -> None:
         connection, at = server.connect(), number
         while time.perf_counter() < until:
-            with lock if turns else nullcontext():
-                salt = f"{run}-{number}-{at}" if salted else None
-                _, tokens = ask(connection, models[number % len(models)], asked[at % len(asked)], salt)
+            salt = None if models == ["peer"] else f"{run}-{at}"
+            _, tokens = ask(connection, models[at % len(models)], asked[at % len(asked)], salt)
             counts[number] += tokens
-            at += CLIENTS
+            at += clients
 
     def all_clients(seconds: float, run: int) -> float:
         begin = time.perf_counter()
-        threads = [threading.Thread(target=client, args=(n, begin + seconds, run)) for n in range(CLIENTS)]
+        threads = [threading.Thread(target=client, args=(n, begin + seconds, run)) for n in range(clients)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -187,7 +186,7 @@ def throughput(server: Server, models: Sequence[str], seconds: float, *, turns: 
         return time.perf_counter() - begin
 
     all_clients(3, 0)  # everything is loaded
-    counts[:] = [0] * CLIENTS
+    counts[:] = [0] * clients
     took = all_clients(seconds, time.monotonic_ns())
     return sum(counts) / took
 

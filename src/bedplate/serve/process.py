@@ -22,7 +22,7 @@ from bedplate.serve.server import Server
 from bedplate.serve.settings import Settings
 
 _THREADS = 32  # beside those of answers, which may wait for weights that load
-_KEPT = 5  # seconds that a connection is open for a next request
+_KEPT = 30  # seconds that a connection is open for a next request
 _CONNECTIONS = 1024  # beside those that have a place or wait for one
 
 
