@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve-demo test test-fast test-arm sanitize check format clean
+.PHONY: help demo serve-demo openapi test test-fast test-arm sanitize check format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -23,6 +23,9 @@ demo: $(VENV)/.extension $(VENV)/.model ## Build a bundle of SmolLM2-135M with t
 
 serve-demo: $(VENV)/.extension $(VENV)/.model ## Serve that bundle: a page in the browser asks them all at once
 	@$(BIN)/python examples/serve_demo.py $(SERVE_ARGS)
+
+openapi: $(VENV)/.extension ## Write docs/openapi.json, which describes the endpoints of the server
+	@$(BIN)/python -m bedplate.serve.openapi docs/openapi.json
 
 test: $(VENV)/.extension $(VENV)/.model ## Run every test; PYTEST_ARGS="-k name" runs some
 	$(PYTEST) $(PYTEST_ARGS)

@@ -43,7 +43,7 @@ def test_what_is_listed(url: str) -> None:
     fs.makedirs(f"{root}/incomplete")
     fs.pipe_file(f"{root}/incomplete/adapter_model.safetensors", b"1")
     fs.pipe_file(f"{root}/README.md", b"")
-    found = AdapterStore(url).list()
+    found = AdapterStore(url, "0").list()
     assert list(found) == ["one", "two"]
     assert list(found["one"].files) == ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -51,7 +51,7 @@ def test_what_is_listed(url: str) -> None:
 def test_a_stamp_changes_with_a_file(url: str) -> None:
     put(url, "one")
     put(url, "two")
-    store = AdapterStore(url)
+    store = AdapterStore(url, "0")
     before = store.list()
     assert store.list() == before
     put(url, "two", b"2")  # of the same size
@@ -61,7 +61,7 @@ def test_a_stamp_changes_with_a_file(url: str) -> None:
 
 def test_a_file_of_the_same_size_and_time(tmp_path: Path) -> None:
     put(str(tmp_path), "one")
-    store, weights = AdapterStore(str(tmp_path)), tmp_path / "one" / "adapter_model.safetensors"
+    store, weights = AdapterStore(str(tmp_path), "0"), tmp_path / "one" / "adapter_model.safetensors"
     before, times = store.list(), weights.stat()
     weights.write_bytes(b"2")
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -70,7 +70,7 @@ def test_a_file_of_the_same_size_and_time(tmp_path: Path) -> None:
 
 def test_an_adapter_is_fetched(url: str, tmp_path: Path) -> None:
     put(url, "one", b"123")
-    store, folder = AdapterStore(url), tmp_path / "fetched"
+    store, folder = AdapterStore(url, "0"), tmp_path / "fetched"
     folder.mkdir()
     assert store.fetch("one", folder) == store.list()["one"]
     assert sorted(file.name for file in folder.iterdir()) == [
@@ -89,7 +89,7 @@ def test_an_adapter_that_changes_while_it_is_read(
     url, folder = f"{tmp_path}/store", tmp_path / "fetched"
     put(url, "one")
     folder.mkdir()
-    store, left = AdapterStore(url), list(range(changes))
+    store, left = AdapterStore(url, "0"), list(range(changes))
     get_file = store._fs.get_file
 
     def changing(source: str, target: str) -> None:
@@ -108,9 +108,9 @@ def test_an_adapter_that_changes_while_it_is_read(
 
 def test_a_store_that_is_not_there(url: str) -> None:
     with pytest.raises(bedplate.errors.NotFoundError, match="no folder of adapters"):
-        AdapterStore(url)
+        AdapterStore(url, "0")
     put(url, "one")
-    store = AdapterStore(url)
+    store = AdapterStore(url, "0")
     fs, root = fsspec.core.url_to_fs(url)
     fs.rm(root, recursive=True)
     with pytest.raises(FileNotFoundError):  # which is not an empty one
@@ -122,7 +122,7 @@ def test_names_are_looked_for(tmp_path: Path) -> None:
     put(str(tmp_path), "own")
 
     async def run() -> None:
-        listing = Listing(AdapterStore(str(tmp_path)), {"own"}, every=60, stale=60)
+        listing = Listing(AdapterStore(str(tmp_path), "0"), {"own"}, every=60, stale=60)
         await listing.look()
         assert list(listing.found) == ["one"] and await listing.get("own") is None
         put(str(tmp_path), "two")
@@ -134,7 +134,7 @@ def test_names_are_looked_for(tmp_path: Path) -> None:
 
 def test_a_store_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(str(tmp_path), "one")
-    store = AdapterStore(str(tmp_path))
+    store = AdapterStore(str(tmp_path), "0")
 
     def fail() -> None:
         raise PermissionError("no")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -17,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from bedplate.deploy.ray.forwarded import Call, Head, adapters_of, answered
+from bedplate.deploy.ray.ingress import _Forwarded
 from bedplate.deploy.ray.options import RayOptions
 from bedplate.deploy.ray.router import AdapterRouter
 from bedplate.deploy.ray.together import together
@@ -86,12 +90,28 @@ def test_a_reader_that_leaves_cancels_the_application() -> None:
         app = Starlette(routes=[Route("/echo", endless, methods=["POST"])])
         async with aclosing(answered(app, CALL)) as parts:
             async for part in parts:
-                if part == b"line\n":
+                if not isinstance(part, Head):
                     break
         assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(run())
     assert ended == ["lines"]
+
+
+def test_what_is_said_at_once_is_sent_together() -> None:
+    async def lines() -> AsyncIterator[str]:
+        for number in range(1000):
+            yield f"{number}\n"
+            await asyncio.sleep(0)
+
+    async def run() -> list[Head | bytes]:
+        return [part async for part in answered(StreamingResponse(lines()), CALL)]
+
+    _, *body = asyncio.run(run())
+    assert b"".join(part for part in body if isinstance(part, bytes)).split() == [
+        b"%d" % n for n in range(1000)
+    ]
+    assert len(body) < 100
 
 
 def test_an_application_that_fails() -> None:
@@ -176,3 +196,94 @@ def test_options() -> None:
     ):
         with pytest.raises(ValidationError):
             RayOptions.model_validate({"bundle": "b", **wrong})
+
+
+class _Answer:
+    """What a handle gives: parts, and then an error, if it is one."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self._parts = parts
+        self.cancelled = False
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for part in self._parts:
+            if isinstance(part, Exception):
+                raise part
+            yield part
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class _Handle:
+    """Replicas of which each answers once."""
+
+    def __init__(self, *answers: list[Any]) -> None:
+        self.left, self.given, self.asked = list(answers), list[_Answer](), list[Any]()
+        self.respond = SimpleNamespace(remote=self._answer)
+
+    def options(self, **options: Any) -> _Handle:
+        self.asked.append(options)
+        return self
+
+    def _answer(self, call: Call) -> _Answer:
+        self.given.append(_Answer(self.left.pop(0)))
+        return self.given[-1]
+
+
+def forwarded(handle: _Handle, path: str = "/v1/chat/completions") -> tuple[int, str]:
+    """The status and the body of an answer that the ingress passes on."""
+    said: list[Any] = []
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("the body is read")
+
+    scope = {"type": "http", "method": "POST"}
+    call = CALL._replace(path=path, adapters=["sql"])
+    asyncio.run(_Forwarded(handle, call)(scope, receive, send))
+    assert [one["type"] for one in said[1:]] == ["http.response.body"] * (len(said) - 1)
+    assert not said[-1].get("more_body", False)
+    assert all(answer.cancelled for answer in handle.given)
+    assert handle.asked == [{"stream": True, "multiplexed_model_id": "sql"}] * len(handle.given)
+    return said[0]["status"], b"".join(one["body"] for one in said[1:]).decode()
+
+
+STREAM = Head(200, [(b"content-type", b"text/event-stream; charset=utf-8")])
+LOST = RayActorError()
+
+
+def test_a_lost_replica_is_replaced_before_it_has_begun() -> None:
+    answer = [Head(200, []), b"yes"]
+    assert forwarded(_Handle(answer)) == (200, "yes")
+    assert forwarded(_Handle([LOST], [Head(200, []), LOST], answer)) == (200, "yes")
+    status, body = forwarded(_Handle(*[[LOST]] * 9))
+    assert status == 503 and json.loads(body)["error"]["code"] == "replica_lost"
+    # Comments that keep the stream open say nothing.
+    handle = _Handle([STREAM, b": ping\n\n", LOST], [STREAM, b"data: 1\n\n"])
+    assert forwarded(handle) == (200, ": ping\n\ndata: 1\n\n")
+
+
+@pytest.mark.parametrize(
+    ("path", "begins"),
+    [
+        ("/v1/chat/completions", 'data: {"error": {"message": "The replica that answers is lost."'),
+        ("/v1/messages", 'event: error\ndata: {"type": "error", "error": {"type": "api_error"'),
+        ("/v1/responses", 'event: error\ndata: {"type": "error", "code": "replica_lost"'),
+    ],
+)
+def test_a_stream_that_has_begun_ends_with_an_error(path: str, begins: str) -> None:
+    status, body = forwarded(_Handle([STREAM, b"data: 1\n\n", LOST], [STREAM, b"data: 1\n\n"]), path)
+    assert status == 200 and body.removeprefix("data: 1\n\n").startswith(begins)
+
+
+def test_an_answer_that_has_begun_breaks_off() -> None:
+    with pytest.raises(ConnectionError):
+        forwarded(_Handle([Head(200, []), b"{", LOST]))
+
+
+def test_too_many_wait() -> None:
+    status, body = forwarded(_Handle([BackPressureError(5, 5)]))
+    assert status == 429 and json.loads(body)["error"]["type"] == "rate_limit_error"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,9 @@ import fsspec
 import pytest
 
 import bedplate
-from bedplate.deploy.node_bundle import cache_folder, local_bundle, name_of, own_view
+from bedplate.bundle.overlay import Overlay
+from bedplate.deploy.adapter_store import AdapterStore, Found
+from bedplate.deploy.node_bundle import cache_folder, local_bundle, name_of
 from bedplate.deploy.shelf import Shelf
 
 
@@ -60,33 +63,79 @@ def test_names() -> None:
     assert name_of("s3://models/llama.bundle/") == "llama" and name_of("/data/toy") == "toy"
 
 
+@pytest.fixture
+def shelf(toy_bundle: bedplate.Bundle, tmp_path: Path) -> Iterator[tuple[Shelf, bedplate.Engine]]:
+    """Of the toy bundle, and its engine."""
+    bundle = Overlay.open(toy_bundle.path, check=False)
+    (tmp_path / "files").mkdir()
+    with bedplate.Engine(bundle, threads=1) as engine:
+        shelf = Shelf(bundle, engine, tmp_path / "files")
+        yield shelf, engine
+        shelf.close()
+    assert not list((tmp_path / "files").iterdir())
+
+
 def test_versions_of_an_adapter(
-    toy_bundle: bedplate.Bundle, toy_adapters: dict[str, Path], tmp_path: Path
+    shelf: tuple[Shelf, bedplate.Engine], toy_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    with own_view(toy_bundle.path, tmp_path) as bundle, bedplate.Engine(bundle, threads=1) as engine:
-        shelf = Shelf(bundle, engine)
-        expected = {name: _said(engine, name) for name in ("all", "all2", None)}
-        shelf.put("one", toy_adapters["all"], "first")
-        with shelf.hold("one") as first, shelf.hold("all") as own, shelf.hold("none") as none:
-            assert first is not None and own == "all" and none is None
-            # 8 bits are the default of this foundation, as `all8` has them.
-            before = _said(engine, first)
-            assert before == _said(engine, "all8")
-            shelf.put("one", toy_adapters["all2"], "second")
-            with shelf.hold("one") as second:
-                assert second is not None and second != first and _said(engine, second) != before
-            assert _said(engine, first) == before and shelf.stamp("one") == "second"
-            with pytest.raises(bedplate.errors.BedplateError):
-                shelf.put("one", tmp_path, "broken")
-            assert shelf.stamp("one") == "second"
-        assert first not in bundle.adapters and second in bundle.adapters  # nobody holds or means the first
-        shelf.drop("one")
-        shelf.drop("one")
-        with shelf.hold("one") as gone:
-            assert gone is None
-        assert list(bundle.adapters) == list(toy_bundle.adapters) and shelf.names == []
-        assert {name: _said(engine, name) for name in expected} == expected
-    assert list(tmp_path.iterdir()) == []
+    there, engine = shelf
+    there.put(Found("one", {}, "first"), toy_adapters["all"])
+    there.keep("one")
+    # 8 bits are the default of this foundation, as `all8` has them.
+    fixed, expected = engine.fixed("one"), _said(engine, "all8")
+    assert _said(engine, "one") == fixed.session().generate("the fox", max_tokens=8) == expected
+    there.put(Found("one", {}, "second"), toy_adapters["all2"])
+    assert there.stamp("one") == "second" and _said(engine, "one") != expected
+    assert fixed.session().generate("the fox", max_tokens=8) == expected  # of a request that has begun
+    with pytest.raises(bedplate.errors.AdapterError):
+        there.put(Found("one", {}, "broken"), tmp_path)
+    assert there.stamp("one") == "second"
+    with there.hold("one"):
+        there.drop("one")
+        assert _said(engine, "one") != expected and there.names == ["one"]
+    assert there.names == [] and "one" not in engine.bundle.adapters
+
+
+def test_an_adapter_that_is_kept_stays(
+    shelf: tuple[Shelf, bedplate.Engine], toy_adapters: dict[str, Path]
+) -> None:
+    there, engine = shelf
+    for name in ("one", "two"):
+        with there.hold(name):
+            there.put(Found(name, {}, "first"), toy_adapters["all"])
+            if name == "one":
+                there.keep(name)
+    assert there.names == ["one"] == list(engine.bundle.adapters.keys() - there.own)
+    for name in ("one", "one", "none", "all"):
+        there.drop(name)
+    assert there.names == [] and _said(engine, "all")
+
+
+def test_adapters_of_another_bundle(
+    shelf: tuple[Shelf, bedplate.Engine], toy_bundle: bedplate.Bundle, tmp_path: Path
+) -> None:
+    there, engine = shelf
+    other = bedplate.Bundle.open(shutil.copytree(toy_bundle.path, tmp_path / "other.bundle"))
+    other.merge({"all": 1, "all2": 1}, name="both", programs=False)
+    store = AdapterStore(str(other.path), toy_bundle.foundation_sha256)
+    found = store.list()
+    assert list(found) == ["all", "all2", "all8", "both"] and store.folder == f"{other.path}/adapters"
+    assert not any(".pte" in file for file in found["all"].files)
+    folder = tmp_path / "fetched"
+    folder.mkdir()
+    there.put(store.fetch("both", folder), folder)
+    # Not packed again: the constants are the same.
+    assert engine.bundle.adapters["both"].info == other.adapters["both"].info
+    assert _said(engine, "both") == engine.session({"all": 1, "all2": 1}).generate("the fox", max_tokens=8)
+    there.drop("both")
+    other.remove_adapter("all")
+    after = store.list()
+    assert "all" not in after and after["all2"].stamp == found["all2"].stamp
+    (other.path / "adapters/all2/weights.ptd").write_bytes(b"")
+    with pytest.raises(bedplate.errors.BundleError, match="cut short or overwritten"):
+        store.fetch("all2", folder)
+    with pytest.raises(bedplate.errors.BundleError, match="another foundation"):
+        AdapterStore(str(other.path), "0")
 
 
 def _said(engine: bedplate.Engine, adapter: str | None) -> str:

@@ -19,12 +19,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx2 as httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from toy import BuildToy, save_adapter, save_toy_model, toy_config
 
 import bedplate
-from bedplate.deploy.node_bundle import own_view
 
 pytestmark = pytest.mark.slow
 MESSAGES: list[Any] = [{"role": "user", "content": "the fox"}]
@@ -147,7 +148,8 @@ def _expecting(
     folder: Path, bundle: bedplate.Bundle, adapters: dict[str, Path]
 ) -> Iterator[Callable[[str | None, int], str]]:
     """What an engine of the test's own says, with each adapter packed as replicas do."""
-    with own_view(bundle.path, folder) as own, bedplate.Engine(own, threads=1) as engine:
+    own = bedplate.Bundle.open(shutil.copytree(bundle.path, folder / "own.bundle"))
+    with bedplate.Engine(own, threads=1) as engine:
         own.add_all({name: adapters[name] for name in adapters if name != "own"}, programs=False)
 
         def expected(adapter: str | None, tokens: int) -> str:
@@ -177,7 +179,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, build_toy: BuildToy) -> Itera
         "cache": str(folder / "cache"),
         "replicas": 2,
         "adapters_per_replica": 2,
-        "spill": 3,
+        "spill": 6,
         "refresh_seconds": REFRESH,
         "api_key_file": str(folder / "keys"),
         "settings": {"max_prompt": 1000},
@@ -202,6 +204,23 @@ def test_an_answer_is_that_of_an_engine(node: Node, model: str | None) -> None:
     pieces = [one.choices[0] for one in stream]
     assert "".join(one.delta.content or "" for one in pieces) == expected
     assert pieces[-1].finish_reason == "length"
+
+
+def test_all_apis(node: Node) -> None:
+    expected = node.expected("two", 16)
+    said = node.client.responses.create(model="two", input=MESSAGES, max_output_tokens=16, temperature=0)
+    assert expected.startswith(said.output_text)
+    events = node.client.responses.create(
+        model="two", input=MESSAGES, max_output_tokens=16, temperature=0, stream=True
+    )
+    assert (
+        "".join(one.delta for one in events if one.type == "response.output_text.delta") == said.output_text
+    )
+    asked = {"model": "two", "messages": MESSAGES, "max_tokens": 16, "temperature": 0}
+    message = node.client.post("/messages", cast_to=dict[str, Any], body=asked)
+    assert message["content"][0]["text"] == said.output_text
+    tokens = node.client.post("/../tokenize", cast_to=dict[str, Any], body={"model": "two", "prompt": "fox"})
+    assert tokens["count"] == len(tokens["tokens"]) > 0
 
 
 def test_models_are_listed_before_they_are_used(node: Node) -> None:
@@ -265,6 +284,16 @@ def test_keys_and_limits(node: Node) -> None:
         node.client.completions.create(model="one", prompt=[5] * 1001)
     with pytest.raises(openai.PermissionDeniedError, match="Adapters come from the folder"):
         node.client.post("/load_lora_adapter", cast_to=object, body={})
+
+
+def test_metrics_of_all_replicas(node: Node) -> None:
+    url = str(node.client.base_url).removesuffix("/v1/")
+    with httpx.Client(base_url=url) as client:
+        said = client.get("/metrics", headers={"Authorization": "Bearer key-of-tests"})
+        assert client.get("/ready").status_code == 200
+    families = {family.name: family for family in text_string_to_metric_families(said.text)}
+    for name in ("vllm:num_requests_waiting", "vllm:lora_requests_info"):
+        assert len({sample.labels["replica"] for sample in families[name].samples}) == 2
 
 
 def test_a_broken_adapter_disturbs_nobody(node: Node) -> None:

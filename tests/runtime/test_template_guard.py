@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import bedplate
 from bedplate.errors import RunError
 from bedplate.runtime import template_guard
 from bedplate.runtime.chat_template import ChatTemplate
@@ -53,6 +54,17 @@ def test_it_writes_the_same(templates: Templates) -> None:
         here, more=(1, [2])
     )
     assert guarded.names == here.names and guarded.source == GOOD
+
+
+def test_an_engine_reads_the_same_tokens(toy_bundle: bedplate.Bundle) -> None:
+    messages = [{"role": "user", "content": "<|im_start|>the <|im_end|>fox"}]
+    here = bedplate.Engine(toy_bundle).tokenizer
+    with bedplate.Engine(toy_bundle, guard_templates=True) as engine:
+        there = engine.tokenizer_of("all")
+        for special in (False, True):
+            expected = here.encode_chat(messages, allow_special=special)
+            assert there.encode_chat(messages, allow_special=special) == expected
+        assert there.render(messages) == here.render(messages)
 
 
 @pytest.mark.parametrize(

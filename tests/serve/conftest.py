@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import openai
 import pytest
 from live import serving
+from scripted import save_scripted_model
+from shared import Shared
 from tab import CHROMIUM, Tab, opened
 
 import bedplate
@@ -31,6 +35,20 @@ def alone(toy_bundle: bedplate.Bundle) -> Iterator[bedplate.Engine]:
     """An engine beside the server, for what the answers should be."""
     with bedplate.Engine(toy_bundle, threads=1, cache_bytes=0) as engine:
         yield engine
+
+
+@pytest.fixture(scope="session")
+def scripted_address(shared: Shared) -> Iterator[str]:
+    """Of a server of the scripted model, called `scripted`."""
+
+    def make(out: Path) -> None:
+        with TemporaryDirectory() as folder:
+            save_scripted_model(Path(folder) / "model")
+            bedplate.build(Path(folder) / "model", out, programs=False, quantize="none", max_context=2048)
+
+    bundle = bedplate.Bundle.open(shared.made("scripted.bundle", make))
+    with serving({"scripted": bundle}) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,12 @@ def test_echo(most: int, client: openai.OpenAI, alone: bedplate.Engine) -> None:
         assert logprobs.text_offset == [
             len("".join(logprobs.tokens[:at])) for at in range(len(logprobs.tokens))
         ]
+        for chosen, top in zip(
+            logprobs.token_logprobs[len(prompt) :], logprobs.top_logprobs[len(prompt) :], strict=True
+        ):
+            assert chosen == max(
+                top.values()
+            )  # lm-evaluation-harness takes equal numbers for the likeliest token
         answer = alone.session("all").generate(prompt, max_tokens=most) if most else ""
         assert choice.text == alone.tokenizer.decode(prompt) + answer
     assert said.usage is not None and said.usage.prompt_tokens == len(ids) + 5

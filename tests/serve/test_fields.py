@@ -52,18 +52,18 @@ ACCEPTED = {
 OF_MESSAGES = {
     "cache_control": {"type": "ephemeral"},
     "messages": MESSAGES,
-    "output_config": {"format": None},
+    "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
     "speed": "standard",
     "system": "be brief",
     "thinking": {"type": "disabled"},
     "tool_choice": {"type": "none"},
-    "tools": [],
+    "tools": [{"name": "look", "input_schema": SCHEMA}],
 }
 
 APIS = {
     "completions": Api(
         "/v1/completions",
-        {"model": "all", "prompt": "the fox", "max_tokens": 1},
+        {"model": "scripted", "prompt": "the fox", "max_tokens": 1},
         (
             completion_create_params.CompletionCreateParamsNonStreaming,
             completion_create_params.CompletionCreateParamsStreaming,
@@ -84,7 +84,7 @@ APIS = {
     ),
     "chat": Api(
         "/v1/chat/completions",
-        {"model": "all", "messages": MESSAGES, "max_tokens": 1},
+        {"model": "scripted", "messages": MESSAGES, "max_tokens": 1},
         (
             chat_create_params.CompletionCreateParamsNonStreaming,
             chat_create_params.CompletionCreateParamsStreaming,
@@ -98,7 +98,7 @@ APIS = {
             "messages": MESSAGES,
             "modalities": ["text"],
             "n": 2,
-            "response_format": {"type": "text"},
+            "response_format": {"type": "json_object"},
             "stop": "x",
             "stream": False,
             "stream_options": {"include_usage": True},
@@ -127,7 +127,7 @@ APIS = {
     ),
     "responses": Api(
         "/v1/responses",
-        {"model": "all", "input": "the fox", "max_output_tokens": 1},
+        {"model": "scripted", "input": "the fox", "max_output_tokens": 1},
         (
             response_create_params.ResponseCreateParamsNonStreaming,
             response_create_params.ResponseCreateParamsStreaming,
@@ -144,9 +144,12 @@ APIS = {
             "stream": False,
             "stream_options": {"include_obfuscation": False},
             "temperature": 0.5,
-            "text": {"format": {"type": "text"}, "verbosity": "medium"},
+            "text": {
+                "format": {"type": "json_schema", "name": "any", "schema": SCHEMA},
+                "verbosity": "medium",
+            },
             "tool_choice": "none",
-            "tools": [],
+            "tools": [{"type": "function", **FUNCTION}],
             "top_logprobs": 2,
             "top_p": 0.5,
             "truncation": "disabled",
@@ -171,7 +174,7 @@ APIS = {
     ),
     "messages": Api(
         "/v1/messages",
-        {"model": "all", "messages": MESSAGES, "max_tokens": 1},
+        {"model": "scripted", "messages": MESSAGES, "max_tokens": 1},
         (
             message_create_params.MessageCreateParamsNonStreaming,
             message_create_params.MessageCreateParamsStreaming,
@@ -197,7 +200,7 @@ APIS = {
     ),
     "count_tokens": Api(
         "/v1/messages/count_tokens",
-        {"model": "all", "messages": MESSAGES},
+        {"model": "scripted", "messages": MESSAGES},
         (message_count_tokens_params.MessageCountTokensParams,),
         OF_MESSAGES,
         {
@@ -215,8 +218,8 @@ def fields_of(api: Api) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def http(address: str) -> typing.Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=address) as client:
+def http(scripted_address: str) -> typing.Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=scripted_address) as client:
         yield client
 
 

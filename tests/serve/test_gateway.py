@@ -12,11 +12,13 @@ from typing import Any
 import openai
 import pytest
 from live import serving
-from scraped import Scraped, scrape
+from scraped import Scraped, get, scrape
 
 import bedplate
 from bedplate.serve.catalog import Base, Model
+from bedplate.serve.keys import Keys
 from bedplate.serve.metrics import Metrics
+from bedplate.serve.settings import Settings
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the fox"}]
 GAUGES = ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
@@ -90,12 +92,22 @@ def test_adapters_that_wait_are_not_those_that_run(toy_bundle: bedplate.Bundle) 
         base = Base("toy", engine)
         metrics = Metrics([base])
         with (
-            metrics.running(Model("all", base, {"all": 1.0})),
-            metrics.running(Model("toy", base, {})),
-            metrics.waiting(Model("all2", base, {"all2": 1.0})),
+            metrics.running(Model("all", base, engine.fixed("all"))),
+            metrics.running(Model("toy", base, engine.fixed())),
+            metrics.waiting(Model("all2", base, engine.fixed("all2"))),
         ):
             found = Scraped(metrics.text("")[0].decode())
             assert _adapters(found)[:2] == (["all"], ["all2"])
             assert found.value("vllm:num_requests_running") == 2 == found.value("bedplate_requests_running")
             assert found.value("vllm:num_requests_waiting") == 1 == found.value("bedplate_requests_waiting")
         assert _adapters(Scraped(metrics.text("")[0].decode()))[:2] == ([], [])
+
+
+def test_gateways_need_no_key(toy_bundle: bedplate.Bundle) -> None:
+    settings = Settings(keys=Keys.of(["of-a-client"]))
+    with serving({"toy": toy_bundle}, settings) as address:
+        assert [get(f"{address}{path}").status for path in ("/v1/models", "/openapi.json")] == [401, 401]
+        assert get(f"{address}/health").status == 200
+        found = scrape(address)
+    assert found.types[LORA] == "gauge"
+    assert found.value("bedplate_responses_total", path="other", status="401") == 2

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import shutil
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,15 +19,18 @@ from urllib.parse import urlsplit
 import pytest
 from live import Live, running
 from raw import ask, chat, open_request, wait_until
+from starlette.types import Message
 
 import bedplate
 from bedplate.errors import BedplateError
 from bedplate.runtime.engine import resident_bytes
 from bedplate.runtime.template_guard import Templates
+from bedplate.serve import guard
 from bedplate.serve.answers import Choice
 from bedplate.serve.keys import Keys
 from bedplate.serve.limits import Place
 from bedplate.serve.settings import Settings
+from bedplate.serve.stream import EventStream
 
 MARK = "zanzibar"  # stands in prompts, and must stand in no log
 
@@ -71,6 +75,9 @@ def test_a_key_is_needed(toy_bundle: bedplate.Bundle) -> None:
         ):
             said = ask(live.address, path="/v1/models", headers=headers)
             assert said.status == 401 and said.error["code"] == "invalid_api_key"
+        said = ask(live.address, {}, path="/v1/messages", headers={"x-api-key": "wrong"})
+        assert said.status == 401 and said.body["type"] == "error"
+        assert said.error["type"] == "authentication_error" and said.body["request_id"]
         assert ask(live.address, path="/health").status == 200
         for headers in ({"Authorization": "Bearer secret"}, {"x-api-key": "other"}):
             assert ask(live.address, path="/v1/models", headers=headers).status == 200
@@ -202,6 +209,47 @@ def test_a_body_that_never_ends_is_cut_off(live: Live) -> None:
     assert sent < 20 << 20
 
 
+def test_who_reads_too_slowly_holds_no_place() -> None:
+    """One that takes a little now and then never stands still."""
+    closed = list[str]()
+
+    async def lines() -> AsyncGenerator[str]:
+        try:
+            while True:
+                yield "data: 1\n\n"
+        finally:
+            closed.append("lines")
+
+    async def never() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def slowly(message: Message) -> None:
+        await asyncio.sleep(0.01)
+
+    async def main() -> None:
+        held = AsyncExitStack()
+        held.callback(closed.append, "held")
+        answer = EventStream(lines(), held, ping=5, seconds=0.1)
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+        await asyncio.wait_for(answer(scope, never, slowly), 5)
+
+    asyncio.run(main())
+    assert closed == ["lines", "held"]
+
+
+def test_bodies_take_so_much_memory_together(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "_BODIES", 0.5)
+    to = urlsplit(live.address)
+    half = HEAD + b"Content-Length: 60000\r\n\r\n" + b" " * 30_000
+    with socket.create_connection((to.hostname, to.port or 0), timeout=10) as first:
+        first.sendall(half)
+        time.sleep(0.2)
+        assert _raw(live.address, half).split()[1] == b"503"
+        assert ask(live.address, chat(max_tokens=1)).status == 200
+        assert _rest(first).split()[1] == b"408"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failure_is_a_500_and_says_nothing_of_the_request(
     live: Live, stream: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -272,8 +320,8 @@ def test_bad_clients_do_not_disturb_good_ones(toy_bundle: bedplate.Bundle) -> No
             with reader:
                 assert b"[DONE]" not in _rest(reader)
         assert _good(live.address) == expected
-        gc.collect()
-        assert not live.engine._scheduler._active and not live.engine._sessions
+        assert not live.engine._scheduler._active
+        wait_until(lambda: gc.collect() >= 0 and not live.engine._sessions)  # also where one had just begun
 
 
 def test_a_chat_template_that_never_ends(
@@ -286,7 +334,10 @@ def test_a_chat_template_that_never_ends(
     bad = bedplate.Bundle.open(tmp_path / "bad.bundle")
     template = bad.chat_settings(None).template_file
     assert template is not None
-    template.write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template.write_text(
+        endless.ljust(template.stat().st_size)
+    )  # bundles are opened by the sizes of their files
     with (
         running({"toy": toy_bundle, "bad": bad}, guard_templates=True) as live,
         ThreadPoolExecutor(2) as threads,

@@ -7,8 +7,11 @@ from typing import Any
 
 import anthropic
 import pytest
+from live import serving
 
 import bedplate
+from bedplate.serve.keys import Keys
+from bedplate.serve.settings import Settings
 
 TALK: list[Any] = [
     {"role": "user", "content": "the fox"},
@@ -126,6 +129,20 @@ def test_errors(client: anthropic.Anthropic, stream: bool) -> None:
     long = [{"role": "user", "content": "fox " * 500}]
     with pytest.raises(anthropic.BadRequestError, match="do not fit the context"):
         client.messages.create(**{**ASKED, "messages": long}, stream=stream)
+
+
+def test_errors_of_the_server_are_in_the_same_words(toy_bundle: bedplate.Bundle) -> None:
+    settings = Settings(keys=Keys({"me": "secret"}), max_body=2000)
+    with serving({"toy": toy_bundle}, settings) as address:
+        with anthropic.Anthropic(base_url=address, api_key="wrong", max_retries=0) as client:
+            with pytest.raises(anthropic.AuthenticationError) as caught:
+                client.messages.create(**ASKED)
+            assert caught.value.type == "authentication_error"
+        with anthropic.Anthropic(base_url=address, api_key="secret", max_retries=0) as client:
+            assert text_of(client.messages.create(**ASKED))
+            with pytest.raises(anthropic.APIStatusError) as long:
+                client.messages.create(**{**ASKED, "system": "fox " * 1000})
+            assert long.value.status_code == 413 and long.value.type == "request_too_large"
 
 
 def test_metadata_and_nulls_change_nothing(client: anthropic.Anthropic) -> None:

@@ -8,6 +8,8 @@ import openai
 import pytest
 
 import bedplate
+from bedplate.runtime.tokenizer import Tokenizer
+from bedplate.serve.chat import ChatMessage, TextPart, plain_messages
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the fox"}]
 MODELS = {"toy": None, "all": "all", "all2": "all2", "toy:all": "all"}
@@ -47,6 +49,25 @@ def test_a_chat_is_answered_as_the_engine_does(
         update={"prompt_tokens_details": pieces[-1].usage.prompt_tokens_details}  # type: ignore[union-attr]
     )
     assert [one.choices[0].finish_reason for one in pieces if one.choices][-1] == "length"
+
+
+def test_parts_are_one_text_where_the_template_knows_none(
+    client: openai.OpenAI, alone: bedplate.Engine
+) -> None:
+    parts: Any = [{"type": "text", "text": "the fox"}, {"type": "text", "text": "a dog"}]
+    for some, text in ((parts[:1], "the fox"), (parts, "the fox\na dog")):
+        messages: Any = [{"role": "user", "content": some}]
+        said = client.chat.completions.create(model="all", messages=messages, max_tokens=8, temperature=0)
+        expected = alone.session("all").generate([{"role": "user", "content": text}], max_tokens=8)
+        assert said.choices[0].message.content == expected
+
+
+def test_parts_are_shown_to_a_template_that_reads_them(toy_bundle: bedplate.Bundle) -> None:
+    source = "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}"
+    tokenizer = Tokenizer(toy_bundle.tokenizer_file, chat_template=source, special_tokens={})
+    parts = [TextPart(type="text", text="a"), TextPart(type="text", text="b")]
+    shown = plain_messages(tokenizer, [ChatMessage(role="user", content=parts)])
+    assert tokenizer.render(shown) == "[a][b]"
 
 
 def test_n_answers_and_a_seed(client: openai.OpenAI, alone: bedplate.Engine) -> None:

@@ -25,11 +25,19 @@ CHECKS = (
     "response_schema_conformance",
     "unsupported_method",
 )
+_QUIET = (
+    "--generation-deterministic",
+    "--continue-on-failure",
+    "--no-shrink",
+    "--no-color",
+    "--warnings",
+    "off",
+)
 
 
 def test_the_committed_document_is_current() -> None:
     said = openapi.text(openapi.document(create_app([]).routes))
-    assert COMMITTED.read_text() == said, "python -m bedplate.serve.openapi docs/openapi.json"
+    assert COMMITTED.read_text() == said, "make openapi"
 
 
 def test_every_path_but_those_of_the_page_is_described(address: str) -> None:
@@ -89,13 +97,3 @@ def test_schemathesis_finds_nothing(address: str, tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert get(f"{address}/health").status == 200
-
-
-_QUIET = (
-    "--generation-deterministic",
-    "--continue-on-failure",
-    "--no-shrink",
-    "--no-color",
-    "--warnings",
-    "off",
-)

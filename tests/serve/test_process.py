@@ -9,13 +9,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from raw import ask, chat, open_request, wait_until
 
 import bedplate
+from bedplate.serve.process import listen
+from bedplate.serve.settings import Settings
 
 MARK = "zanzibar"  # stands in prompts, and must stand in no log
 # Steps take longer, so that a signal comes in the midst of an answer. Answers with logprobs fail.
@@ -161,6 +163,20 @@ def test_what_it_needs_to_start(toy_bundle: bedplate.Bundle, options: list[str],
 def test_a_port_that_is_taken(toy_bundle: bedplate.Bundle) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         _refused(toy_bundle, ["--port", str(other.getsockname()[1])], "--port")
+
+
+def test_what_is_short_is_sent_at_once() -> None:
+    """asyncio turns Nagle's algorithm off only for sockets that name their protocol. With it, each answer on a
+    connection that is kept open would come 40 ms later.
+    """
+    with ExitStack() as stack:
+        (server,) = listen(Settings(port=0))
+        stack.callback(server.close)
+        server.listen()
+        stack.enter_context(socket.create_connection(server.getsockname()))
+        accepted, _ = server.accept()
+        stack.callback(accepted.close)
+        assert accepted.proto == socket.IPPROTO_TCP
 
 
 def _refused(bundle: bedplate.Bundle, options: list[str], hint: str) -> None:

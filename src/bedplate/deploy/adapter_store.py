@@ -1,4 +1,4 @@
-"""A folder of adapters, on a disk or in a bucket: `URL/NAME` holds the files of each."""
+"""Adapters on a disk or in a bucket: a folder that holds the folders of PEFT, or a bundle."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from bedplate.bundle.manifest import is_adapter_name
-from bedplate.errors import NotFoundError, RunError
+from bedplate.bundle import integrity, manifest, strict_json
+from bedplate.bundle.manifest import AdapterRecord, Manifest, is_adapter_name
+from bedplate.deploy.node_bundle import without_programs
+from bedplate.errors import BundleError, NotFoundError, RunError
 from bedplate.hashing import sha256_of_few
 
 _CONFIG = "adapter_config.json"  # which PEFT, torchtune and MLX-LM write beside the weights
@@ -36,32 +38,48 @@ _TELLING = frozenset(
 
 
 class Found(NamedTuple):
-    """An adapter in a store. files: by their names, their paths in the store.  stamp: changes when a file does."""
+    """An adapter in a store. files: by their names, their paths in the store.  stamp: changes when a file does.
+    record: of one that is packed.
+    """
 
     name: str
     files: Mapping[str, str]
     stamp: str
+    record: AdapterRecord | None = None
 
 
 class AdapterStore:
-    """Adapters by name. url: a folder, or any URL that fsspec knows.  options: of its file system.
+    """Adapters by name. url: of a folder that has a folder for each, or of a bundle.  options: of fsspec.
+    foundation: the SHA-256 of the one that the adapters of a bundle must be packed for.
 
-    NotFoundError: there is nothing at the URL.
+    NotFoundError: there is nothing at the URL.  BundleError: it is a bundle of another foundation.
     """
 
-    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
-        self.url = url
+    def __init__(self, url: str, foundation: str, options: Mapping[str, Any] | None = None) -> None:
+        self.url, self._foundation = url, foundation
         self._fs, root = fsspec.core.url_to_fs(url, **(options or {}))
         self._root = root.rstrip("/")
         if not self._fs.exists(self._root):
             hint = "create it, or put the first adapter into it"
             raise NotFoundError("there is no folder of adapters", where=url, hint=hint)
+        self._is_bundle = self._fs.exists(f"{self._root}/{manifest.MANIFEST}")
+        if self._is_bundle:
+            self._packed()
+
+    @property
+    def folder(self) -> str:
+        """The URL of the folder that has a folder for each adapter."""
+        url = self.url.rstrip("/")
+        return f"{url}/{manifest.ADAPTERS}" if self._is_bundle else url
 
     def list(self) -> dict[str, Found]:
-        """What is there now. A folder counts if it has an `adapter_config.json`, and a name that an adapter can have.
+        """What is there now: the adapters of a bundle, or each folder with an `adapter_config.json` and a name that an
+        adapter can have.
 
-        Raises what the file system raises if it cannot be read.
+        Raises what the file system raises if it cannot be read, and a BundleError.
         """
+        if self._is_bundle:
+            return self._packed()
         found = self._listed("")
         if not found and not self._fs.exists(self._root):  # which is something else than an empty folder
             raise FileNotFoundError(self.url)
@@ -70,7 +88,8 @@ class AdapterStore:
     def fetch(self, name: str, folder: Path) -> Found:
         """Put the files of an adapter into `folder`, which is empty.
 
-        NotFoundError: it is not there.  RunError: it changes all the time.
+        NotFoundError: it is not there.  BundleError: a file of a packed one is damaged.  RunError: it changes all the
+        time.
         """
         for _ in range(_TRIES):
             before = self._one(name)
@@ -79,14 +98,28 @@ class AdapterStore:
             for file_name, path in before.files.items():
                 self._fs.get_file(path, str(folder / file_name))
             if self._one(name).stamp == before.stamp:
+                if before.record is not None:
+                    integrity.check_files(folder, before.record.files, hashes=True)
                 return before
         hint = "write an adapter under another name that begins with a dot, and rename it when it is complete"
         raise RunError("it changes while it is read", where=f"{self.url}/{name}", hint=hint)
 
     def _one(self, name: str) -> Found:
-        found = self._listed(f"/{name}").get(name)
+        found = (self._packed() if self._is_bundle else self._listed(f"/{name}")).get(name)
         if found is None:
             raise NotFoundError(f"no adapter {name!r}", where=self.url)
+        return found
+
+    def _packed(self) -> dict[str, Found]:
+        where = f"{self.url}/{manifest.MANIFEST}"
+        document = manifest.load(Manifest, self._fs.cat_file(f"{self._root}/{manifest.MANIFEST}"), where)
+        if document.files[manifest.FOUNDATION].sha256 != self._foundation:
+            raise BundleError("its adapters are packed for another foundation", where=self.url)
+        folder = f"{self._root}/{manifest.ADAPTERS}"
+        found = {}
+        for name, record in without_programs(document).adapters.items():
+            files = {file: f"{folder}/{name}/{file}" for file in record.files}
+            found[name] = Found(name, files, sha256_of_few(strict_json.dump(vars(record))), record)
         return found
 
     def _listed(self, below: str) -> dict[str, Found]:

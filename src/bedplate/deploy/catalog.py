@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
+from bedplate.bundle.manifest import ADAPTERS
 from bedplate.deploy.listing import Listing
 from bedplate.serve.catalog import Base, Catalog, Json, Model
-from bedplate.serve.errors import ApiError, unknown_model
+from bedplate.serve.errors import unknown_model
 from bedplate.serve.wire import Lora
-
-# What the adapters of the request mean that runs now: names in the replica's own bundle.
-HELD: ContextVar[Mapping[str, str]] = ContextVar("HELD")
 
 
 class StoreCatalog(Catalog):
-    """Lists adapters that nobody has asked for yet. url, store_url: where the bundle and the store are."""
+    """Lists adapters that nobody has asked for yet. url, folder: where the bundle is, and what of the store has the
+    folders of adapters."""
 
     def __init__(
-        self, base: Base, own: Sequence[str], listing: Listing, *, url: str, store_url: str | None
+        self, base: Base, own: Sequence[str], listing: Listing, *, url: str, folder: str | None
     ) -> None:
         super().__init__([base])
         self._base, self._own, self._listing = base, own, listing
-        self._url, self._store_url = url, store_url
+        self._url, self._folder = url, folder
 
     def cards(self) -> list[Json]:
         return [self._card(name, name) for name in (None, *self._names())]
@@ -32,17 +29,8 @@ class StoreCatalog(Catalog):
         return self._card(self._adapter(name), name)
 
     def find(self, name: str, lora: Sequence[Lora] | None = None) -> Model:
-        adapter, held = self._adapter(name), HELD.get({})
-        wanted = [one.id for one in lora] if lora is not None else [] if adapter is None else [adapter]
-        for one in wanted:
-            if one not in held:
-                message = f"The adapter {one!r} does not exist."
-                raise ApiError(
-                    404, message, param="model" if lora is None else "lora", code="model_not_found"
-                )
-        meant = [Lora(id=held[one.id], scale=one.scale) for one in lora] if lora is not None else None
-        local = held[wanted[0]] if lora is None and wanted else self._base.name
-        return replace(super().find(local, meant), id=name)
+        self._adapter(name)  # one that has been removed may be there for others still
+        return super().find(name, lora)
 
     def _names(self) -> Iterator[str]:
         yield from self._own
@@ -64,8 +52,8 @@ class StoreCatalog(Catalog):
         if adapter is None:
             root = self._url
         else:
-            root = f"{self._url}/adapters" if adapter in self._own else str(self._store_url)
-            root = f"{root.rstrip('/')}/{adapter}"
+            folder = f"{self._url.rstrip('/')}/{ADAPTERS}" if adapter in self._own else self._folder
+            root = f"{folder}/{adapter}"
         return {
             "id": name or self._base.name,
             "object": "model",

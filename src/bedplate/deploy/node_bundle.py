@@ -1,9 +1,8 @@
-"""A bundle on this machine: fetched once, if it is elsewhere, and seen by each replica as a bundle of its own."""
+"""A bundle on this machine: fetched once, if it is elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -48,7 +47,7 @@ def local_bundle(url: str, cache: Path, options: Mapping[str, Any] | None = None
     folder = cache / f"bundle-{sha256_of_few(data)[:32]}"
     with files.locked(cache):
         if not folder.exists():
-            document = _without_programs(manifest.load(Manifest, data, f"{url}/{manifest.MANIFEST}"))
+            document = without_programs(manifest.load(Manifest, data, f"{url}/{manifest.MANIFEST}"))
             with files.workspace(cache, folder.name) as draft:
                 for name in all_files(document):
                     (draft / name).parent.mkdir(parents=True, exist_ok=True)
@@ -60,24 +59,7 @@ def local_bundle(url: str, cache: Path, options: Mapping[str, Any] | None = None
     return folder
 
 
-@contextmanager
-def own_view(bundle: Path, cache: Path) -> Iterator[bedplate.Bundle]:
-    """A bundle with the same files, to which a replica can add adapters that nobody else sees. It is removed at the
-    end, or by the next replica on this machine if the process is killed.
-    """
-    there = bedplate.Bundle.open(bundle, check=False)
-    document = _without_programs(there.manifest)
-    with files.workspace(cache, "replica") as own:
-        folder = own / f"{name_of(str(bundle))}.bundle"  # not `own`, whose lock is held
-        (folder / manifest.ADAPTERS).mkdir(parents=True)
-        for name in all_files(document):
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).symlink_to((bundle / name).resolve())
-        files.write(folder / manifest.MANIFEST, manifest.dump(document))
-        yield bedplate.Bundle.open(folder, check=False)
-
-
-def _without_programs(document: Manifest) -> Manifest:
+def without_programs(document: Manifest) -> Manifest:
     """Of a bundle that only computes from its constants."""
     programs = {*manifest.BASE_PROGRAMS.values(), *manifest.ADAPTER_PROGRAMS.values()}
     adapters = {

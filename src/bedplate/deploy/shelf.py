@@ -1,110 +1,125 @@
-"""Adapters that come and go beside those of a bundle: each version of one is an adapter of the bundle.
-
-A name means its newest version. Requests keep the versions that they began with, and a version is dropped when it is
-no longer meant and the last request that holds it has ended.
-"""
+"""Adapters of a store that an engine has now."""
 
 from __future__ import annotations
 
-import itertools
+import shutil
+import tempfile
 import threading
+import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import bedplate
+from bedplate.bundle.entries import AdapterEntry
+from bedplate.bundle.overlay import Overlay
+from bedplate.bundle.store import Bundle
+from bedplate.deploy.adapter_store import Found
+from bedplate.errors import AdapterError
+from bedplate.serve.packing import Packing
 
-
-@dataclass(eq=False)
-class _Version:
-    """local: its name in the bundle.  stamp: of the files that it came from.  holds: of requests.  meant: by its
-    name.
-    """
-
-    local: str
-    stamp: str
-    holds: int = 0
-    meant: bool = True
+_PACKING_SECONDS = 120.0
 
 
 class Shelf:
-    """The adapters of one engine, whose bundle nobody else writes. You can call it from any thread.
+    """An adapter is here while it is kept, or a request holds it. You can call it from any thread.
 
-    own: those that the bundle has from the start. No other can have their names.
+    own: adapters that the bundle has. No other can have their names.  folder: for files, which nobody else has.
     """
 
-    def __init__(self, bundle: bedplate.Bundle, engine: bedplate.Engine) -> None:
+    def __init__(self, bundle: Overlay, engine: bedplate.Engine, folder: Path) -> None:
         self.own = frozenset(bundle.adapters)
-        self._bundle, self._engine = bundle, engine
-        self._versions: dict[str, _Version] = {}
-        self._numbers = itertools.count(1)
+        self._bundle, self._engine, self._folder = bundle, engine, folder
+        self._packing = Packing(_PACKING_SECONDS)
+        self._stamps: dict[str, str] = {}
+        self._kept: set[str] = set()
+        self._holds: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     @property
     def names(self) -> list[str]:
         """Of the adapters that were put here."""
-        return list(self._versions)
+        return list(self._stamps)
 
     def stamp(self, name: str) -> str | None:
-        """Of the version that the name means. None: there is none."""
-        version = self._versions.get(name)
-        return None if version is None else version.stamp
+        """Of an adapter that is here. None: it is not."""
+        return self._stamps.get(name)
 
-    def put(self, name: str, folder: Path, stamp: str) -> None:
-        """Pack an adapter, and have the name mean it. If it cannot be packed, the name means what it did.
+    def put(self, found: Found, folder: Path) -> None:
+        """Pack an adapter, if it is not packed, and have it here in place of the one of its name. Requests that run go
+        on with what they began with. After an error, all is as it was.
 
-        Raises what `Bundle.add` raises.
+        folder: has its files.
+        AdapterError, BundleError, UnsupportedError: it cannot be used, or changes nothing.
         """
-        assert name not in self.own
-        local = next(local for at in self._numbers if (local := f"{name}.{at}") not in self.own)
-        # Its effect is not measured: that would load the foundation once more.
-        self._bundle.add(folder, name=local, programs=False, allow_noop=True)
+        assert found.name not in self.own
+        staging = Path(tempfile.mkdtemp(dir=self._folder))
+        try:
+            entry = self._staged(found, folder, staging)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        weakref.finalize(entry, shutil.rmtree, staging, ignore_errors=True)  # whoever reads its files has it
         with self._lock:
-            before = self._versions.get(name)
-            self._versions[name] = _Version(local, stamp)
-        self._no_longer_meant(before)
+            self._bundle.attach(found.name, entry, replace=True)
+            self._stamps[found.name] = found.stamp
+        self._engine.unload(found.name)
+
+    def _staged(self, found: Found, folder: Path, staging: Path) -> AdapterEntry:
+        name, bundle = found.name, self._bundle
+        if found.record is None:
+            self._packing.pack(bundle.path, folder, name, staging)
+            drafts = Bundle.open(staging, check=False)
+        else:
+            shutil.copytree(folder, staging / name)
+            entry = AdapterEntry.of(name, staging / name, bundle.foundation_sha256, found.record)
+            drafts = Bundle(
+                bundle.path, replace(bundle.manifest, adapters={name: found.record}), {name: entry}
+            )
+        if not self._engine.try_adapter(drafts, name):
+            raise AdapterError("it changes nothing", hint="was it saved before it was trained?")
+        return drafts.adapters[name]
+
+    def keep(self, name: str) -> None:
+        """Have it stay, also when no request holds it."""
+        with self._lock:
+            self._kept.add(name)
 
     def drop(self, name: str) -> None:
-        """The name means nothing any more, or the bundle's own adapter is unloaded. The memory is free when no request
-        holds it.
-        """
+        """Keep it no longer. Its memory is free when no request holds it."""
         with self._lock:
-            before = self._versions.pop(name, None)
-        if name in self.own:
+            self._kept.discard(name)
+            gone = self._tidy(name)
+        if gone:
             self._engine.unload(name)
-        self._no_longer_meant(before)
 
     @contextmanager
-    def hold(self, name: str) -> Iterator[str | None]:
-        """What a name means now, as a name in the bundle, which can be used while the block runs. None: nothing."""
+    def hold(self, name: str) -> Iterator[None]:
+        """While the block runs, it stays."""
         with self._lock:
-            version = self._versions.get(name)
-            if version is not None:
-                version.holds += 1
-        if version is None:
-            yield name if name in self.own else None
-            return
+            self._holds[name] += 1
         try:
-            yield version.local
+            yield
         finally:
-            self._release(version)
-
-    def _no_longer_meant(self, version: _Version | None) -> None:
-        if version is not None:
             with self._lock:
-                version.meant = False
-                gone = version.holds == 0
+                self._holds[name] -= 1
+                gone = self._tidy(name)
             if gone:
-                self._remove(version)
+                self._engine.unload(name)
 
-    def _release(self, version: _Version) -> None:
-        with self._lock:
-            version.holds -= 1
-            gone = not version.meant and version.holds == 0
-        if gone:
-            self._remove(version)
+    def _tidy(self, name: str) -> bool:
+        """Whether it is to be unloaded. The caller holds the lock, which nobody has while something loads."""
+        if self._holds[name]:
+            return False
+        del self._holds[name]
+        if name in self._kept:
+            return False
+        if self._stamps.pop(name, None) is not None:
+            self._bundle.detach(name)
+        return True
 
-    def _remove(self, version: _Version) -> None:
-        self._bundle.remove_adapter(version.local)
-        self._engine.unload(version.local)
+    def close(self) -> None:
+        """End what runs beside."""
+        self._packing.close()

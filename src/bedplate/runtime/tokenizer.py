@@ -124,18 +124,16 @@ class Tokenizer:
         return frozenset(self._end_ids if own is None else (*self._end_ids, own))
 
     @property
-    def added_texts(self) -> dict[int, str]:
-        """Tokens beside the model's own vocabulary that texts show: `decode` leaves out the special ones."""
-        return {
-            token: added.content
-            for token, added in self._backend.get_added_tokens_decoder().items()
-            if not added.special
-        }
+    def added(self) -> dict[int, tuple[str, bool]]:
+        """Tokens beside the model's own vocabulary: their texts, and whether they are special. `decode` leaves out
+        those.
+        """
+        found = self._backend.get_added_tokens_decoder()
+        return {token: (added.content, added.special) for token, added in found.items()}
 
     def special_id(self, text: str) -> int | None:
         """The special token of this text. None: there is none."""
-        added = self._backend.get_added_tokens_decoder()
-        return next((token for token, one in added.items() if one.special and one.content == text), None)
+        return next((token for token, known in self.added.items() if known == (text, True)), None)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the tokens of a plain text, with the tokens that the tokenizer adds (`bos`, for some models).

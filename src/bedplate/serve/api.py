@@ -14,6 +14,8 @@ from bedplate.serve.described import Error
 from bedplate.serve.server import body_of
 
 _Body = TypeVar("_Body", bound=BaseModel)
+# What `Guard` can say: of the site that a page is from, of keys and while the server ends, of a body.
+_SITE, _GUARDED, OF_BODY = frozenset({403}), frozenset({401, 503}), frozenset({400, 408, 413})
 JSON, SSE, TEXT = "application/json", "text/event-stream", "text/plain"
 
 
@@ -21,7 +23,8 @@ class Api(Route):
     """`get` and `post` make it. `openapi.document` reads it.
 
     body: of the request.  said: the type of the answer. None: any.  media: what the answer can be.
-    errors: statuses that it can have beside 200.  fault: the type of those answers.
+    errors: statuses that it can have beside 200, and beside those of `Guard`.  fault: the type of those answers.
+    is_open: it needs no key.
     """
 
     def __init__(
@@ -36,11 +39,13 @@ class Api(Route):
         media: Collection[str] = (JSON,),
         errors: Collection[int] = (),
         fault: type[BaseModel] = Error,
+        is_open: bool = False,
     ) -> None:
         super().__init__(path, endpoint, methods=[method])
         self.method, self.summary, self.body = method, summary, body
-        self.said, self.fault = said, fault
-        self.media, self.errors = tuple(media), frozenset(errors)
+        self.said, self.fault, self.is_open = said, fault, is_open
+        self.media = tuple(media)
+        self.errors = frozenset({*errors, *_SITE, *(() if is_open else _GUARDED)})
 
 
 def get(path: str, answer: Callable[[Request], Awaitable[Response]], summary: str, **described: Any) -> Api:
@@ -62,9 +67,9 @@ def post(
     async def endpoint(request: Request) -> Response:
         return await answer(request, await body_of(request, body))
 
-    return Api("POST", path, endpoint, summary, body=body, errors={400, 413, *errors}, **described)
+    return Api("POST", path, endpoint, summary, body=body, errors={*OF_BODY, *errors}, **described)
 
 
 # What every route of models can say, and what every route that generates can say beside it.
 UNKNOWN_MODEL = frozenset({404})
-GENERATES = frozenset({404, 429, 500, 503})
+GENERATES = frozenset({404, 429, 500})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,11 +43,6 @@ def named(names: Mapping[str, str]) -> Iterator[None]:
             error.message = error.message.replace(first, name)
             error.param = name + dot + rest
         raise
-
-
-def joined(texts: Iterable[str]) -> str:
-    """Parts of a message as one text, for templates that know nothing of parts; as vLLM joins them."""
-    return "\n".join(texts)
 
 
 def call(id: str, name: str, arguments: str) -> Json:

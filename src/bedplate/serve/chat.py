@@ -5,20 +5,22 @@ The APIs of chat make a `ChatRequest` of what they get, and say the `Delta`s of 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+import re
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from bedplate.runtime.messages import Conversation
 from bedplate.runtime.request import Event, TokenLogprobs
+from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.answers import Choice, Wanted, begin, merged, sampling_options
 from bedplate.serve.calls import CallReader
 from bedplate.serve.catalog import Model
 from bedplate.serve.limits import Place
 from bedplate.serve.structured import Constrained, grammar_of, guide_of
-from bedplate.serve.tools import Call, CallPiece, Calling, MadeCall, Tool, ToolChoice, calling_of, prompt_of
+from bedplate.serve.tools import Call, Calling, CallPiece, MadeCall, Tool, ToolChoice, calling_of, prompt_of
 from bedplate.serve.wire import Strict
 
 MOST_MESSAGES = 2048
@@ -77,7 +79,7 @@ class Answer(NamedTuple):
 
 
 class Chat:
-    """A conversation that is being answered.
+    """A conversation that is being answered. It is made in a thread: another process may read its chat template.
 
     ApiError: a field of the request is not honoured.
     """
@@ -150,8 +152,25 @@ def _calling(model: Model, request: ChatRequest) -> Calling | None:
 
 
 def _read(model: Model, request: ChatRequest, calling: Calling | None) -> Conversation:
-    messages = [message.model_dump(exclude_none=True) for message in request.messages]
+    messages = plain_messages(model.tokenizer, request.messages)
     return prompt_of(model.tokenizer, messages, request.tools or [] if calling else [])
+
+
+def plain_messages(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages for the chat template. Where it knows nothing of parts, a message of parts is one text."""
+    plain = [message.model_dump(exclude_none=True) for message in messages]
+    if (
+        re.search(r"\btext\b", tokenizer.chat_template or "") is None
+    ):  # no template reads a part without its `text`
+        for message in plain:
+            if isinstance(message.get("content"), list):
+                message["content"] = joined(part["text"] for part in message["content"])
+    return plain
+
+
+def joined(texts: Iterable[str]) -> str:
+    """Parts of a message as one text, as vLLM joins them."""
+    return "\n".join(texts)
 
 
 def _whole(choice: Choice, deltas: Sequence[Delta]) -> Answer:

@@ -11,6 +11,15 @@ from typing import Any
 from bedplate.errors import BedplateError, MemoryFullError, NotFoundError, RunError, UnsupportedError
 
 _log = logging.getLogger("bedplate.serve")
+# As Anthropic names the types of errors.
+_ANTHROPICS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class ApiError(Exception):
@@ -38,6 +47,20 @@ class ApiError(Exception):
         said = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": said}
 
+    def in_anthropics_words(self, request_id: str | None = None) -> dict[str, Any]:
+        """The JSON of the answer, as Anthropic gives it."""
+        other = "api_error" if self.status >= 500 else "invalid_request_error"
+        message = self.message
+        if self.param is not None and self.param.partition(".")[0] not in message:  # there is no place for it
+            message = f"{self.param}: {message}"
+        said = {"type": _ANTHROPICS.get(self.status, other), "message": message}
+        return {"type": "error", "error": said, "request_id": request_id or f"req_{uuid.uuid4().hex}"}
+
+    def body_at(self, path: str) -> dict[str, Any]:
+        """The JSON of the answer, as clients of a path expect it."""
+        is_anthropics = path == "/v1/messages" or path.startswith("/v1/messages/")
+        return self.in_anthropics_words() if is_anthropics else self.body()
+
 
 def unknown_model(name: str, known: list[str], *, param: str = "model") -> ApiError:
     """404: there is no such model."""
@@ -59,6 +82,13 @@ def of_bedplate(error: BedplateError) -> ApiError:
     if isinstance(error, (RunError, UnsupportedError)):
         return ApiError(400, message)
     return ApiError(500, message, kind="server_error")
+
+
+def api_error_of(error: Exception) -> ApiError:
+    """What a client is told of any error."""
+    if isinstance(error, ApiError):
+        return error
+    return of_bedplate(error) if isinstance(error, BedplateError) else failed(error)
 
 
 def failed(error: BaseException) -> ApiError:

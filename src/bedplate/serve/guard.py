@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
-from typing import Any
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -16,8 +16,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bedplate.serve.errors import ApiError, failed
 from bedplate.serve.keys import key_in
 from bedplate.serve.server import HEADERS, Server
+from bedplate.serve.settings import Settings
 
-_PROBES = ("/health", "/ready")
+_BODIES = 32  # so many of the largest ones may be held at once, with those of requests that wait
+_PROBES = ("/health", "/ready", "/metrics")  # gateways ask them without a key, also while it ends
 _PAGE = "/page/"  # its files hold no secret: the page itself asks for a key
 
 
@@ -26,16 +28,17 @@ class Guard:
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self._app, self._server = app, server
+        self._held = 0  # bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         scope[HEADERS] = {}
-        said = _Said(scope, send)
+        said, body = _Said(scope, send), _Body(receive, self._server.settings, self._hold)
         try:
             self._check(scope)
-            await self._app(scope, _Body(receive, self._server.settings).receive, said.send)
+            await self._app(scope, body.receive, said.send)
         except ApiError as error:
             await said.error(error)
         except asyncio.CancelledError:
@@ -44,6 +47,15 @@ class Guard:
             await said.error(_stops())
         except Exception as error:
             await said.error(failed(error))
+        finally:
+            self._held -= body.count
+
+    def _hold(self, count: int) -> None:
+        """ApiError: with so many bytes more, bodies take too much memory."""
+        self._held += count
+        if self._held > _BODIES * self._server.settings.max_body:
+            message, retry = "The bodies of all requests take too much memory.", {"Retry-After": "5"}
+            raise ApiError(503, message, kind="server_error", code="overloaded", headers=retry)
 
     def _check(self, scope: Scope) -> None:
         """ApiError: this request may not come in."""
@@ -91,12 +103,15 @@ def _check_site(headers: Headers, server: Server) -> None:
 
 
 class _Body:
-    """What the client sends. ApiError: it is too long, or comes too slowly."""
+    """What the client sends. ApiError: it is too long, or comes too slowly.
 
-    def __init__(self, receive: Receive, settings: Any) -> None:
-        self._receive, self._most = receive, settings.max_body
+    count: bytes so far.  hold: is told of all.
+    """
+
+    def __init__(self, receive: Receive, settings: Settings, hold: Callable[[int], None]) -> None:
+        self._receive, self._most, self._hold = receive, settings.max_body, hold
         self._until = asyncio.get_running_loop().time() + settings.client_timeout
-        self._count, self._whole = 0, False
+        self.count, self._whole = 0, False
 
     async def receive(self) -> Message:
         if self._whole:
@@ -107,9 +122,11 @@ class _Body:
         except TimeoutError:
             close = {"Connection": "close"}
             raise ApiError(408, "The body of the request came too slowly.", headers=close) from None
-        self._count += len(message.get("body", b""))
         self._whole = not message.get("more_body", False)
-        if self._count > self._most:
+        length = len(message.get("body", b""))
+        self.count += length
+        self._hold(length)
+        if self.count > self._most:
             raise _too_long(self._most)
         return message
 
@@ -131,7 +148,7 @@ class _Said:
         """If something has been said, the answer just breaks off: the client must not take it for a whole one."""
         if self._begun:
             return
-        body = json.dumps(error.body()).encode()
+        body = json.dumps(error.body_at(self._scope["path"])).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
         encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await self.send({"type": "http.response.start", "status": error.status, "headers": encoded})

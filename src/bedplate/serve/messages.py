@@ -15,24 +15,16 @@ from starlette.responses import JSONResponse, Response
 from bedplate.errors import BedplateError
 from bedplate.serve import stream
 from bedplate.serve.answers import timings, usage
-from bedplate.serve.api import GENERATES, JSON, SSE, UNKNOWN_MODEL, Api
+from bedplate.serve.api import GENERATES, JSON, OF_BODY, SSE, UNKNOWN_MODEL, Api
 from bedplate.serve.as_chat import named
 from bedplate.serve.chat import Answer, Chat, Delta, count
 from bedplate.serve.described import AnthropicError, MessageBegun, TokenCount
-from bedplate.serve.errors import ApiError, of_bedplate
+from bedplate.serve.errors import ApiError, api_error_of
 from bedplate.serve.messages_request import NAMES, Conversation, MessagesRequest, as_chat, counted
 from bedplate.serve.server import Server, body_of
 from bedplate.serve.tools import CallPiece
 
 Json = dict[str, Any]
-_KINDS = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
 
 
 def routes(server: Server) -> list[Api]:
@@ -51,7 +43,7 @@ def routes(server: Server) -> list[Api]:
             body=MessagesRequest,
             said=MessageBegun,
             media=(JSON, SSE),
-            errors={400, 413, *GENERATES},
+            errors={*OF_BODY, *GENERATES},
             fault=AnthropicError,
         ),
         Api(
@@ -61,7 +53,7 @@ def routes(server: Server) -> list[Api]:
             "How many tokens a conversation has",
             body=Conversation,
             said=TokenCount,
-            errors={400, 413, *UNKNOWN_MODEL},
+            errors={*OF_BODY, *UNKNOWN_MODEL},
             fault=AnthropicError,
         ),
     ]
@@ -73,29 +65,21 @@ async def _in_its_words(request: Request, answer: Callable[[], Awaitable[Respons
     try:
         with named(NAMES):
             response = await answer()
-    except ApiError as error:
-        response = _refused(error, id)
-    except BedplateError as error:
-        response = _refused(of_bedplate(error), id)
+    except (ApiError, BedplateError) as error:
+        response = _refused(api_error_of(error), id)
     response.headers["request-id"] = id
     return response
 
 
 def _refused(error: ApiError, id: str) -> Response:
-    body = {**_error(error), "request_id": id}
-    return JSONResponse(body, status_code=error.status, headers=error.headers)
-
-
-def _error(error: ApiError) -> Json:
-    other = "api_error" if error.status >= 500 else "invalid_request_error"
-    return {"type": "error", "error": {"type": _KINDS.get(error.status, other), "message": error.message}}
+    return JSONResponse(error.in_anthropics_words(id), status_code=error.status, headers=error.headers)
 
 
 async def _answer(server: Server, request: Request) -> Response:
     asked = await body_of(request, MessagesRequest)
     model = server.catalog.find(asked.model, asked.lora)
     async with server.ticket(request, model, asked) as ticket:
-        chat = Chat(model, as_chat(asked), ticket.place)
+        chat = await run_in_threadpool(Chat, model, as_chat(asked), ticket.place)
         if asked.stream:
             return await ticket.stream(_Told(asked, chat).lines(), chat.choices)
         (answered,) = await ticket.whole(chat.answers())
@@ -135,6 +119,7 @@ def _usage(chat: Chat) -> Json:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
         "inference_geo": None,
+        "output_tokens_details": None,
         "server_tool_use": None,
         "service_tier": "standard",
     }
@@ -157,7 +142,7 @@ def _content(answer: Answer) -> list[Json]:
 
 
 def _tool_use(id: str, name: str, input: Json) -> Json:
-    return {"type": "tool_use", "id": id, "name": name, "input": input}
+    return {"type": "tool_use", "id": id, "name": name, "input": input, "caller": {"type": "direct"}}
 
 
 class _Told:
@@ -180,11 +165,8 @@ class _Told:
                     finish = delta.finish or finish
                     for line in self._told(delta):
                         yield line
-        except ApiError as error:
-            yield stream.data(_error(error), "error")
-            return
-        except BedplateError as error:
-            yield stream.data(_error(of_bedplate(error)), "error")
+        except Exception as error:
+            yield stream.data(api_error_of(error).in_anthropics_words(), "error")
             return
         for line in self._closed():
             yield line

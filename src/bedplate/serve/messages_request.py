@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from bedplate.serve.as_chat import call, chat_request, joined, said
-from bedplate.serve.chat import ChatRequest
+from bedplate.serve.as_chat import call, chat_request, said
+from bedplate.serve.chat import ChatRequest, joined
 from bedplate.serve.errors import ApiError
 from bedplate.serve.tools import Name
 from bedplate.serve.wire import Asking, Sampling, Strict
@@ -40,6 +40,12 @@ class TextBlock(Marked):
     citations: None = None
 
 
+class Caller(Strict):
+    """Who calls: the model, and nothing else."""
+
+    type: Literal["direct"]
+
+
 class ToolUse(Marked):
     """A call that an earlier answer made."""
 
@@ -47,7 +53,7 @@ class ToolUse(Marked):
     id: str
     name: str
     input: Json
-    caller: Any = None  # it is the model: nothing else calls
+    caller: Caller | None = None
 
 
 class ToolResult(Marked):

@@ -10,10 +10,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bedplate.serve.api import UNKNOWN_MODEL, Api, get, post
-from bedplate.serve.chat import MOST_MESSAGES, ChatMessage
+from bedplate.serve.catalog import Model
+from bedplate.serve.chat import MOST_MESSAGES, ChatMessage, plain_messages
 from bedplate.serve.described import ModelCard, ModelCards, Text, Tokens
 from bedplate.serve.errors import ApiError
 from bedplate.serve.server import Server
+from bedplate.serve.tools import prompt_of
 from bedplate.serve.wire import Strict
 
 
@@ -43,8 +45,10 @@ def routes(server: Server) -> list[Api]:
         return await _tokenize(server, body)
 
     async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
-        tokenizer = server.catalog.find(body.model).tokenizer
-        return JSONResponse({"prompt": await run_in_threadpool(tokenizer.decode, body.tokens)})
+        model = server.catalog.find(body.model)
+        # In a thread also the tokenizer is found, which may wait for weights that load.
+        prompt = await run_in_threadpool(lambda: model.tokenizer.decode(body.tokens))
+        return JSONResponse({"prompt": prompt})
 
     return [
         get("/v1/models", models, "All models: bases and adapters", said=ModelCards),
@@ -72,10 +76,13 @@ async def _tokenize(server: Server, body: TokenizeRequest) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "Give prompt or messages, and not both.", param="prompt")
     model = server.catalog.find(body.model)
-    if body.prompt is not None:
-        tokens = await run_in_threadpool(model.tokenizer.encode, body.prompt)
-    else:
-        messages = [message.model_dump(exclude_none=True) for message in body.messages or ()]
-        tokens = await run_in_threadpool(model.tokenizer.encode_chat, messages)
+    tokens = await run_in_threadpool(_encoded, model, body)
     most = model.base.engine.limits.max_context
     return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": most})
+
+
+def _encoded(model: Model, body: TokenizeRequest) -> list[int]:
+    if body.prompt is not None:
+        return model.tokenizer.encode(body.prompt)
+    messages = plain_messages(model.tokenizer, body.messages or ())
+    return model.tokenizer.encode_chat(prompt_of(model.tokenizer, messages, []))

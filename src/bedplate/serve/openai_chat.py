@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -61,7 +62,7 @@ async def _answer(server: Server, request: Request, asked: ChatCompletionRequest
     asked.check()
     model = server.catalog.find(asked.model, asked.lora)
     async with server.ticket(request, model, asked, asked.n) as ticket:
-        chat = Chat(model, asked, ticket.place)
+        chat = await run_in_threadpool(Chat, model, asked, ticket.place)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:
             return await ticket.stream(_pieces(chat, head), chat.choices)

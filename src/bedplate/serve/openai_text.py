@@ -71,13 +71,13 @@ class Echo:
     ids: its tokens.  scores: how likely they are, but the first; None: nobody asks.
     """
 
-    def __init__(self, model: Model, prompt: Prompt, asked: CompletionRequest) -> None:
+    def __init__(self, model: Model, prompt: Prompt, asked: CompletionRequest, place: Place) -> None:
         self.ids, self.text, self.scores = (
             list[int](),
             "",
             None if asked.logprobs is None else list[TokenLogprobs](),
         )
-        self._model, self._prompt, self._asked = model, prompt, asked
+        self._model, self._prompt, self._asked, self._place = model, prompt, asked, place
 
     async def read(self) -> None:
         """ApiError, BedplateError: the prompt is not valid."""
@@ -89,6 +89,7 @@ class Echo:
         else:
             self.ids = list(prompt)  # type: ignore[arg-type]
             self.text = await run_in_threadpool(tokenizer.decode, self.ids)
+        self._place.check_prompt(len(self.ids))
         if self.scores is not None:
             scored = await run_in_threadpool(self._scored)
             while some := await run_in_threadpool(lambda: list(islice(scored, _AT_ONCE))):
@@ -124,7 +125,7 @@ async def _answer(server: Server, request: Request, asked: CompletionRequest) ->
     asked.check()
     model = server.catalog.find(asked.model, asked.lora)
     async with server.ticket(request, model, asked, asked.n * len(asked.prompts)) as ticket:
-        echoes = [Echo(model, prompt, asked) for prompt in asked.prompts]
+        echoes = [Echo(model, prompt, asked, ticket.place) for prompt in asked.prompts]
         choices = begin(_wanted(model, asked, ticket.place)) if asked.max_tokens else []
         told = _Told(model, asked, echoes, choices)
         if asked.stream:

@@ -19,12 +19,18 @@ from starlette.routing import BaseRoute
 from bedplate.serve.api import JSON, Api, get
 
 Json = dict[str, Any]
+# Where the server has keys. Anthropic's clients send the second.
+_KEYS: Json = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
 Schemas = Mapping[type[BaseModel], Json]
 _ERRORS = {
     400: "The request has a field that is not honoured, or a wrong value",
     401: "There is no valid API key",
-    403: "The server does not allow it",
+    403: "Pages of other sites may not use the server, or it is not known by this name",
     404: "There is nothing of this name",
+    408: "The body came too slowly",
     413: "The body is too long",
     429: "Too many requests wait",
     500: "The bundle is damaged",
@@ -58,7 +64,12 @@ def document(routes: Iterable[BaseRoute]) -> Json:
         "openapi": "3.1.0",
         "info": {"title": "bedplate serve", "version": "1"},
         "paths": dict(sorted(paths.items())),
-        "components": {"schemas": parts["$defs"], "responses": _faults(apis, schemas)},
+        "security": [{}, *({name: []} for name in _KEYS)],
+        "components": {
+            "schemas": parts["$defs"],
+            "responses": _faults(apis, schemas),
+            "securitySchemes": _KEYS,
+        },
     }
 
 
@@ -69,6 +80,8 @@ def _operation(api: Api, schemas: Schemas) -> Json:
     for status in sorted(api.errors):
         responses[str(status)] = {"$ref": f"#/components/responses/{_fault(api, status)}"}
     operation: Json = {"summary": api.summary, "operationId": _name(api), "responses": responses}
+    if api.is_open:
+        operation["security"] = []
     if api.param_convertors:
         operation["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}

@@ -25,9 +25,11 @@ def routes(server: Server) -> list[Api]:
         return Response(text, media_type=kind)
 
     return [
-        get("/health", health, "Whether the process answers", said=Health),
-        get("/ready", ready, "Whether requests are answered at once", said=Health, errors={503}),
-        get("/metrics", metrics, "Metrics, as Prometheus reads them", media=(TEXT,)),
+        get("/health", health, "Whether the process answers", said=Health, is_open=True),
+        get(
+            "/ready", ready, "Whether requests are answered at once", said=Health, errors={503}, is_open=True
+        ),
+        get("/metrics", metrics, "Metrics, as Prometheus reads them", media=(TEXT,), is_open=True),
     ]
 
 

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from anyio.to_thread import current_default_thread_limiter
 
 from bedplate.errors import RunError
 from bedplate.serve.connection import connection
@@ -20,7 +21,7 @@ from bedplate.serve.guard import is_loopback
 from bedplate.serve.server import Server
 from bedplate.serve.settings import Settings
 
-_THREADS = 64  # that read prompts and load weights: one that waits must not keep all others waiting
+_THREADS = 32  # beside those of answers, which may wait for weights that load
 _KEPT = 5  # seconds that a connection is open for a next request
 _CONNECTIONS = 1024  # beside those that have a place or wait for one
 
@@ -47,7 +48,9 @@ class Process(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
-        loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="bedplate-serve"))
+        count = _THREADS + self._settings.max_running
+        loop.set_default_executor(ThreadPoolExecutor(count, thread_name_prefix="bedplate-serve"))
+        current_default_thread_limiter().total_tokens = count  # of Starlette's
         loop.set_exception_handler(_unhandled)
         await super().startup(sockets)
         port = self.servers[0].sockets[0].getsockname()[1]
@@ -104,7 +107,8 @@ def _bound(addresses: dict[Any, Any], settings: Settings) -> list[socket.socket]
     port = settings.port
     try:
         for address, family in addresses.items():
-            bound.append(socket.socket(family, socket.SOCK_STREAM))
+            # Only where the protocol is named does asyncio send at once, and not after 40 ms what is short.
+            bound.append(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
             bound[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 bound[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

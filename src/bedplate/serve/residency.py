@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from weakref import ref
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
@@ -21,8 +21,8 @@ class Ranks:
     """Ranks of adapters. A file that says one is long, so it is read once."""
 
     def __init__(self) -> None:
-        # Its files are removed when nobody has the entry.
-        self._known: dict[tuple[str, str], tuple[weakref.ref[AdapterEntry], str]] = {}
+        # Weakly: the files of an adapter that was unloaded are removed when nobody holds its entry.
+        self._known: dict[tuple[str, str], tuple[ref[AdapterEntry], str]] = {}
 
     def of(self, base: Base, name: str) -> str:
         """Empty: nothing says it any more."""
@@ -33,7 +33,7 @@ class Ranks:
         known = self._known.get((base.name, name))
         if known is None or known[0]() is not entry:
             try:
-                known = weakref.ref(entry), str(entry.read_info().rank)
+                known = ref(entry), str(entry.read_info().rank)
             except (BedplateError, OSError):
                 return ""
             self._known[base.name, name] = known

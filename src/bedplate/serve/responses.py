@@ -8,18 +8,18 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from bedplate.errors import BedplateError
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.serve import logprobs, stream
 from bedplate.serve.answers import timings, usage
-from bedplate.serve.api import GENERATES, JSON, SSE, Api
+from bedplate.serve.api import GENERATES, JSON, OF_BODY, SSE, Api
 from bedplate.serve.as_chat import named
 from bedplate.serve.chat import Answer, Chat, Delta
 from bedplate.serve.described import ResponseBegun
-from bedplate.serve.errors import ApiError, of_bedplate
+from bedplate.serve.errors import ApiError, api_error_of
 from bedplate.serve.responses_request import NAMES, ResponsesRequest, as_chat
 from bedplate.serve.server import Server, body_of
 from bedplate.serve.tools import CallPiece
@@ -41,7 +41,7 @@ def routes(server: Server) -> list[Api]:
             body=ResponsesRequest,
             said=ResponseBegun,
             media=(JSON, SSE),
-            errors={400, 413, *GENERATES},
+            errors={*OF_BODY, *GENERATES},
         )
     ]
 
@@ -50,7 +50,7 @@ async def _answer(server: Server, request: Request) -> Response:
     asked = await body_of(request, ResponsesRequest)
     model = server.catalog.find(asked.model, asked.lora)
     async with server.ticket(request, model, asked) as ticket:
-        chat = Chat(model, as_chat(asked), ticket.place)
+        chat = await run_in_threadpool(Chat, model, as_chat(asked), ticket.place)
         if asked.stream:
             return await ticket.stream(_Told(asked, chat).lines(), chat.choices)
         (answered,) = await ticket.whole(chat.answers())
@@ -179,13 +179,8 @@ class _Told:
                     finish = delta.finish or finish
                     for line in self._told(delta):
                         yield line
-        except ApiError as error:
-            for line in self._failed(error):
-                yield line
-            return
-        except BedplateError as error:
-            for line in self._failed(of_bedplate(error)):
-                yield line
+        except Exception as error:
+            yield self._failed(api_error_of(error))
             return
         if self._open is None and not self._done:
             for line in self._opened(_message(_id("msg"), "in_progress", [])):
@@ -243,10 +238,10 @@ class _Told:
         self._done.append(item)
         self._open = None
 
-    def _failed(self, error: ApiError) -> Iterator[str]:
+    def _failed(self, error: ApiError) -> str:
         code = "server_error" if error.status >= 500 else "invalid_prompt"
         last = {**self._head, "status": "failed", "error": {"code": code, "message": error.message}}
-        yield self._say("response.failed", response={**last, "output": self._done})
+        return self._say("response.failed", response={**last, "output": self._done})
 
     def _of_part(self, event: str, **fields: Any) -> str:
         return self._of_item(event, content_index=0, **fields)

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from bedplate.serve.as_chat import call, chat_request, joined, said
-from bedplate.serve.chat import ChatRequest
+from bedplate.serve.as_chat import call, chat_request, said
+from bedplate.serve.chat import ChatRequest, joined
 from bedplate.serve.errors import ApiError
 from bedplate.serve.tools import Function, NamedFunction
 from bedplate.serve.wire import Accepted, Sampling, Strict

@@ -34,9 +34,9 @@ class Ticket:
     place: what it may use.
     """
 
-    def __init__(self, request: Request, place: Place, held: AsyncExitStack, ping: float) -> None:
+    def __init__(self, request: Request, place: Place, held: AsyncExitStack, settings: Settings) -> None:
         self.place = place
-        self._request, self._held, self._ping = request, held, ping
+        self._request, self._held, self._settings = request, held, settings
 
     async def stream(self, lines: AsyncGenerator[str], choices: Sequence[Choice]) -> Response:
         """An answer as server-sent events. The ticket is held until they end.
@@ -44,7 +44,11 @@ class Ticket:
         Raises what is wrong with the request, before anything is said.
         """
         await self.whole(start(choices))
-        return stream.EventStream(_with_errors(lines), self._held.pop_all(), self._ping)
+        left, settings = self.place.seconds_left, self._settings
+        # At its deadline an answer ends, and then its last words are to be taken.
+        seconds = None if left is None else left + settings.client_timeout
+        held = self._held.pop_all()
+        return stream.EventStream(_with_errors(lines), held, ping=settings.ping, seconds=seconds)
 
     async def whole(self, answer: Coroutine[Any, Any, _Result]) -> _Result:
         """Wait for an answer. If the client goes away, it is cancelled."""
@@ -94,8 +98,10 @@ class Server:
             with model.base.watch.waiting(model):
                 await _unless_gone(request, held.enter_async_context(self.places.place(place)))
             held.enter_context(model.base.watch.running(model))
+            # Here, in a thread: it may wait for weights that load. From now on it is known.
+            await _unless_gone(request, run_in_threadpool(lambda: model.tokenizer))
             request.scope.get(HEADERS, {}).update(self.places.headers(key))
-            yield Ticket(request, place, held, self.settings.ping)
+            yield Ticket(request, place, held, self.settings)
 
 
 async def body_of(request: Request, kind: type[_Body]) -> _Body:

@@ -24,18 +24,23 @@ class EventStream(StreamingResponse):
     """A response of server-sent events. Where nothing is said for `ping` seconds, as while a long prompt is read, it
     sends a comment: proxies and clients give up where nothing comes for long.
 
-    If the client goes away, the lines are closed at once. held: is closed after them, also if they never began.
+    If the client goes away, or has not taken all of it in so many `seconds`, the lines are closed at once.
+    held: is closed after them, also if they never began.
     """
 
-    def __init__(self, lines: AsyncGenerator[str], held: AsyncExitStack, ping: float) -> None:
+    def __init__(
+        self, lines: AsyncGenerator[str], held: AsyncExitStack, *, ping: float, seconds: float | None
+    ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        self._lines, self._held = lines, held
+        self._lines, self._held, self._seconds = lines, held, seconds
         super().__init__(_pinged(lines, ping), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
             try:
-                await super().__call__(scope, receive, send)
+                with suppress(TimeoutError):  # then the connection breaks off
+                    async with asyncio.timeout(self._seconds):
+                        await super().__call__(scope, receive, send)
             finally:
                 await self._lines.aclose()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from llguidance import LLMatcher, LLParserLimits
@@ -28,6 +28,7 @@ _WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 
 
 _STARTING = threading.Lock()
+_EXACT = 2**53  # no float is exact beyond it
 # llguidance follows the references of a grammar by calls within calls, and would crash where its stack ends.
 _LONGEST, _STACK = 1 << 17, 256 << 20  # characters of a grammar; bytes, which are taken only as they are used
 
@@ -173,7 +174,7 @@ class Guide:
         with self._lock:
             if self._first is None:
                 self._first = self._made()
-            return GrammarMask(self._first.deep_copy(), sorted(self._tokenizer.end_ids))
+            return GrammarMask(self._first.deep_copy())
 
     def _made(self) -> LLMatcher:
         grammar, vocabulary = self._grammar, vocabulary_of(self._tokenizer)
@@ -181,6 +182,9 @@ class Guide:
         source = json.dumps({"grammars": parts}, ensure_ascii=False)
         if len(source) > _LONGEST:
             message = f"The grammar is refused: it has more than {_LONGEST} characters."
+            raise ApiError(400, message, param=grammar.param)
+        if large := next(_inexact(parts), None):
+            message = f"The grammar is refused: {large} is too large to be exact."
             raise ApiError(400, message, param=grammar.param)
         wrong, said = _with_deep_stack(lambda: LLMatcher.validate_grammar_with_warnings(source, vocabulary))
         if wrong or (grammar.strict and said):
@@ -191,8 +195,8 @@ class Guide:
 class GrammarMask:
     """The tokens that a grammar allows after those so far. An end token is allowed where the grammar can end."""
 
-    def __init__(self, matcher: LLMatcher, ends: Sequence[int]) -> None:
-        self._matcher, self._ends = matcher, ends
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
         self._read = 0  # tokens that the matcher knows
         self._forced: list[int] = matcher.compute_ff_tokens()
 
@@ -222,6 +226,15 @@ class GrammarMask:
         if self._matcher.is_error():
             said = self._matcher.get_error().partition("\n")[0]
             raise RunError(f"the grammar cannot be followed: {said}", hint="use a simpler schema or grammar")
+
+
+def _inexact(value: Any) -> Iterator[int]:
+    """Numbers that llguidance, which reads all as floats, would change."""
+    if isinstance(value, int) and abs(value) > _EXACT:
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _inexact(inner)
 
 
 def _with_deep_stack(function: Callable[[], _T]) -> _T:

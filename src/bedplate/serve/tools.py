@@ -6,6 +6,7 @@ A template that knows tools has its own words for them. Else a system message te
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -216,7 +217,9 @@ def prompt_of(tokenizer: Tokenizer, messages: Sequence[Json], tools: Sequence[To
     told = [_told(tool) for tool in tools]
     if tokenizer.reads_tools:
         return Conversation(shown, told)
-    return Conversation(_in_words(shown, told))
+    return Conversation(
+        _in_words(shown, told, takes_system=not _NO_SYSTEM.search(tokenizer.chat_template or ""))
+    )
 
 
 def _with_arguments(message: Json, i: int) -> Json:
@@ -263,7 +266,11 @@ For each function call, return a json object with function name and arguments wi
 </tool_call>"""
 
 
-def _in_words(messages: Sequence[Json], tools: Sequence[Json]) -> list[Message]:
+# As the templates of Gemma refuse it.
+_NO_SYSTEM = re.compile(r"""raise_exception\(\s*['"]system""", re.IGNORECASE)
+
+
+def _in_words(messages: Sequence[Json], tools: Sequence[Json], takes_system: bool) -> list[Message]:
     """For a template that knows no tools: tools, calls and results as text."""
     told: list[Message] = []
     for message in messages:
@@ -285,6 +292,8 @@ def _in_words(messages: Sequence[Json], tools: Sequence[Json]) -> list[Message]:
     words = _WORDS.format("\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
     if told[0]["role"] == "system":
         words = f"{_content(told.pop(0))}\n\n{words}"
+    if not takes_system and told and told[0]["role"] == "user":
+        return [{**told[0], "content": f"{words}\n\n{_content(told[0])}"}, *told[1:]]
     return [{"role": "system", "content": words}, *told]
 
 

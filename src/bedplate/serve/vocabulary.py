@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from llguidance import LLTokenizer, TokenizerWrapper
 
@@ -37,35 +37,48 @@ def _made(tokenizer: Tokenizer) -> LLTokenizer:
     except Exception as error:  # it raises nothing narrower
         message = f"Grammars cannot be used with the tokenizer of this model: {error}"
         raise ApiError(400, message) from error
-    shown = {
-        text: token
-        for token, text in tokenizer.added_texts.items()
-        if token not in ends and made.is_special_token(token)
-    }
-    return LLTokenizer(TokenizerWrapper(_Shown(made, shown)), eos_token=ends) if shown else made
+    return LLTokenizer(TokenizerWrapper(_Tokens(made, tokenizer.added, ends)), eos_token=ends)
 
 
-class _Shown:
-    """A tokenizer as llguidance takes one. Some of its tokens are text: `<tool_call>`, say, which llguidance takes for
-    special because it looks so.
+class _Tokens:
+    """A tokenizer as llguidance takes one, which takes no text for a special token, and no other token for one.
 
-    shown: these, by their texts.
+    By itself it takes `<tool_call>` for special wherever that is an added token, because it looks so; and where a
+    grammar forces the text of a special token, it forces that token.
+
+    added: texts of added tokens, and whether they are special.
     """
 
-    def __init__(self, made: LLTokenizer, shown: Mapping[str, int]) -> None:
+    def __init__(
+        self, made: LLTokenizer, added: Mapping[int, tuple[str, bool]], ends: Collection[int]
+    ) -> None:
+        self._made = made
         self.eos_token_id, self.bos_token_id = made.eos_token, None
         self.tokens = [made.decode_bytes([token]) for token in range(made.vocab_size)]
-        own = frozenset(shown.values())
+        shown = {token: text for token, (text, special) in added.items() if not special and token not in ends}
         self.special_token_ids = [
-            token for token in range(made.vocab_size) if made.is_special_token(token) and token not in own
+            token for token in range(made.vocab_size) if made.is_special_token(token) and token not in shown
         ]
-        self._made, self._shown = made, {text.encode(): token for text, token in shown.items()}
-        longest_first = sorted(self._shown, key=len, reverse=True)
-        self._split = re.compile(b"(" + b"|".join(map(re.escape, longest_first)) + b")")
+        self._shown = {text.encode(): token for token, text in shown.items() if made.is_special_token(token)}
+        self._split = re.compile(b"(" + _any(self._shown) + b")")
+        hidden = [text.encode() for token, (text, _) in added.items() if token not in shown]
+        # Its text is cut after its first character.
+        self._cut = re.compile(b"(?=" + _any(hidden) + rb")([\x00-\x7f]|[\xc0-\xff][\x80-\xbf]*)")
 
     def __call__(self, text: bytes) -> list[int]:
         ids: list[int] = []
         for piece in self._split.split(text):
-            token = self._shown.get(piece)
-            ids += self._made.tokenize_bytes(piece) if token is None else [token]
+            if piece in self._shown:
+                ids.append(self._shown[piece])
+            else:
+                done = 0
+                for cut in self._cut.finditer(piece):
+                    ids += self._made.tokenize_bytes(piece[done : cut.end()])
+                    done = cut.end()
+                ids += self._made.tokenize_bytes(piece[done:])
         return ids
+
+
+def _any(texts: Iterable[bytes]) -> bytes:
+    """A regex of any of them, the longest first."""
+    return b"|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or b"(?!)"

@@ -11,6 +11,9 @@ from starlette.types import ASGIApp, Message
 
 ADAPTERS = "bedplate.adapters"  # in the scope of a request: `Call.adapters`
 
+_TOGETHER_SECONDS = (
+    0.01  # what a stream says in this time is sent together: each part that Ray carries costs CPU
+)
 REPLICA = b"x-bedplate-replica"  # a header of each answer: who gave it
 
 
@@ -72,13 +75,23 @@ async def answered(app: ASGIApp, call: Call) -> AsyncGenerator[Head | bytes]:
 
     running = asyncio.create_task(run())
     try:
-        while (message := await sent.get()) is not None:
-            if message["type"] == "http.response.start":
-                yield Head(message["status"], list(message.get("headers", ())))
-            elif message["type"] == "http.response.body":
-                complete = not message.get("more_body", False)
-                if message.get("body"):
-                    yield message["body"]
+        ended = False
+        while not ended:
+            messages = [await sent.get()]
+            while not sent.empty():
+                messages.append(sent.get_nowait())
+            ended = messages[-1] is None
+            body = b""
+            for message in messages:
+                if message is not None and message["type"] == "http.response.start":
+                    yield Head(message["status"], list(message.get("headers", ())))
+                elif message is not None:
+                    body += message.get("body", b"")
+                    complete = not message.get("more_body", False)
+            if body:
+                yield body
+            if body and not complete:
+                await asyncio.sleep(_TOGETHER_SECONDS)
         if not complete:  # else it has said what went wrong
             await running
     finally:

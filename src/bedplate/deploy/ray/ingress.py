@@ -126,7 +126,7 @@ class _Forwarded(Response):
                     continue
                 assert head is not None, "it comes first"
                 await self._open(head, send)
-                self._begun = self._begun or not part.startswith(b":")
+                self._begun = self._begun or _says_something(part)
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         if head is not None:
             await self._open(head, send)
@@ -156,6 +156,11 @@ class _Forwarded(Response):
             raise ConnectionError(error.message)  # the client sees that the answer is not complete
         event = _error_event(self._call.path, error)
         await send({"type": "http.response.body", "body": event.encode(), "more_body": False})
+
+
+def _says_something(part: bytes) -> bool:
+    """Whether it is more than comments."""
+    return any(event and not event.startswith(b":") for event in part.split(b"\n\n"))
 
 
 def _refusal(error: ApiError) -> Response:

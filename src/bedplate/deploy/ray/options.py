@@ -19,7 +19,9 @@ class RayOptions(BaseModel):
     """The arguments of the application.
 
     bundle: a folder that each node has, or a URL that fsspec knows. Each node fetches it once.
-    adapters: a folder that each node has, or a URL, with a folder of PEFT for each adapter. None: those of the bundle.
+    adapters: further ones: a folder that each node has, or a URL, with a folder of PEFT for each adapter; or another
+        bundle of the same foundation, whose adapters are packed. The same bundle: what is added to it while it is
+        served is served too.
     storage: options of fsspec for both.  cache: the folder in which nodes keep what they fetch.
     name: of the base. None: as the bundle's folder.
 
@@ -91,4 +93,5 @@ class RayOptions(BaseModel):
     def engine(self) -> dict[str, Any]:
         """Arguments of `bedplate.Engine`."""
         given = {name: getattr(self, name) for name in ("threads", "kv", "max_context", "memory_bytes")}
+        given["guard_templates"] = True
         return given if self.cache_bytes is None else {**given, "cache_bytes": self.cache_bytes}

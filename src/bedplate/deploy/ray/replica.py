@@ -15,19 +15,19 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import bedplate
+from bedplate.bundle import files
+from bedplate.bundle.overlay import Overlay
 from bedplate.deploy.adapter_store import AdapterStore, Found
-from bedplate.deploy.catalog import HELD, StoreCatalog
+from bedplate.deploy.catalog import StoreCatalog
 from bedplate.deploy.listing import Listing
-from bedplate.deploy.node_bundle import cache_folder, local_bundle, name_of, own_view
+from bedplate.deploy.node_bundle import cache_folder, local_bundle, name_of
 from bedplate.deploy.ray.forwarded import ADAPTERS, REPLICA, Call, Head, answered
 from bedplate.deploy.ray.options import RayOptions
 from bedplate.deploy.shelf import Shelf
-from bedplate.errors import AdapterError, BedplateError, CheckpointError, UnsupportedError
+from bedplate.errors import AdapterError, BedplateError, BundleError, CheckpointError, UnsupportedError
 from bedplate.serve.app import create_app
 from bedplate.serve.catalog import Base
 from bedplate.serve.errors import ApiError, of_bedplate
-
-_TRIES = 5
 
 
 class Replica:
@@ -36,13 +36,15 @@ class Replica:
     async def __init__(self, options: RayOptions) -> None:  # type: ignore[misc]  # Ray awaits it
         self._options = options
         self._held = AsyncExitStack()
-        bundle = await run_in_threadpool(self._open)
+        bundle, folder = await run_in_threadpool(self._open)
         engine = bedplate.Engine(bundle, **options.engine())
         await run_in_threadpool(engine.load)
-        self._shelf = Shelf(bundle, engine)
+        self._shelf, self._folder = Shelf(bundle, engine, folder), folder
+        self._held.callback(self._shelf.close)
         self._store = None
         if options.adapters is not None:
-            self._store = await run_in_threadpool(AdapterStore, options.adapters, options.storage)
+            foundation = bundle.foundation_sha256
+            self._store = await run_in_threadpool(AdapterStore, options.adapters, foundation, options.storage)
         self._listing = Listing(
             self._store, self._shelf.own, every=options.refresh_seconds, stale=options.stale_seconds
         )
@@ -55,24 +57,26 @@ class Replica:
         self._held.callback(following.cancel)
         self._locks: dict[str, asyncio.Lock] = {}
         self._broken: dict[str, tuple[str, BedplateError]] = {}  # stamp and error
-        self._residents: set[str] = set()
 
         async def load(name: str) -> _Resident:
             await self._put(name)
-            return _Resident(self._shelf, name, self._residents)
+            return _Resident(self._shelf, name)
 
         self._load = serve.multiplexed(max_num_models_per_replica=options.adapters_per_replica)(load)
 
-    def _open(self) -> bedplate.Bundle:
-        cache = cache_folder(self._options.cache)
-        folder = local_bundle(self._options.bundle, cache, self._options.storage)
-        return self._held.enter_context(own_view(folder, cache))
+    def _open(self) -> tuple[Overlay, Path]:
+        """The bundle, and a folder for what this replica writes, of which a killed one leaves nothing for long."""
+        options, cache = self._options, cache_folder(self._options.cache)
+        bundle = Overlay.open(local_bundle(options.bundle, cache, options.storage), check=False)
+        if options.adapters == options.bundle:  # it follows what is added there
+            for name in bundle.adapters:
+                bundle.detach(name)
+        return bundle, self._held.enter_context(files.workspace(cache, "replica"))
 
     def _catalog(self, bases: Sequence[Base]) -> StoreCatalog:
         own = sorted(self._shelf.own)
-        return StoreCatalog(
-            bases[0], own, self._listing, url=self._options.bundle, store_url=self._options.adapters
-        )
+        folder = None if self._store is None else self._store.folder
+        return StoreCatalog(bases[0], own, self._listing, url=self._options.bundle, folder=folder)
 
     async def __del__(self) -> None:
         await self._held.aclose()
@@ -91,26 +95,17 @@ class Replica:
         return head, b"".join(part for part in body if isinstance(part, bytes))
 
     @asynccontextmanager
-    async def holding(self, names: Sequence[str]) -> AsyncIterator[dict[str, str]]:
-        """What names of adapters mean, as names in the bundle, which can be used while the block runs. Names that mean
-        nothing are left out.
-        """
-        meant: dict[str, str] = {}
+    async def holding(self, names: Sequence[str]) -> AsyncIterator[None]:
+        """While the block runs, adapters are there, those that exist."""
         async with AsyncExitStack() as held:
             for name in names:
                 if name in self._shelf.own or await self._listing.get(name) is not None:
-                    meant[name] = await self._hold(name, held)
-            yield meant
-
-    async def _hold(self, name: str, held: AsyncExitStack) -> str:
-        for _ in range(_TRIES):
-            await self._load(name)
-            await self._put(name)  # it may have changed since it was loaded
-            if name not in self._residents:  # others have taken its place meanwhile
-                self._shelf.drop(name)
-            elif (local := held.enter_context(self._shelf.hold(name))) is not None:
-                return local
-        raise ApiError(503, "Too many adapters are asked for at once.", headers={"Retry-After": "1"})
+                    held.enter_context(self._shelf.hold(name))
+                    resident = await self._load(name)
+                    if resident.is_kept:  # Ray may have taken its place for others meanwhile
+                        self._shelf.keep(name)  # again, if it has been removed and put back
+                    await self._put(name)  # it may have changed since it was loaded
+            yield
 
     async def _put(self, name: str) -> None:
         """Have the adapter of the store in the bundle, in its present version."""
@@ -124,16 +119,16 @@ class Replica:
             try:
                 self._listing.learn(await run_in_threadpool(self._fetch, name))
                 self._broken.pop(name, None)
-            except (AdapterError, CheckpointError, UnsupportedError) as error:
+            except BedplateError as error:
                 self._broken[name] = found.stamp, error
                 raise
 
     def _fetch(self, name: str) -> Found:
         assert self._store is not None
-        with tempfile.TemporaryDirectory(dir=cache_folder(self._options.cache), prefix=".fetch-") as folder:
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             found = self._store.fetch(name, Path(folder))
             if self._shelf.stamp(name) != found.stamp:
-                self._shelf.put(name, Path(folder), found.stamp)
+                self._shelf.put(found, Path(folder))
         return found
 
     def _drop_removed(self) -> None:
@@ -145,16 +140,14 @@ class Replica:
 class _Resident:
     """An adapter that Ray keeps."""
 
-    def __init__(self, shelf: Shelf, name: str, residents: set[str]) -> None:
-        self._shelf, self._name, self._residents = shelf, name, residents
-        residents.add(name)
-        self._kept = True
+    def __init__(self, shelf: Shelf, name: str) -> None:
+        self._shelf, self._name = shelf, name
+        self.is_kept = True
 
     def __del__(self) -> None:
         """Ray calls it when it no longer keeps the adapter, and Python calls it again."""
-        if self._kept:
-            self._kept = False
-            self._residents.discard(self._name)
+        if self.is_kept:
+            self.is_kept = False
             self._shelf.drop(self._name)
 
 
@@ -167,12 +160,8 @@ class _WithAdapters:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         names: list[str] = scope.get(ADAPTERS, [])
         try:
-            async with self._replica.holding(names) as held:
-                before = HELD.set(held)
-                try:
-                    await self._app(scope, receive, send)
-                finally:
-                    HELD.reset(before)
+            async with self._replica.holding(names):
+                await self._app(scope, receive, send)
         except (ApiError, BedplateError) as error:  # the application handles its own
             said = _said(error)
             response = JSONResponse(said.body(), status_code=said.status, headers=said.headers)
@@ -182,7 +171,7 @@ class _WithAdapters:
 def _said(error: ApiError | BedplateError) -> ApiError:
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, (AdapterError, CheckpointError, UnsupportedError)):
+    if isinstance(error, (AdapterError, BundleError, CheckpointError, UnsupportedError)):
         return ApiError(
             400, f"The adapter cannot be used: {error.what}", param="model", code="broken_adapter"
         )

@@ -103,6 +103,8 @@ function grow(field) {
 }
 
 function KeyForm() {
+  const input = useRef(null);
+  useEffect(() => input.current.focus(), []);
   const onSubmit = (event) => {
     event.preventDefault();
     apiKey.set(new FormData(event.target).get("key").trim());
@@ -111,7 +113,7 @@ function KeyForm() {
   return html`
     <form class="notice key-form" onSubmit=${onSubmit}>
       <label for="key">This server wants an API key. It stays in this tab.</label>
-      <input id="key" name="key" type="password" autocomplete="off" required />
+      <input id="key" name="key" ref=${input} type="password" autocomplete="off" required />
       <button type="submit" class="main">Use it</button>
       ${apiKey.get() && html`<p class="problem" role="alert">The server does not know the key.</p>`}
     </form>

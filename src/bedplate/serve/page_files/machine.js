@@ -99,12 +99,11 @@ const MOST_SHOWN = 12;
 
 function Batch({ state: { bases, waiting }, sample }) {
   const going = bases.flatMap((base) => base.running.map((one) => ({ ...one, base: base.name })));
-  const isIdle = !going.length && !sample.perSecond;
   const hidden = going.length - MOST_SHOWN;
   return html`
     <section>
       <h3>Batch</h3>
-      <p class="figures">${isIdle ? "idle" : html`
+      <p class="figures">${!going.length ? "idle" : html`
         <span>${count(going.length, "answer")} at once</span>
         ${waiting > 0 && html`<span>${count(waiting, "request waits", "requests wait")}</span>`}
         <span>${sample.perStep.toFixed(1)} tokens a step</span>

@@ -1,0 +1,148 @@
+"""Calls of tools and structured output, in the words of each API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+from pydantic import BaseModel
+from scripted import ANSWER
+
+SCHEMA = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
+PARAMETERS = {**SCHEMA, "additionalProperties": False}
+ARGUMENTS = {"place": ""}
+
+
+class Where(BaseModel):
+    """What the scripted model can fill in."""
+
+    place: str
+
+
+@pytest.fixture(scope="module")
+def openai_client(scripted_address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{scripted_address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def anthropic_client(scripted_address: str) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=scripted_address, api_key="none", max_retries=0) as client:
+        yield client
+
+
+TOOL: Any = {"name": "weather", "description": "of a place", "parameters": PARAMETERS}
+OF_CHAT: dict[str, Any] = {"model": "scripted", "messages": [{"role": "user", "content": "weather?"}]}
+OF_RESPONSES: dict[str, Any] = {
+    "model": "scripted",
+    "input": "weather?",
+    "tools": [{"type": "function", "strict": True, **TOOL}],
+    "tool_choice": "required",
+}
+OF_MESSAGES: dict[str, Any] = {
+    "model": "scripted",
+    "max_tokens": 256,
+    "messages": [{"role": "user", "content": "weather?"}],
+    "tools": [{"name": "weather", "input_schema": PARAMETERS, "strict": True}],
+    "tool_choice": {"type": "tool", "name": "weather"},
+}
+
+
+def test_responses(openai_client: openai.OpenAI) -> None:
+    said = openai_client.responses.create(**OF_RESPONSES)
+    (item,) = said.output
+    assert item.type == "function_call" and item.status == said.status == "completed"
+    assert (item.name, json.loads(item.arguments)) == ("weather", ARGUMENTS)
+    events: list[Any] = list(openai_client.responses.create(**OF_RESPONSES, stream=True))
+    kinds = list(dict.fromkeys(event.type for event in events))
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    pieces = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert "".join(pieces) == item.arguments == events[-1].response.output[0].arguments
+    result = {"type": "function_call_output", "call_id": item.call_id, "output": "rain"}
+    talk: Any = [{"role": "user", "content": "weather?"}, item, result]
+    after = openai_client.responses.create(**{**OF_RESPONSES, "input": talk, "tool_choice": "none"})
+    assert after.output_text == ANSWER and after.status == "completed"
+
+
+def test_structured_responses(openai_client: openai.OpenAI) -> None:
+    said = openai_client.responses.parse(model="scripted", input="where?", text_format=Where)
+    assert said.output_parsed == Where(place="")
+    wrong: Any = {"type": "json_schema", "name": "x", "strict": True, "schema": {**PARAMETERS, "not": {}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        openai_client.responses.create(model="scripted", input="where?", text={"format": wrong})
+    assert caught.value.param is not None and caught.value.param.startswith("text.format")
+
+
+def test_messages(anthropic_client: anthropic.Anthropic) -> None:
+    said = anthropic_client.messages.create(**OF_MESSAGES)
+    (block,) = said.content
+    assert block.type == "tool_use" and (block.name, block.input) == ("weather", ARGUMENTS)
+    assert (said.stop_reason, said.stop_sequence) == ("tool_use", None)
+    with anthropic_client.messages.stream(**OF_MESSAGES) as stream:
+        events = list(stream)
+        whole = stream.get_final_message()
+    deltas = [event for event in events if event.type == "content_block_delta"]
+    assert deltas and all(event.delta.type == "input_json_delta" for event in deltas)
+    (told,) = whole.content
+    assert told.type == "tool_use" and (told.name, told.input) == ("weather", ARGUMENTS)
+    assert whole.stop_reason == "tool_use"
+    result = {"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": "rain"}]}
+    talk = [
+        *OF_MESSAGES["messages"],
+        {"role": "assistant", "content": said.content},
+        {"role": "user", "content": [result, {"type": "text", "text": "so?"}]},
+    ]
+    asked = {**OF_MESSAGES, "messages": talk, "tool_choice": {"type": "none"}}
+    after = anthropic_client.messages.create(**asked)
+    (text,) = after.content
+    assert text.type == "text" and text.text == ANSWER and after.stop_reason == "end_turn"
+
+
+def test_a_call_that_is_cut_is_none(anthropic_client: anthropic.Anthropic) -> None:
+    said = anthropic_client.messages.create(**{**OF_MESSAGES, "max_tokens": 3})
+    assert (said.content, said.stop_reason) == ([], "max_tokens")
+
+
+def test_tools_are_counted(anthropic_client: anthropic.Anthropic) -> None:
+    asked = {name: value for name, value in OF_MESSAGES.items() if name != "max_tokens"}
+    counted = anthropic_client.messages.count_tokens(**asked).input_tokens
+    said = anthropic_client.messages.create(**OF_MESSAGES).usage
+    assert counted == said.input_tokens + (said.cache_read_input_tokens or 0)
+    del asked["tools"], asked["tool_choice"]
+    assert anthropic_client.messages.count_tokens(**asked).input_tokens < counted
+
+
+def test_structured_messages(anthropic_client: anthropic.Anthropic) -> None:
+    config: Any = {"format": {"type": "json_schema", "schema": PARAMETERS}}
+    asked = {name: OF_MESSAGES[name] for name in ("model", "max_tokens", "messages")}
+    said = anthropic_client.messages.create(**asked, output_config=config)
+    (block,) = said.content
+    assert block.type == "text" and json.loads(block.text) == ARGUMENTS
+    config["format"]["schema"] = {**PARAMETERS, "not": {}}
+    with pytest.raises(anthropic.BadRequestError, match="output_config"):
+        anthropic_client.messages.create(**asked, output_config=config)
+
+
+def test_tools_that_are_none(openai_client: openai.OpenAI, anthropic_client: anthropic.Anthropic) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        choice: Any = {"type": "function", "name": "other"}
+        openai_client.responses.create(**{**OF_RESPONSES, "tool_choice": choice})
+    assert caught.value.param == "tool_choice"
+    with pytest.raises(anthropic.BadRequestError, match="tool_choice"):
+        anthropic_client.messages.create(**{**OF_MESSAGES, "tool_choice": {"type": "tool"}})
+    with pytest.raises(anthropic.BadRequestError, match="tool_result is of the user"):
+        block: Any = {"type": "tool_result", "tool_use_id": "x"}
+        talk = [*OF_MESSAGES["messages"], {"role": "assistant", "content": [block]}, *OF_MESSAGES["messages"]]
+        anthropic_client.messages.create(**{**OF_MESSAGES, "messages": talk})
