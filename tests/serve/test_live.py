@@ -500,6 +500,8 @@ def test_answers_that_grow_beyond_the_memory_begin_again(
         assert texts == found
         with pytest.raises(openai.BadRequestError, match="more memory than the server has"):
             client.say("toy", "fox " * 220)
+        with pytest.raises(openai.BadRequestError, match="more memory than the server has"):
+            client.say("toy", max_tokens=240, extra_body={"ignore_eos": True})
 
 
 def test_who_waits_too_long_for_memory_is_told_so(

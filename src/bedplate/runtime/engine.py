@@ -129,7 +129,7 @@ class Engine:
             else arguments.integer("memory_bytes", memory_bytes, least=0),
         )
         self.limits = Limits(max_rows=MAX_ROWS, max_context=form.max_context, vocab=spec.vocab_size)
-        self.bundle = bundle
+        self.bundle, self.memory_bytes = bundle, form.memory_bytes
         self.memory_bytes = form.memory_bytes
         self._templates = _templates() if arguments.flag("guard_templates", guard_templates) else None
         self._loaded = Loaded(bundle, spec, form, self._in_use, self._templates)

@@ -20,6 +20,7 @@ from bedplate.runtime.session import Prompt, Session
 from bedplate.serve.catalog import Model
 from bedplate.serve.errors import ApiError
 from bedplate.serve.limits import Place
+from bedplate.serve.room import ALONE, too_large
 from bedplate.serve.wire import Sampled
 
 # A deadline is the server's limit on time, as max_tokens is one on tokens.
@@ -101,7 +102,7 @@ class Choice:
         """After its memory was needed. The same seed gives the same events: those that were said are left out."""
         self.options["seed"] = self.stats.seed
         await asyncio.to_thread(self.session.reset)
-        await self.start()
+        self._begun = await self.model.base.room.enter(self._begin, holding=True, again=True)
 
     async def stream(self) -> AsyncGenerator[Event]:
         """Its events. It can be called once."""
@@ -125,9 +126,10 @@ class Choice:
 
     async def _whole(self) -> AsyncGenerator[Event]:
         """Its events, also where it has to begin again."""
+        room, in_vain = self.model.base.room, 0
         while True:
             assert self._begun is not None
-            known = len(self.events)
+            known, mark = len(self.events), room.mark()
             with suppress(MemoryFullError):  # while it is known, it holds what the step held
                 async with aclosing(self._begun) as events:
                     async for event in events:
@@ -135,7 +137,15 @@ class Choice:
                             known -= 1
                         else:
                             yield event
+                if (
+                    self.model.base.engine.memory_bytes is not None
+                ):  # others need it, also those of this request
+                    await asyncio.to_thread(self.session.reset)
                 return
+            # Others may have ended just now, and not yet have given up what they had.
+            in_vain = in_vain + 1 if room.was_alone(mark) else 0
+            if in_vain == ALONE:
+                raise too_large()
             await self._begin_again()
 
 

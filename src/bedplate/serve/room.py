@@ -12,7 +12,7 @@ from bedplate.runtime.engine import Engine
 
 _T = TypeVar("_T")
 _POLL_SECONDS = 0.1  # memory is free a moment after an answer has ended
-_ALONE = 3  # tries, while nothing else runs, after which there is no hope
+ALONE = 3  # tries, while nothing else runs, after which there is no hope
 
 
 class Room:
@@ -27,15 +27,18 @@ class Room:
         self._engine = engine
         self._line: list[object] = []
         self._changed = asyncio.Event()
+        self._begun, self._ended = 0, 0  # answers
 
-    async def enter(self, begin: Callable[[], Awaitable[_T]], *, holding: bool) -> _T:
+    async def enter(self, begin: Callable[[], Awaitable[_T]], *, holding: bool, again: bool = False) -> _T:
         """begin(), as soon as it finds memory. holding: whether others may wait for what this request holds.
+        again: it had begun, and gave up what it had: so it waits until another one has ended.
 
         MemoryFullError: others took all of it for too long.  RunError: there is not enough for this one alone.
         """
-        if not self._line or holding:
+        ended = self._ended if again else -1
+        if not again and (not self._line or holding):
             try:
-                return await begin()
+                return await self._begin(begin)
             except MemoryFullError:
                 pass
         me, until, alone = object(), time.monotonic() + self.seconds, 0
@@ -43,24 +46,40 @@ class Room:
         try:
             while True:
                 await self._wait()
-                if self._line[0] is not me and time.monotonic() < until:
+                late = time.monotonic() >= until
+                if not late and (self._line[0] is not me or (self._ended == ended and self._engine.running)):
                     continue
                 try:
-                    return await begin()
+                    return await self._begin(begin)
                 except MemoryFullError as error:
                     alone = 0 if self._engine.running else alone + 1
                     if time.monotonic() > until and not alone:
                         raise
-                    if alone == _ALONE:
-                        hint = "shorten it, or start the server with more --memory"
-                        message = "the request needs more memory than the server has"
-                        raise RunError(message, hint=hint) from error
+                    if alone == ALONE:
+                        raise too_large() from error
         finally:
             self._line.remove(me)
-            self.left()
+            self._wake()
+
+    async def _begin(self, begin: Callable[[], Awaitable[_T]]) -> _T:
+        begun = await begin()
+        self._begun += 1
+        return begun
+
+    def mark(self) -> int | None:
+        """Of an answer that has begun, for `was_alone`. None: others run beside it."""
+        return self._begun if self._engine.running <= 1 else None
+
+    def was_alone(self, mark: int | None) -> bool:
+        """Whether nothing ran beside an answer, which runs no more, since its mark."""
+        return mark == self._begun and not self._engine.running
 
     def left(self) -> None:
         """An answer has ended."""
+        self._ended += 1
+        self._wake()
+
+    def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -70,3 +89,9 @@ class Room:
                 await self._changed.wait()
         except TimeoutError:
             pass
+
+
+def too_large() -> RunError:
+    """There is not enough memory for a request, even if it has all of it."""
+    hint = "shorten it, or start the server with more --memory"
+    return RunError("the request needs more memory than the server has", hint=hint)
