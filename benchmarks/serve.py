@@ -41,6 +41,8 @@ EXTRACT = EXAMPLES / "adapters" / "extract"
 NAMES = [f"extract{number}" for number in range(ADAPTERS)]
 CLIENTS, MOST_TOKENS, KNOWN = 8, 64, 20
 LONG = 1500  # tokens of a conversation
+# Drawn, so that the text does not repeat itself.
+LONG_ANSWERS = {"max_tokens": 128, "min_tokens": 128, "temperature": 1, "seed": 1}
 
 COMMAND = "from bedplate.cli.main import main; main()"
 
@@ -60,6 +62,12 @@ def main() -> None:
         for name, models in (("one", NAMES[:1]), ("eight", NAMES)):
             found[f"{name}_turns"] = throughput(server, models, options.seconds, turns=True)
             found[f"{name}_at_once"] = throughput(server, models, options.seconds, turns=False)
+            found[f"{name}_turns_long"] = throughput(
+                server, models, options.seconds, turns=True, **LONG_ANSWERS
+            )
+            found[f"{name}_at_once_long"] = throughput(
+                server, models, options.seconds, turns=False, **LONG_ANSWERS
+            )
         found |= follow_up(server)
         found |= soak(server, expected(bundle), 60 * options.minutes)
     if options.peer:
@@ -75,6 +83,7 @@ def main() -> None:
         ]
         with serving([*command, *more]) as server:
             found["peer"] = throughput(server, ["peer"], options.seconds, turns=False)
+            found["peer_turns"] = throughput(server, ["peer"], options.seconds, turns=True)
     keep(found)
     print(table(found))
 
@@ -150,9 +159,11 @@ def questions() -> list[list[Any]]:
     return [json.loads(line)["messages"][:1] for line in lines]
 
 
-def ask(connection: HTTPConnection, model: str, messages: list[Any], salt: str | None) -> tuple[str, int]:
+def ask(
+    connection: HTTPConnection, model: str, messages: list[Any], salt: str | None, **options: Any
+) -> tuple[str, int]:
     """Text and tokens of an answer."""
-    body = {"model": model, "messages": messages, "max_tokens": MOST_TOKENS, "temperature": 0}
+    body = {"model": model, "messages": messages, "max_tokens": MOST_TOKENS, "temperature": 0, **options}
     if salt is not None:
         body["cache_salt"] = salt
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -163,7 +174,9 @@ def ask(connection: HTTPConnection, model: str, messages: list[Any], salt: str |
     return said["choices"][0]["message"]["content"], said["usage"]["completion_tokens"]
 
 
-def throughput(server: Server, models: Sequence[str], seconds: float, *, turns: bool) -> float:
+def throughput(
+    server: Server, models: Sequence[str], seconds: float, *, turns: bool, **options: Any
+) -> float:
     """Tokens/s of all clients together. No prompt is found in a cache. turns: one client asks what all would."""
     asked, clients = questions(), 1 if turns else CLIENTS
     counts = [0] * clients
@@ -172,7 +185,7 @@ def throughput(server: Server, models: Sequence[str], seconds: float, *, turns: 
         connection, at = server.connect(), number
         while time.perf_counter() < until:
             salt = None if models == ["peer"] else f"{run}-{at}"
-            _, tokens = ask(connection, models[at % len(models)], asked[at % len(asked)], salt)
+            _, tokens = ask(connection, models[at % len(models)], asked[at % len(asked)], salt, **options)
             counts[number] += tokens
             at += clients
 
@@ -303,8 +316,16 @@ def keep(found: Figures) -> None:
 def table(found: Figures) -> str:
     rows = [
         ("8 clients at once ÷ taking turns, one adapter", "one_at_once", "one_turns", "≥ 3"),
+        ("the same, answers of 128 tokens, drawn", "one_at_once_long", "one_turns_long", "≥ 3"),
         ("8 clients at once ÷ taking turns, eight adapters", "eight_at_once", "eight_turns", "≥ 2"),
+        ("the same, answers of 128 tokens, drawn", "eight_at_once_long", "eight_turns_long", "≥ 2"),
         ("8 clients, one adapter ÷ llama-cpp-python's server", "one_at_once", "peer", "≥ 3"),
+        (
+            "8 clients, one adapter ÷ llama-cpp-python's server asked by one",
+            "one_at_once",
+            "peer_turns",
+            "≥ 3",
+        ),
         (
             "first token of a follow-up after 1,500 tokens ÷ cold",
             "follow_up_warm_ms",
