@@ -4,8 +4,8 @@
 
 models.py has made FOLDER. The model is SmolLM2-135M with eight adapters, made of the example `extract`: B is scaled by
 another number in each. Where a row says so, it is the one of 1B parameters and random weights, and answers are drawn.
-The server is `bedplate serve` in a process of its own, with 2 threads. Clients ask for what `extract.heldout.jsonl` asks
-for, greedily, with 64 tokens at most.
+The server is `bedplate serve` in a process of its own, with 2 threads. Clients ask what `extract.heldout.jsonl` asks,
+greedily, with 64 tokens at most.
 
 PYTHON: of an environment with `llama-cpp-python[server]`. ADAPTER: what llama.cpp's converter made of `extract`.
 Prints a Markdown table, and writes the figures under the machine's name into serve.json beside this file.
