@@ -274,6 +274,37 @@ def test_a_large_request_is_not_passed_by_small_ones() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("names", ["one key", "many users", "many keys"])
+def test_a_long_queue_costs_little(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings()
+    looks = 0
+    tokens = Place.tokens.fget
+    assert tokens is not None
+
+    def counted(place: Place) -> int:
+        nonlocal looks
+        looks += 1
+        return tokens(place)
+
+    monkeypatch.setattr(Place, "tokens", property(counted))
+
+    async def one(places: Places, i: int) -> None:
+        key, user = (
+            ("a", "") if names == "one key" else ("a", str(i)) if names == "many users" else (str(i), "")
+        )
+        async with places.place(place := _place(settings, key, user)):
+            _uses(place, i)
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        places = Places(settings)
+        await asyncio.gather(*(one(places, i) for i in range(settings.max_running + settings.max_queue)))
+
+    asyncio.run(main())
+    # Each comes, gets its place and leaves: each time those that run are looked at a few times.
+    assert looks < 8 * settings.max_running * (settings.max_running + settings.max_queue)
+
+
 def test_no_queue() -> None:
     settings = Settings(max_running=1, max_queue=0)
 

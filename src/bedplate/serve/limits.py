@@ -136,21 +136,26 @@ class Places:
     def _call(self) -> None:
         """Give places to those that come first. One that does not fit yet is not passed by smaller ones."""
         while self.waiting:
-            # Of equal ones, the one that came first.
-            key = min((place.key for place in self.waiting), key=self._keys.of)
-            of_key = (place for place in self.waiting if place.key == key)
-            first = min(of_key, key=lambda place: self._users[key].of(place.user))
+            # Of equal ones, the one that came first. Each name is counted once.
+            key = min(dict.fromkeys(place.key for place in self.waiting), key=self._keys.of)
+            firsts: dict[str, Place] = {}
+            for place in self.waiting:
+                if place.key == key:
+                    firsts.setdefault(place.user, place)
+            first = firsts[min(firsts, key=self._users[key].of)]
             if self.answers + first.answers > self._settings.max_running:
                 return
             self.waiting.remove(first)
             self.running.append(first)
+            self._keys.begin(first.key, first)
+            self._users[first.key].begin(first.user, first)
             call = self._calls.pop(first)
             if not call.done():  # else it is about to leave
                 call.set_result(None)
 
     def _enter(self, place: Place) -> None:
-        self._keys.enter(place.key, place)
-        self._users.setdefault(place.key, _Served()).enter(place.user, place)
+        self._keys.enter(place.key)
+        self._users.setdefault(place.key, _Served()).enter(place.user)
 
     def _leave(self, place: Place) -> None:
         self._calls.pop(place, None)
@@ -168,26 +173,37 @@ class Places:
 class _Served:
     """The virtual token counter of arXiv:2401.00588: tokens served of each name. Who comes anew, or comes back, has no
     more claim than those that are there.
+
+    Of a name that is there, only places that run are looked at: the others have used nothing.
     """
 
     def __init__(self) -> None:
         self._settled: Counter[str] = Counter()  # of places that were given back
-        self._there: dict[str, set[Place]] = {}
+        self._there: Counter[str] = Counter()  # places
+        self._running: dict[str, set[Place]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._settled or name in self._there
 
     def of(self, name: str) -> int:
-        return self._settled[name] + sum(place.tokens for place in self._there.get(name, ()))
+        return self._settled[name] + sum(place.tokens for place in self._running.get(name, ()))
 
-    def enter(self, name: str, place: Place) -> None:
+    def enter(self, name: str) -> None:
         if name not in self._there:
             self._settled[name] = max(self._settled[name], min(map(self.of, self._there), default=0))
-        self._there.setdefault(name, set()).add(place)
+        self._there[name] += 1
+
+    def begin(self, name: str, place: Place) -> None:
+        """From now on it uses something."""
+        self._running.setdefault(name, set()).add(place)
 
     def leave(self, name: str, place: Place) -> None:
         self._settled[name] += place.tokens
-        self._there[name].discard(place)
+        running = self._running.get(name, set())
+        running.discard(place)
+        if not running:
+            self._running.pop(name, None)
+        self._there[name] -= 1
         if not self._there[name]:
             del self._there[name]
         # Of one that is away, and would be lifted to those that are there, nothing need be known.
