@@ -107,6 +107,14 @@ def test_echo_without_logprobs(client: openai.OpenAI) -> None:
     assert (said.choices[0].text, said.choices[0].logprobs) == ("the fox", None)
 
 
+def test_a_stream_of_the_echo_alone(client: openai.OpenAI) -> None:
+    pieces = list(
+        client.completions.create(model="all", prompt="the fox", echo=True, max_tokens=0, stream=True)
+    )
+    (choice,) = [choice for piece in pieces for choice in piece.choices]
+    assert (choice.text, choice.finish_reason) == ("the fox", "length")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("max_tokens", 0), ("suffix", "end"), ("best_of", 3), ("logprobs", 21), ("prompt", [])],

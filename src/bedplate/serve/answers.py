@@ -201,6 +201,8 @@ def sampling_options(request: Sampled) -> dict[str, Any]:
 async def start(made: Sequence[Choice]) -> None:
     """Begin the first answer of each prompt: see `merged`. Only one waits for memory, which others may wait for."""
     firsts = list({id(choice.prompt): choice for choice in reversed(made)}.values())[::-1]
+    if not firsts:
+        return
     await firsts[0].start()
     with suppress(MemoryFullError):
         for choice in firsts[1:]:
