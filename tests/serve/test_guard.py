@@ -103,6 +103,8 @@ def test_a_key_is_needed(toy_bundle: bedplate.Bundle) -> None:
         ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
         ({"Host": "localhost:1", "Origin": "http://localhost:2"}, 403),
         ({"Host": "page.example"}, 200),
+        ({"Host": "["}, 403),
+        ({"Host": "localhost:1", "Origin": "http://["}, 403),
         ({"Origin": "https://page.example"}, 200),
     ],
 )

@@ -90,16 +90,32 @@ def _check_site(headers: Headers, server: Server) -> None:
     if "*" in settings.allow_origins:
         return
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != host and origin not in settings.allow_origins:
+    if origin is not None and _host_of(origin) != host and origin not in settings.allow_origins:
         raise ApiError(403, "Pages of other sites may not use this server.", code="origin_not_allowed")
     # Whoever owns a name can let it mean this machine: then their page has the same origin.
     if settings.keys is None and is_loopback(settings.host):
-        name = urlsplit(f"//{host}").hostname or ""
-        known = {urlsplit(one).hostname for one in settings.allow_origins}
+        name = _name_of(f"//{host}")
+        known = {_name_of(one) for one in settings.allow_origins} - {""}
         if not is_loopback(name) and name not in known:
             raise ApiError(
                 403, "This server is not known by the name of the request.", code="host_not_allowed"
             )
+
+
+def _host_of(url: str) -> str | None:
+    """Its host and port. None: this is no URL."""
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return None
+
+
+def _name_of(url: str) -> str:
+    """Of its host. Empty: it has none, or is no URL."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 class _Body:
