@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import toy_tokenizers
 from live import Live, running
 from raw import MESSAGES, ask, chat, open_request, wait_until
 
 import bedplate
 from bedplate.runtime import loaded, loading
+from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.errors import ApiError
+from bedplate.serve.lengths import _longest_in, _longest_of
 from bedplate.serve.limits import Place, Places
 from bedplate.serve.settings import Settings
 
@@ -69,6 +73,72 @@ def test_what_is_too_much_is_refused_by_name(
     said = ask(live.address, chat(stream=stream, **fields))
     assert said.status == 400 and said.error["param"].split(".")[0] == param
     assert _idle(live)
+
+
+LONG = "fox " * 40_000
+LONG_MESSAGES = [{"role": "user", "content": LONG}]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": LONG_MESSAGES}),
+        ("/v1/completions", {"prompt": LONG}),
+        ("/v1/completions", {"prompt": ["the fox", LONG], "echo": True, "max_tokens": 0, "stream": True}),
+        ("/v1/responses", {"input": LONG}),
+        ("/v1/messages", {"messages": LONG_MESSAGES, "max_tokens": 1}),
+        ("/v1/messages/count_tokens", {"messages": LONG_MESSAGES}),
+        ("/tokenize", {"prompt": LONG}),
+        ("/tokenize", {"messages": LONG_MESSAGES}),
+    ],
+)
+def test_a_text_that_is_certainly_too_long_is_not_tokenized(
+    live: Live, path: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Tokenizer.encode
+
+    def short(tokenizer: Tokenizer, text: str) -> list[int]:
+        assert text != LONG
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", short)
+    monkeypatch.setattr(Tokenizer, "encode_chat", None)
+    said = ask(live.address, {"model": "all", **fields}, path=path)
+    assert said.status == 400 and "characters, so it has more than 40 tokens" in said.error["message"]
+    assert said.error.get("code", "context_length_exceeded") == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("toy", [toy_tokenizers.llama3, toy_tokenizers.llama2])
+def test_no_text_has_fewer_tokens_than_its_length_says(toy: Callable[[], toy_tokenizers.Toy]) -> None:
+    ours = toy().ours
+    longest = _longest_of(ours)
+    assert longest is not None
+    for text in ("the fox " * 50, "\u1f87" * 50, "\u03b1\u0314\u0342\u0345" * 50, " " * 200, "\0" * 50):
+        assert len(text) <= longest * len(ours.encode(text))
+
+
+@pytest.mark.parametrize("toy", [toy_tokenizers.unigram, toy_tokenizers.spaces, toy_tokenizers.smollm2])
+def test_of_tokenizers_that_may_leave_out_text_nothing_is_certain(
+    toy: Callable[[], toy_tokenizers.Toy],
+) -> None:
+    assert _longest_of(toy().ours) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("normalizer", {"type": "Strip", "strip_left": True, "strip_right": True}),
+        ("normalizer", {"type": "Replace", "pattern": {"String": "ab"}, "content": "a"}),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFKC"}]}),
+        ("pre_tokenizer", {"type": "WhitespaceSplit"}),
+        ("pre_tokenizer", None),
+        ("model", {"vocab": {"a": 0}}),
+    ],
+)
+def test_what_could_shorten_a_text_is_not_overlooked(live: Live, field: str, value: Any) -> None:
+    data = json.loads(live.engine.tokenizer.to_json())
+    assert _longest_in(data) == max(map(len, data["model"]["vocab"]))
+    assert _longest_in({**data, field: value}) is None
 
 
 def test_no_limit_named_means_the_server_s(live: Live) -> None:
@@ -278,8 +348,7 @@ def test_a_large_request_is_not_passed_by_small_ones() -> None:
 def test_a_long_queue_costs_little(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings()
     looks = 0
-    tokens = Place.tokens.fget
-    assert tokens is not None
+    tokens: Callable[[Place], int] = vars(Place)["tokens"].fget
 
     def counted(place: Place) -> int:
         nonlocal looks

@@ -150,12 +150,16 @@ class Choice:
 
 
 def begin(wanted: Wanted) -> list[Choice]:
-    """The answers that are wanted: `n` of each prompt, prompt by prompt. None has started."""
+    """The answers that are wanted: `n` of each prompt, prompt by prompt. None has started. Call it in a thread.
+
+    ApiError: the request wants more than it may have.
+    """
     model, place, made = wanted.model, wanted.place, list[Choice]()
     most = place.max_tokens(wanted.max_tokens)
     for prompt in wanted.prompts:
         for _ in range(wanted.n):
             session = model.fixed.session(cache_salt=wanted.cache_salt)
+        place.check_length(prompt)
             options = dict(wanted.options)
             options["max_tokens"] = most
             options["logprobs"] = wanted.logprobs

@@ -18,6 +18,7 @@ from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.answers import Choice, Wanted, begin, merged, sampling_options
 from bedplate.serve.calls import CallReader
 from bedplate.serve.catalog import Model
+from bedplate.serve.lengths import check_length
 from bedplate.serve.limits import Place
 from bedplate.serve.structured import Constrained, grammar_of, guide_of
 from bedplate.serve.tools import Call, Calling, CallPiece, MadeCall, Tool, ToolChoice, calling_of, prompt_of
@@ -142,9 +143,11 @@ class Chat:
         return [_whole(choice, said[choice.index]) for choice in self.choices]
 
 
-def count(model: Model, request: ChatRequest) -> int:
-    """The tokens that are read for an answer."""
-    return len(model.tokenizer.encode_chat(_read(model, request, _calling(model, request))))
+def count(model: Model, request: ChatRequest, most: int | None) -> int:
+    """The tokens that are read for an answer. ApiError: see `check_length`."""
+    conversation = _read(model, request, _calling(model, request))
+    check_length(model, conversation, most)
+    return len(model.tokenizer.encode_chat(conversation))
 
 
 def _calling(model: Model, request: ChatRequest) -> Calling | None:

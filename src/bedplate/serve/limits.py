@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from bedplate.runtime.session import Session
+from bedplate.runtime.session import Prompt, Session
 from bedplate.serve.catalog import Model
 from bedplate.serve.errors import ApiError
+from bedplate.serve.lengths import check_length
 from bedplate.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ class Place:
             message = f"The answer may have {wanted} tokens; this server makes at most {most}."
             raise ApiError(400, message, param="max_tokens")
         return wanted or most or self.model.base.engine.limits.max_context
+
+    def check_length(self, prompt: Prompt) -> None:
+        """In a thread. ApiError: it is too long in any case, so that its tokens need not be counted."""
+        check_length(self.model, prompt, self._settings.max_prompt)
 
     def check_prompt(self, tokens: int) -> None:
         """ApiError: it is too long."""

@@ -90,7 +90,9 @@ async def _answer(server: Server, request: Request) -> Response:
 async def _count(server: Server, request: Request) -> Response:
     asked = await body_of(request, Conversation)
     model = server.catalog.find(asked.model, asked.lora)
-    return JSONResponse({"input_tokens": await run_in_threadpool(count, model, counted(asked))})
+    async with server.counting:
+        tokens = await run_in_threadpool(count, model, counted(asked), server.settings.max_prompt)
+    return JSONResponse({"input_tokens": tokens})
 
 
 def _head(asked: MessagesRequest) -> Json:

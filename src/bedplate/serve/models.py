@@ -14,6 +14,7 @@ from bedplate.serve.catalog import Model
 from bedplate.serve.chat import MOST_MESSAGES, ChatMessage, plain_messages
 from bedplate.serve.described import ModelCard, ModelCards, Text, Tokens
 from bedplate.serve.errors import ApiError
+from bedplate.serve.lengths import check_length
 from bedplate.serve.server import Server
 from bedplate.serve.tools import prompt_of
 from bedplate.serve.wire import Strict
@@ -76,13 +77,17 @@ async def _tokenize(server: Server, body: TokenizeRequest) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "Give prompt or messages, and not both.", param="prompt")
     model = server.catalog.find(body.model)
-    tokens = await run_in_threadpool(_encoded, model, body)
+    async with server.counting:
+        tokens = await run_in_threadpool(_encoded, model, body, server.settings.max_prompt)
     most = model.base.engine.limits.max_context
     return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": most})
 
 
-def _encoded(model: Model, body: TokenizeRequest) -> list[int]:
+def _encoded(model: Model, body: TokenizeRequest, most: int | None) -> list[int]:
     if body.prompt is not None:
+        check_length(model, body.prompt, most)
         return model.tokenizer.encode(body.prompt)
     messages = plain_messages(model.tokenizer, body.messages or ())
-    return model.tokenizer.encode_chat(prompt_of(model.tokenizer, messages, []))
+    conversation = prompt_of(model.tokenizer, messages, [])
+    check_length(model, conversation, most)
+    return model.tokenizer.encode_chat(conversation)

@@ -84,6 +84,7 @@ class Echo:
         if not self._asked.echo:
             return
         tokenizer, prompt = self._model.tokenizer, self._prompt
+        await run_in_threadpool(self._place.check_length, prompt)
         if isinstance(prompt, str):
             self.text, self.ids = prompt, await run_in_threadpool(tokenizer.encode, prompt)
         else:
@@ -126,7 +127,8 @@ async def _answer(server: Server, request: Request, asked: CompletionRequest) ->
     model = server.catalog.find(asked.model, asked.lora)
     async with server.ticket(request, model, asked, asked.n * len(asked.prompts)) as ticket:
         echoes = [Echo(model, prompt, asked, ticket.place) for prompt in asked.prompts]
-        choices = begin(_wanted(model, asked, ticket.place)) if asked.max_tokens else []
+        wanted = _wanted(model, asked, ticket.place)
+        choices = await run_in_threadpool(begin, wanted) if asked.max_tokens else []
         told = _Told(model, asked, echoes, choices)
         if asked.stream:
             await ticket.whole(_read(echoes))

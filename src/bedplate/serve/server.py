@@ -25,6 +25,7 @@ from bedplate.serve.wire import Asking, first_problem
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _Result = TypeVar("_Result")
+_COUNTING = 4  # requests at once whose tokens are only counted: their texts may be long
 HEADERS = "bedplate.headers"  # of a scope: what every answer to the request has
 
 
@@ -58,7 +59,7 @@ class Ticket:
 class Server:
     """What the routes need.
 
-    draining: it is told to end: no request comes in any more.
+    draining: it is told to end: no request comes in any more.  counting: is held while tokens are only counted.
     """
 
     def __init__(self, catalog: Catalog, settings: Settings, metrics: Metrics) -> None:
@@ -67,6 +68,7 @@ class Server:
         for base in catalog.bases:
             base.room.seconds = settings.memory_seconds
         self.metrics = metrics
+        self.counting = asyncio.Semaphore(_COUNTING)
         self.draining = False
         self._unloaded: str | None = "The model is loading."
 
