@@ -21,7 +21,10 @@ from raw import MESSAGES, ask, chat, open_request, wait_until
 
 import bedplate
 from bedplate.runtime import loaded, loading
+from bedplate.runtime.request import TokenLogprobs
+from bedplate.runtime.session import Session
 from bedplate.runtime.tokenizer import Tokenizer
+from bedplate.serve import openai_text
 from bedplate.serve.errors import ApiError
 from bedplate.serve.lengths import _longest_in, _longest_of
 from bedplate.serve.limits import Place, Places
@@ -141,6 +144,22 @@ def test_what_could_shorten_a_text_is_not_overlooked(live: Live, field: str, val
     assert _longest_in({**data, field: value}) is None
 
 
+def test_the_likelihood_of_a_prompt_has_an_end_too(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    logprobs = Session.logprobs
+
+    def slowly(*arguments: Any, **options: Any) -> Iterator[TokenLogprobs]:
+        for one in logprobs(*arguments, **options):
+            time.sleep(0.05)
+            yield one
+
+    monkeypatch.setattr(Session, "logprobs", slowly)
+    monkeypatch.setattr(openai_text, "_AT_ONCE", 1)
+    asked = {"model": "all", "prompt": [5] * 40, "echo": True, "logprobs": 0, "max_tokens": 0, "timeout": 0.3}
+    said = ask(live.address, asked, path="/v1/completions")
+    assert said.status == 503 and said.error["code"] == "timeout"
+    assert _idle(live)
+
+
 def test_no_limit_named_means_the_server_s(live: Live) -> None:
     said = ask(live.address, chat(ignore_eos=True))
     assert said.body["usage"]["completion_tokens"] == 60
@@ -246,6 +265,9 @@ def test_a_rate_of_tokens(toy_bundle: bedplate.Bundle) -> None:
             second.headers["x-ratelimit-remaining-tokens"] == "0" and int(second.headers["retry-after"]) > 1
         )
         assert ask(live.address, chat(model="all2", max_tokens=1)).status == 200
+        scored = {"model": "all8", "prompt": [5] * 40, "echo": True, "logprobs": 0, "max_tokens": 0}
+        said = [ask(live.address, scored, path="/v1/completions").status for _ in range(2)]
+        assert said == [200, 429]
 
 
 def _place(settings: Settings, key: str, user: str = "", n: int = 1) -> Place:

@@ -25,6 +25,7 @@ class Place:
 
     key: fair shares are counted for it, in the queue and in steps: an API key's name, or the model.  user: fair shares
     within the key.  answers: how many it makes.  deadline: a time of `time.perf_counter`.  sessions: of its answers.
+    scored: tokens of prompts whose likelihood it was told.
     """
 
     def __init__(self, model: Model, key: str, asked: Asking, answers: int, settings: Settings) -> None:
@@ -33,6 +34,7 @@ class Place:
         self.came = time.perf_counter()
         self.deadline = self.came + min(settings.timeout, asked.timeout or math.inf)
         self.sessions: list[Session] = []
+        self.scored = 0
         self._settings = settings
 
     @property
@@ -44,7 +46,9 @@ class Place:
     def tokens(self) -> int:
         """Computed for it so far."""
         known = [session.last for session in self.sessions if session.last is not None]
-        return sum(one.prompt_tokens - one.reused_tokens + one.generated_tokens for one in known)
+        return self.scored + sum(
+            one.prompt_tokens - one.reused_tokens + one.generated_tokens for one in known
+        )
 
     def max_tokens(self, wanted: int | None) -> int:
         """Of an answer. ApiError: the request wants more than it may have."""

@@ -95,6 +95,9 @@ class Echo:
             scored = await run_in_threadpool(self._scored)
             while some := await run_in_threadpool(lambda: list(islice(scored, _AT_ONCE))):
                 self.scores += some
+                self._place.scored += len(some)
+                if self._place.seconds_left == 0:
+                    raise _late()
 
     def _scored(self) -> Iterator[TokenLogprobs]:
         session = self._model.fixed.session(cache_salt=self._asked.cache_salt)
@@ -103,6 +106,12 @@ class Echo:
     def told(self, known: OfText) -> Json | None:
         """Its logprobs."""
         return None if self.scores is None else known.told([*self.ids[:1], *self.scores])
+
+
+def _late() -> ApiError:
+    message = "The time of the request was up before the likelihood of its prompt was known."
+    headers = {"Retry-After": "5"}
+    return ApiError(503, message, kind="server_error", code="timeout", headers=headers)
 
 
 def routes(server: Server) -> list[Api]:
