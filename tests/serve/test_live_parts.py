@@ -260,3 +260,5 @@ class TestRoom:
 
         with pytest.raises(MemoryFullError):
             asyncio.run(self.room(0.2).enter(never, holding=False))
+        with pytest.raises(MemoryFullError):  # the request has less time
+            asyncio.run(asyncio.wait_for(self.room().enter(never, holding=False, seconds=0.2), 10))

@@ -86,7 +86,7 @@ class Choice:
         """Begin, when there is memory. Raises what is wrong with the request. MemoryFullError: there is none."""
         if waits:
             room, holding = self.model.base.room, self.model.fixed.is_loaded
-            self._begun = await room.enter(self._begin, holding=holding)
+            self._begun = await room.enter(self._begin, holding=holding, seconds=self.place.seconds_left)
         else:
             self._begun = await self._begin()
 
@@ -102,7 +102,9 @@ class Choice:
         """After its memory was needed. The same seed gives the same events: those that were said are left out."""
         self.options["seed"] = self.stats.seed
         await asyncio.to_thread(self.session.reset)
-        self._begun = await self.model.base.room.enter(self._begin, holding=True, again=True)
+        self._begun = await self.model.base.room.enter(
+            self._begin, holding=True, again=True, seconds=self.place.seconds_left
+        )
 
     async def stream(self) -> AsyncGenerator[Event]:
         """Its events. It can be called once."""
@@ -157,9 +159,9 @@ def begin(wanted: Wanted) -> list[Choice]:
     model, place, made = wanted.model, wanted.place, list[Choice]()
     most = place.max_tokens(wanted.max_tokens)
     for prompt in wanted.prompts:
+        place.check_length(prompt)
         for _ in range(wanted.n):
             session = model.fixed.session(cache_salt=wanted.cache_salt)
-        place.check_length(prompt)
             options = dict(wanted.options)
             options["max_tokens"] = most
             options["logprobs"] = wanted.logprobs

@@ -29,9 +29,17 @@ class Room:
         self._changed = asyncio.Event()
         self._begun, self._ended = 0, 0  # answers
 
-    async def enter(self, begin: Callable[[], Awaitable[_T]], *, holding: bool, again: bool = False) -> _T:
+    async def enter(
+        self,
+        begin: Callable[[], Awaitable[_T]],
+        *,
+        holding: bool,
+        again: bool = False,
+        seconds: float | None = None,
+    ) -> _T:
         """begin(), as soon as it finds memory. holding: whether others may wait for what this request holds.
-        again: it had begun, and gave up what it had: so it waits until another one has ended.
+        again: it had begun, and gave up what it had: so it waits until another one has ended.  seconds: that it waits
+        at most, if this is less than for all.
 
         MemoryFullError: others took all of it for too long.  RunError: there is not enough for this one alone.
         """
@@ -41,7 +49,8 @@ class Room:
                 return await self._begin(begin)
             except MemoryFullError:
                 pass
-        me, until, alone = object(), time.monotonic() + self.seconds, 0
+        wait = self.seconds if seconds is None else min(self.seconds, seconds)
+        me, until, alone = object(), time.monotonic() + wait, 0
         self._line.insert(0 if holding else len(self._line), me)
         try:
             while True:
