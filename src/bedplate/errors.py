@@ -11,6 +11,7 @@
     ├── NameTakenError      the name is already in use
     ├── NotFoundError       there is no such bundle, adapter or file
     └── RunError            a program cannot be loaded or run, or a request does not fit it
+        ├── ContextFullError a text is longer than the context
         └── MemoryFullError an engine has no room for more keys, values or adapters
 
 Each error says what is wrong, where, and what to do. The command line prints it on stderr and exits with code 2.
@@ -73,6 +74,10 @@ class NotFoundError(BedplateError):
 
 class RunError(BedplateError):
     """A program cannot be loaded or run, or a request does not fit it."""
+
+
+class ContextFullError(RunError):
+    """A text has more tokens than the context."""
 
 
 class MemoryFullError(RunError):

@@ -15,7 +15,8 @@ import bedplate
 from bedplate.errors import RunError
 from bedplate.runtime import template_guard
 from bedplate.runtime.chat_template import ChatTemplate
-from bedplate.runtime.template_guard import GuardedTemplate, Templates
+from bedplate.runtime.template_guard import BusyError, GuardedTemplate, Templates
+from bedplate.serve.errors import of_bedplate
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "user", "content": "ä\ud7ff\U0010ffff"},
@@ -130,6 +131,18 @@ def test_a_process_that_is_killed_is_replaced_and_none_is_left() -> None:
     left = process._running.process
     del templates, good, process
     assert left.returncode == -9
+
+
+def test_others_that_take_all_processes_are_no_fault_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    templates = Templates(processes=1)
+    monkeypatch.setattr(template_guard, "_PATIENCE", 0.01)
+    taken = templates._idle.get()
+    with pytest.raises(BusyError) as caught:
+        GuardedTemplate(GOOD, templates)
+    said = of_bedplate(caught.value)
+    assert said.status == 503 and "Retry-After" in said.headers
+    templates._idle.put(taken)
+    templates.close()
 
 
 def test_it_knows_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

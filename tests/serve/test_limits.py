@@ -111,6 +111,12 @@ def test_a_text_that_is_certainly_too_long_is_not_tokenized(
     assert said.error.get("code", "context_length_exceeded") == "context_length_exceeded"
 
 
+def test_what_does_not_fit_the_context_is_said_in_words_of_http(live: Live) -> None:
+    said = ask(live.address, {"model": "all", "prompt": [5] * 5000}, path="/v1/completions")
+    assert said.status == 400 and said.error["code"] == "context_length_exceeded"
+    assert "do not fit the context" in said.error["message"] and "max_context" not in said.error["message"]
+
+
 @pytest.mark.parametrize("toy", [toy_tokenizers.llama3, toy_tokenizers.llama2])
 def test_no_text_has_fewer_tokens_than_its_length_says(toy: Callable[[], toy_tokenizers.Toy]) -> None:
     ours = toy().ours

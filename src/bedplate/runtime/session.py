@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, cast, overload
 
 from bedplate import _native
-from bedplate.errors import RunError
+from bedplate.errors import ContextFullError, RunError
 from bedplate.runtime import arguments, session_file
 from bedplate.runtime.events import Events, asynchronous
 from bedplate.runtime.generation import Generation, Request, texts
@@ -404,7 +404,7 @@ class Session:
         limit = self._host.limits.max_context
         if count > limit:
             hint = "shorten the text, reset the session, or give the engine a larger max_context"
-            raise RunError(f"{count} tokens do not fit the context of {limit}", hint=hint)
+            raise ContextFullError(f"{count} tokens do not fit the context of {limit}", hint=hint)
 
 
 def _are_ids(prompt: object) -> bool:

@@ -39,11 +39,14 @@ class Templates:
             self._idle.put(_Process(seconds))
 
     def ask(self, source: str, values: Mapping[str, Any] | None) -> Any:
-        """See `template_process`. RunError: the template is malformed, fails, or takes too much."""
+        """See `template_process`. RunError: the template is malformed, fails, or takes too much.
+
+        BusyError: others take all processes.
+        """
         try:
             process = self._idle.get(timeout=_PATIENCE)
         except queue.Empty:
-            raise RunError("other chat templates take all the time", hint="try again later") from None
+            raise BusyError("other chat templates take all the time", hint="try again later") from None
         try:
             said = process.ask(pickle.dumps((source, values)))
         finally:
@@ -85,6 +88,10 @@ class GuardedTemplate:
         except TooMuchError:
             self._again = time.monotonic() + _PAUSE
             raise
+
+
+class BusyError(RunError):
+    """Other templates take all the time. In a moment it can be otherwise."""
 
 
 class TooMuchError(RunError):

@@ -8,7 +8,15 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bedplate.errors import BedplateError, MemoryFullError, NotFoundError, RunError, UnsupportedError
+from bedplate.errors import (
+    BedplateError,
+    ContextFullError,
+    MemoryFullError,
+    NotFoundError,
+    RunError,
+    UnsupportedError,
+)
+from bedplate.runtime.template_guard import BusyError
 
 _log = logging.getLogger("bedplate.serve")
 # As Anthropic names the types of errors.
@@ -76,6 +84,12 @@ def of_bedplate(error: BedplateError) -> ApiError:
     if isinstance(error, MemoryFullError):
         full = "The server's memory is full: others use all of it. Ask again."
         return ApiError(503, full, kind="server_error", code="memory_full", headers={"Retry-After": "5"})
+    if isinstance(error, BusyError):
+        busy = "The chat templates of others take all the time. Ask again."
+        return ApiError(503, busy, kind="server_error", code="overloaded", headers={"Retry-After": "5"})
+    if isinstance(error, ContextFullError):
+        full = f"{error.what} (hint: shorten the prompt)"
+        return ApiError(400, full, param="prompt", code="context_length_exceeded")
     message = error.what if error.hint is None else f"{error.what} (hint: {error.hint})"
     if isinstance(error, NotFoundError):
         return ApiError(404, message, code="not_found")
