@@ -166,6 +166,13 @@ def test_the_likelihood_of_a_prompt_has_an_end_too(live: Live, monkeypatch: pyte
     assert _idle(live)
 
 
+def test_a_completion_that_names_no_number_has_no_more_than_are_allowed(toy_bundle: bedplate.Bundle) -> None:
+    with running({"toy": toy_bundle}, Settings(max_tokens=3)) as live:
+        asked = {"model": "all", "prompt": "the fox", "ignore_eos": True}
+        said = ask(live.address, asked, path="/v1/completions")
+        assert said.status == 200 and said.body["usage"]["completion_tokens"] == 3
+
+
 def test_no_limit_named_means_the_server_s(live: Live) -> None:
     said = ask(live.address, chat(ignore_eos=True))
     assert said.body["usage"]["completion_tokens"] == 60

@@ -58,6 +58,10 @@ class Place:
             raise ApiError(400, message, param="max_tokens")
         return wanted or most or self.model.base.engine.limits.max_context
 
+    def default_tokens(self, usual: int) -> int:
+        """Of an answer, where the request names no number. usual: where more are allowed."""
+        return min(usual, self._settings.max_tokens or usual)
+
     def check_length(self, prompt: Prompt) -> None:
         """In a thread. ApiError: it is too long in any case, so that its tokens need not be counted."""
         check_length(self.model, prompt, self._settings.max_prompt)

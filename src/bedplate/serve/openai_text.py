@@ -45,7 +45,7 @@ class CompletionRequest(Constrained):
         | Annotated[list[str], Field(min_length=1)]
         | Annotated[list[list[int]], Field(min_length=1)]
     )
-    max_tokens: Annotated[int, Field(ge=0)] = _DEFAULT_TOKENS
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
     best_of: int | None = None
@@ -59,7 +59,7 @@ class CompletionRequest(Constrained):
 
     def check(self) -> None:
         """ApiError: a field needs another one, or contradicts it."""
-        if not self.max_tokens and not self.echo:
+        if self.max_tokens == 0 and not self.echo:
             raise ApiError(400, "max_tokens: none are wanted, and no echo.", param="max_tokens")
         if self.best_of not in (None, self.n):
             raise ApiError(400, "best_of: this server answers `n` times, and chooses none.", param="best_of")
@@ -137,7 +137,7 @@ async def _answer(server: Server, request: Request, asked: CompletionRequest) ->
     async with server.ticket(request, model, asked, asked.n * len(asked.prompts)) as ticket:
         echoes = [Echo(model, prompt, asked, ticket.place) for prompt in asked.prompts]
         wanted = _wanted(model, asked, ticket.place)
-        choices = await run_in_threadpool(begin, wanted) if asked.max_tokens else []
+        choices = await run_in_threadpool(begin, wanted) if asked.max_tokens != 0 else []
         told = _Told(model, asked, echoes, choices)
         if asked.stream:
             await ticket.whole(_read(echoes))
@@ -158,7 +158,7 @@ def _wanted(model: Model, asked: CompletionRequest, place: Place) -> Wanted:
         place=place,
         prompts=asked.prompts,
         n=asked.n,
-        max_tokens=asked.max_tokens,
+        max_tokens=place.default_tokens(_DEFAULT_TOKENS) if asked.max_tokens is None else asked.max_tokens,
         logprobs=asked.logprobs,
         cache_salt=asked.cache_salt,
         seed=asked.seed,
