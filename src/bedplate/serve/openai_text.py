@@ -136,8 +136,9 @@ async def _answer(server: Server, request: Request, asked: CompletionRequest) ->
     model = server.catalog.find(asked.model, asked.lora)
     async with server.ticket(request, model, asked, asked.n * len(asked.prompts)) as ticket:
         echoes = [Echo(model, prompt, asked, ticket.place) for prompt in asked.prompts]
-        wanted = _wanted(model, asked, ticket.place)
-        choices = await run_in_threadpool(begin, wanted) if asked.max_tokens != 0 else []
+        choices: list[Choice] = []
+        if asked.max_tokens != 0:
+            choices = await run_in_threadpool(begin, _wanted(model, asked, ticket.place))
         told = _Told(model, asked, echoes, choices)
         if asked.stream:
             await ticket.whole(_read(echoes))
