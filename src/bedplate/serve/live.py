@@ -65,6 +65,7 @@ class Live:
 
         ApiError: why there is none. Everything is then as it was.
         """
+        self._sources.check_any()
         base = self._base(base_model)
         with self._one, _said(name):
             overlay = self._overlay(base, name, replace=replace)
@@ -83,7 +84,11 @@ class Live:
             base.engine.unload(name)  # what had the name: its memory is free when the last request ends
 
     def unload(self, name: str, *, base_model: str | None) -> None:
-        """Have no adapter under a name any more. Requests that have begun end with it. ApiError: there is none."""
+        """Have no adapter under a name any more. Requests that have begun end with it.
+
+        ApiError: there is none, or this server changes no adapters.
+        """
+        self._sources.check_any()
         having = [
             base
             for base in self._catalog.bases

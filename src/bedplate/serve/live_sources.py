@@ -42,17 +42,19 @@ class Sources:
                 raise NotFoundError("no such folder", where=folder, hint="--allow-adapters-from names one")
             self._folders.append(folder)
 
-    def __bool__(self) -> bool:
-        return bool(self._folders or self._urls)
+    def check_any(self) -> None:
+        """ApiError: no place is allowed, so that nobody changes which adapters there are."""
+        if not (self._folders or self._urls):
+            hint = "start the server with --allow-adapters-from"
+            raise ApiError(
+                403, f"This server loads and unloads no adapters ({hint}).", kind="permission_error"
+            )
 
     def get(self, place: str, into: Path) -> Path:
         """The folder (or file) of an adapter on this machine. into: an empty folder, for what is downloaded.
 
         ApiError: it is not there, or not allowed.
         """
-        if not self:
-            hint = "start the server with --allow-adapters-from"
-            raise ApiError(403, f"This server loads no adapters ({hint}).", kind="permission_error")
         if "://" in place and not place.startswith(_FILE):
             if not self._allows(place):
                 raise _forbidden()
