@@ -122,9 +122,11 @@ class _Budget:
 def _fetch(url: str, into: Path, budget: _Budget, only: str | None = None) -> None:
     import fsspec
 
-    system, path = fsspec.core.url_to_fs(url)
+    is_http = url.startswith(("http://", "https://"))
+    # Servers redirect a folder without a slash to the one with it.
+    system, path = fsspec.core.url_to_fs(f"{url}/" if is_http else url, **(_HTTP if is_http else {}))
     listed = [one["name"] for one in system.ls(path, detail=True) if one["type"] == "file"]
-    wanted = list(_wanted(listed, only))
+    wanted = list(_wanted(listed, path, only))
     if len(wanted) > MOST_FILES:
         message = f"The folder of the adapter has more than {MOST_FILES} files."
         raise ApiError(400, message, param="lora_path")
@@ -133,11 +135,25 @@ def _fetch(url: str, into: Path, budget: _Budget, only: str | None = None) -> No
             _copy(source, target, budget)
 
 
-def _wanted(names: Iterable[str], only: str | None) -> Iterable[str]:
+def _wanted(names: Iterable[str], folder: str, only: str | None) -> Iterable[str]:
+    """Of what a listing names. A page of links may name anything: what is not in the folder is left out."""
+    begins = folder.strip("/") + "/"
     for name in names:
-        last = PurePosixPath(name).name
-        if last == only or (only is None and last and not last.startswith(_OF_TRAINING)):
+        above, last = name.lstrip("/")[: len(begins)], name.lstrip("/")[len(begins) :]
+        if above != begins or last in ("", ".", "..") or any(sign in last for sign in "/%?#\\\0"):
+            continue
+        if last == only or (only is None and not last.startswith(_OF_TRAINING)):
             yield name
+
+
+async def _no_redirect(response: Any) -> None:
+    """FileNotFoundError: it is somewhere else, which nobody has allowed."""
+    if 300 <= response.status < 400:
+        raise FileNotFoundError(response.url)
+
+
+# Options of fsspec, which gives the second one to aiohttp.
+_HTTP = {"allow_redirects": False, "client_kwargs": {"raise_for_status": _no_redirect}}
 
 
 def _copy(source: Any, target: Any, budget: _Budget) -> None:
