@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 import bedplate
 from bedplate.assemble import packer
@@ -283,6 +284,28 @@ def test_names_that_a_listing_has_of_another_folder() -> None:
         "b/a/c/x",
     ]
     assert list(live_sources._wanted(names, "/b/a/", None)) == ["b/a/x", "/b/a/y"]
+
+
+def test_a_download_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one begins."""
+    memory, hanging = MemoryFileSystem(), threading.Event()
+    memory.pipe("/live-parts/adapter/adapter_config.json", b"{}")
+    ls = MemoryFileSystem.ls
+
+    def hangs(system: MemoryFileSystem, path: str, **options: bool) -> object:
+        if path.endswith("/hangs"):
+            hanging.wait(60)
+        return ls(system, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", hangs)
+    sources = Sources(["memory://live-parts"], most_bytes=99, seconds=0.3)
+    for name in ("one", "two"):
+        with pytest.raises(ApiError, match="takes too long") as caught:
+            sources.get("memory://live-parts/hangs", tmp_path / name)
+        assert caught.value.status == 400
+    found = sources.get("memory://live-parts/adapter", tmp_path / "good")
+    assert [file.name for file in found.iterdir()] == ["adapter_config.json"]
+    hanging.set()
 
 
 class FakeEngine:

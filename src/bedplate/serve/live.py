@@ -126,12 +126,13 @@ class Live:
 
     def _staging(self) -> str:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="bedplate-serve-")
+            self._folder = tempfile.TemporaryDirectory(prefix="bedplate-serve-", ignore_cleanup_errors=True)
         return self._folder.name
 
     def _staged(self, overlay: Overlay, name: str, place: str, staging: Path) -> Bundle:
         """A bundle that has this adapter alone, in a folder that is ours."""
-        with tempfile.TemporaryDirectory(dir=self._staging()) as download:
+        # A download that takes too long is left alone: it may still write there.
+        with tempfile.TemporaryDirectory(dir=self._staging(), ignore_cleanup_errors=True) as download:
             source = self._sources.get(place, Path(download))
             if (source / ADAPTER_INFO).is_file():
                 return _packed(overlay, source, staging)

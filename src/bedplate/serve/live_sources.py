@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -89,11 +90,7 @@ class Sources:
         try:
             folder = into / "adapters" / url.rpartition("/")[2]
             folder.mkdir(parents=True)
-            budget = _Budget(self._most_bytes, self._seconds)
-            _fetch(url, folder, budget)
-            bundle = url.rsplit("/", 2)[0]
-            if (folder / ADAPTER_INFO).exists() and self._allows(bundle):
-                _fetch(bundle, into, budget, only=MANIFEST)
+            _in_time(lambda: self._fetch(url, folder, into), self._seconds)
         except (FileNotFoundError, NotADirectoryError):
             raise _missing() from None
         except ApiError:
@@ -102,6 +99,32 @@ class Sources:
             message = f"The adapter cannot be downloaded: {type(error).__name__}"
             raise ApiError(400, message, param="lora_path") from error
         return folder
+
+    def _fetch(self, url: str, folder: Path, into: Path) -> None:
+        budget = _Budget(self._most_bytes, self._seconds)
+        _fetch(url, folder, budget)
+        bundle = url.rsplit("/", 2)[0]
+        if (folder / ADAPTER_INFO).exists() and self._allows(bundle):
+            _fetch(bundle, into, budget, only=MANIFEST)
+
+
+def _in_time(work: Callable[[], None], seconds: float) -> None:
+    """Do something in a thread of its own, which is left alone if it hangs. ApiError: it takes longer."""
+    failed = list[BaseException]()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="bedplate-download", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise _too_slow()
+    if failed:
+        raise failed.pop()
 
 
 class _Budget:
@@ -116,7 +139,7 @@ class _Budget:
         if self.nbytes < 0:
             raise ApiError(400, "The adapter is larger than this server downloads.", param="lora_path")
         if time.monotonic() > self._until:
-            raise ApiError(400, "The download of the adapter takes too long.", param="lora_path")
+            raise _too_slow()
 
 
 def _fetch(url: str, into: Path, budget: _Budget, only: str | None = None) -> None:
@@ -184,6 +207,10 @@ def _strange(url: str) -> bool:
 def _forbidden() -> ApiError:
     message = "The server does not allow adapters from there (--allow-adapters-from)."
     return ApiError(403, message, kind="permission_error", param="lora_path")
+
+
+def _too_slow() -> ApiError:
+    return ApiError(400, "The download of the adapter takes too long.", param="lora_path")
 
 
 def _missing() -> ApiError:
