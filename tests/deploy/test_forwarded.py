@@ -261,6 +261,8 @@ def test_a_lost_replica_is_replaced_before_it_has_begun() -> None:
     assert forwarded(_Handle([LOST], [Head(200, []), LOST], answer)) == (200, "yes")
     status, body = forwarded(_Handle(*[[LOST]] * 9))
     assert status == 503 and json.loads(body)["error"]["code"] == "replica_lost"
+    status, body = forwarded(_Handle(*[[LOST]] * 9), "/v1/messages")
+    assert status == 503 and json.loads(body)["type"] == "error"
     # Comments that keep the stream open say nothing.
     handle = _Handle([STREAM, b": ping\n\n", LOST], [STREAM, b"data: 1\n\n"])
     assert forwarded(handle) == (200, ": ping\n\ndata: 1\n\n")

@@ -233,10 +233,11 @@ def test_links_do_not_lead_out(client: Client, sources: Path, toy_adapters: dict
     assert client.load("mine2", sources / "circle").status_code in (403, 404)
 
 
-def test_without_allowed_places_nothing_is_loaded(address: str, sources: Path) -> None:
+def test_without_allowed_places_nothing_is_loaded_or_unloaded(address: str, sources: Path) -> None:
     with closing(Client(address)) as client:
-        said = client.load("mine", sources / "all")
-    assert said.status_code == 403 and "--allow-adapters-from" in said.json()["error"]["message"]
+        for said in (client.load("mine", sources / "all"), client.unload("all"), client.unload("none")):
+            assert said.status_code == 403 and "--allow-adapters-from" in said.json()["error"]["message"]
+        assert "all" in client.models()
 
 
 @pytest.mark.parametrize("field", ["lora_name", "lora_path"])

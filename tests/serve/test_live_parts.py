@@ -8,18 +8,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 import bedplate
 from bedplate.assemble import packer
 from bedplate.bundle.overlay import Overlay
 from bedplate.errors import AdapterError, MemoryFullError, NameTakenError, NotFoundError, RunError
 from bedplate.runtime.engine import Engine
-from bedplate.serve import packing
+from bedplate.serve import live_sources, packing
+from bedplate.serve.errors import ApiError
 from bedplate.serve.live_sources import Sources
 from bedplate.serve.packing import Packing
 from bedplate.serve.room import Room
@@ -190,6 +195,117 @@ def test_sources_that_an_operator_cannot_allow(tmp_path: Path) -> None:
             Sources([place], most_bytes=1, seconds=1)
     with pytest.raises(NotFoundError, match="no such folder"):
         Sources([str(tmp_path / "none")], most_bytes=1, seconds=1)
+
+
+class Web(BaseHTTPRequestHandler):
+    """Of one adapter, among links to what is elsewhere, and of folders that redirect."""
+
+    FILES: ClassVar = {
+        "/good/adapter/adapter_config.json": b"{}",
+        "/good/adapter/weights.safetensors": b"weights" * 99,
+        "/good/secret": b"secret",
+        "/secret": b"secret",
+    }
+    LINKS = (
+        "../secret",
+        "../../secret",
+        "/secret",
+        "//127.0.0.1/secret",
+        "%2e%2e/secret",
+        "?C=N;O=D",
+        "deep/",
+    )
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        folder = "".join(f'<a href="{name}">' for name in ("adapter_config.json", *self.LINKS))
+        pages = {"/good/adapter/": f"{folder}<a href='weights.safetensors'>", "/good/moved/": folder}
+        if self.path in pages:
+            self.answer(200, pages[self.path].encode(), "text/html")
+        elif self.path in self.FILES:
+            self.answer(200, self.FILES[self.path], "application/octet-stream")
+        elif self.path.startswith("/good/moved"):
+            self.answer(302, b"not here", "text/plain")
+        else:
+            self.answer(404, b"", "text/plain")
+
+    def answer(self, status: int, body: bytes, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        if status == 302:
+            self.send_header("Location", "/secret")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """It says nothing."""
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        yield f"http://127.0.0.1:{server.server_port}/good"
+        server.shutdown()
+        serving.join()
+
+
+def test_a_page_of_links_leads_nowhere_else(web: str, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    sources = Sources([web], most_bytes=1 << 20, seconds=20)
+    found = sources.get(f"{web}/adapter", tmp_path / "adapter")
+    assert {file.name: file.read_bytes() for file in found.iterdir()} == {
+        "adapter_config.json": b"{}",
+        "weights.safetensors": b"weights" * 99,
+    }
+    for place in ("moved", "moved/on", "none"):
+        with pytest.raises(ApiError) as caught:
+            sources.get(f"{web}/{place}", tmp_path / place)
+        assert caught.value.status == 404
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"secret" in file.read_bytes()]
+
+
+def test_names_that_a_listing_has_of_another_folder() -> None:
+    names = [
+        "b/a/x",
+        "/b/a/y",
+        "b/a",
+        "b/a/",
+        "b/a/..",
+        "b/a/../z",
+        "b/ab/x",
+        "c/b/a/x",
+        "b/a/%2e%2e",
+        "b/a/c/x",
+    ]
+    assert list(live_sources._wanted(names, "/b/a/", None)) == ["b/a/x", "/b/a/y"]
+
+
+def test_a_download_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one begins."""
+    memory, hanging = MemoryFileSystem(), threading.Event()
+    memory.pipe("/live-parts/adapter/adapter_config.json", b"{}")
+    ls = MemoryFileSystem.ls
+
+    def hangs(system: MemoryFileSystem, path: str, **options: bool) -> object:
+        if path.endswith("/hangs"):
+            hanging.wait(60)
+        return ls(system, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", hangs)
+    sources = Sources(["memory://live-parts"], most_bytes=99, seconds=0.3)
+    for name in ("one", "two"):
+        with pytest.raises(ApiError, match="takes too long") as caught:
+            sources.get("memory://live-parts/hangs", tmp_path / name)
+        assert caught.value.status == 400
+    found = sources.get("memory://live-parts/adapter", tmp_path / "good")
+    assert [file.name for file in found.iterdir()] == ["adapter_config.json"]
+    hanging.set()
 
 
 class FakeEngine:

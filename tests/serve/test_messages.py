@@ -145,6 +145,18 @@ def test_errors_of_the_server_are_in_the_same_words(toy_bundle: bedplate.Bundle)
             assert long.value.status_code == 413 and long.value.type == "request_too_large"
 
 
+@pytest.mark.parametrize(("method", "path"), [("POST", "/messages/batches"), ("GET", "/messages")])
+def test_paths_that_there_are_not_are_refused_in_the_same_words(
+    client: anthropic.Anthropic, method: str, path: str
+) -> None:
+    ask = client.get if method == "GET" else client.post
+    with pytest.raises(anthropic.APIStatusError) as caught:
+        ask(f"/v1{path}", cast_to=object)
+    assert caught.value.status_code in (404, 405)
+    body: Any = caught.value.body
+    assert body["type"] == "error" and body["request_id"] and body["error"]["message"]
+
+
 def test_metadata_and_nulls_change_nothing(client: anthropic.Anthropic) -> None:
     more: dict[str, Any] = {"metadata": {"user_id": "me"}, "service_tier": "auto"}
     nulls = {"top_k": None, "system": None, "container": None, "thinking": None}

@@ -18,6 +18,7 @@ from bedplate.errors import BundleError, RunError
 from bedplate.runtime.engine import Engine, MemoryUse
 from bedplate.serve.catalog import Base, Model
 from bedplate.serve.metrics import Metrics
+from bedplate.serve.settings import Settings
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the fox"}]
 
@@ -117,7 +118,8 @@ def test_what_is_in_memory(toy_bundle: bedplate.Bundle, own: str, asking: openai
 
 
 def test_an_adapter_that_is_unloaded_leaves_no_series(toy_bundle: bedplate.Bundle) -> None:
-    with running({"toy": toy_bundle}) as live:
+    settings = Settings(allow_adapters_from=(str(toy_bundle.path),))
+    with running({"toy": toy_bundle}, settings) as live:
         with openai.OpenAI(base_url=f"{live.address}/v1", api_key="none") as client:
             for name in ("all", "all2"):
                 client.chat.completions.create(model=name, messages=MESSAGES, max_tokens=2)

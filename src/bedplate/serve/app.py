@@ -98,7 +98,8 @@ def serve(bases: Sequence[Base], settings: Settings) -> None:
 
 
 def _said(request: Request, error: ApiError) -> Response:
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+    body = error.body_at(request.scope["path"])
+    return JSONResponse(body, status_code=error.status, headers=error.headers)
 
 
 def _refused(request: Request, error: BedplateError) -> Response:

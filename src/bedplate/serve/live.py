@@ -65,6 +65,7 @@ class Live:
 
         ApiError: why there is none. Everything is then as it was.
         """
+        self._sources.check_any()
         base = self._base(base_model)
         with self._one, _said(name):
             overlay = self._overlay(base, name, replace=replace)
@@ -83,7 +84,11 @@ class Live:
             base.engine.unload(name)  # what had the name: its memory is free when the last request ends
 
     def unload(self, name: str, *, base_model: str | None) -> None:
-        """Have no adapter under a name any more. Requests that have begun end with it. ApiError: there is none."""
+        """Have no adapter under a name any more. Requests that have begun end with it.
+
+        ApiError: there is none, or this server changes no adapters.
+        """
+        self._sources.check_any()
         having = [
             base
             for base in self._catalog.bases
@@ -121,12 +126,13 @@ class Live:
 
     def _staging(self) -> str:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="bedplate-serve-")
+            self._folder = tempfile.TemporaryDirectory(prefix="bedplate-serve-", ignore_cleanup_errors=True)
         return self._folder.name
 
     def _staged(self, overlay: Overlay, name: str, place: str, staging: Path) -> Bundle:
         """A bundle that has this adapter alone, in a folder that is ours."""
-        with tempfile.TemporaryDirectory(dir=self._staging()) as download:
+        # A download that takes too long is left alone: it may still write there.
+        with tempfile.TemporaryDirectory(dir=self._staging(), ignore_cleanup_errors=True) as download:
             source = self._sources.get(place, Path(download))
             if (source / ADAPTER_INFO).is_file():
                 return _packed(overlay, source, staging)

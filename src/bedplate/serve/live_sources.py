@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -42,17 +43,19 @@ class Sources:
                 raise NotFoundError("no such folder", where=folder, hint="--allow-adapters-from names one")
             self._folders.append(folder)
 
-    def __bool__(self) -> bool:
-        return bool(self._folders or self._urls)
+    def check_any(self) -> None:
+        """ApiError: no place is allowed, so that nobody changes which adapters there are."""
+        if not (self._folders or self._urls):
+            hint = "start the server with --allow-adapters-from"
+            raise ApiError(
+                403, f"This server loads and unloads no adapters ({hint}).", kind="permission_error"
+            )
 
     def get(self, place: str, into: Path) -> Path:
         """The folder (or file) of an adapter on this machine. into: an empty folder, for what is downloaded.
 
         ApiError: it is not there, or not allowed.
         """
-        if not self:
-            hint = "start the server with --allow-adapters-from"
-            raise ApiError(403, f"This server loads no adapters ({hint}).", kind="permission_error")
         if "://" in place and not place.startswith(_FILE):
             if not self._allows(place):
                 raise _forbidden()
@@ -87,11 +90,7 @@ class Sources:
         try:
             folder = into / "adapters" / url.rpartition("/")[2]
             folder.mkdir(parents=True)
-            budget = _Budget(self._most_bytes, self._seconds)
-            _fetch(url, folder, budget)
-            bundle = url.rsplit("/", 2)[0]
-            if (folder / ADAPTER_INFO).exists() and self._allows(bundle):
-                _fetch(bundle, into, budget, only=MANIFEST)
+            _in_time(lambda: self._fetch(url, folder, into), self._seconds)
         except (FileNotFoundError, NotADirectoryError):
             raise _missing() from None
         except ApiError:
@@ -100,6 +99,32 @@ class Sources:
             message = f"The adapter cannot be downloaded: {type(error).__name__}"
             raise ApiError(400, message, param="lora_path") from error
         return folder
+
+    def _fetch(self, url: str, folder: Path, into: Path) -> None:
+        budget = _Budget(self._most_bytes, self._seconds)
+        _fetch(url, folder, budget)
+        bundle = url.rsplit("/", 2)[0]
+        if (folder / ADAPTER_INFO).exists() and self._allows(bundle):
+            _fetch(bundle, into, budget, only=MANIFEST)
+
+
+def _in_time(work: Callable[[], None], seconds: float) -> None:
+    """Do something in a thread of its own, which is left alone if it hangs. ApiError: it takes longer."""
+    failed = list[BaseException]()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="bedplate-download", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise _too_slow()
+    if failed:
+        raise failed.pop()
 
 
 class _Budget:
@@ -114,15 +139,17 @@ class _Budget:
         if self.nbytes < 0:
             raise ApiError(400, "The adapter is larger than this server downloads.", param="lora_path")
         if time.monotonic() > self._until:
-            raise ApiError(400, "The download of the adapter takes too long.", param="lora_path")
+            raise _too_slow()
 
 
 def _fetch(url: str, into: Path, budget: _Budget, only: str | None = None) -> None:
     import fsspec
 
-    system, path = fsspec.core.url_to_fs(url)
+    is_http = url.startswith(("http://", "https://"))
+    # Servers redirect a folder without a slash to the one with it.
+    system, path = fsspec.core.url_to_fs(f"{url}/" if is_http else url, **(_HTTP if is_http else {}))
     listed = [one["name"] for one in system.ls(path, detail=True) if one["type"] == "file"]
-    wanted = list(_wanted(listed, only))
+    wanted = list(_wanted(listed, path, only))
     if len(wanted) > MOST_FILES:
         message = f"The folder of the adapter has more than {MOST_FILES} files."
         raise ApiError(400, message, param="lora_path")
@@ -131,11 +158,25 @@ def _fetch(url: str, into: Path, budget: _Budget, only: str | None = None) -> No
             _copy(source, target, budget)
 
 
-def _wanted(names: Iterable[str], only: str | None) -> Iterable[str]:
+def _wanted(names: Iterable[str], folder: str, only: str | None) -> Iterable[str]:
+    """Of what a listing names. A page of links may name anything: what is not in the folder is left out."""
+    begins = folder.strip("/") + "/"
     for name in names:
-        last = PurePosixPath(name).name
-        if last == only or (only is None and last and not last.startswith(_OF_TRAINING)):
+        above, last = name.lstrip("/")[: len(begins)], name.lstrip("/")[len(begins) :]
+        if above != begins or last in ("", ".", "..") or any(sign in last for sign in "/%?#\\\0"):
+            continue
+        if last == only or (only is None and not last.startswith(_OF_TRAINING)):
             yield name
+
+
+async def _no_redirect(response: Any) -> None:
+    """FileNotFoundError: it is somewhere else, which nobody has allowed."""
+    if 300 <= response.status < 400:
+        raise FileNotFoundError(response.url)
+
+
+# Options of fsspec, which gives the second one to aiohttp.
+_HTTP = {"allow_redirects": False, "client_kwargs": {"raise_for_status": _no_redirect}}
 
 
 def _copy(source: Any, target: Any, budget: _Budget) -> None:
@@ -166,6 +207,10 @@ def _strange(url: str) -> bool:
 def _forbidden() -> ApiError:
     message = "The server does not allow adapters from there (--allow-adapters-from)."
     return ApiError(403, message, kind="permission_error", param="lora_path")
+
+
+def _too_slow() -> ApiError:
+    return ApiError(400, "The download of the adapter takes too long.", param="lora_path")
 
 
 def _missing() -> ApiError:

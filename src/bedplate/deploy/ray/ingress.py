@@ -45,11 +45,11 @@ class Ingress:
         path = request.scope["path"]
         if path in _OF_ONE_REPLICA:
             message = "Adapters come from the folder that the server was given: put it there, or remove it."
-            return _refusal(ApiError(403, message))
+            return _refusal(ApiError(403, message), path)
         try:
             body = await _body(request, self._most)
         except ApiError as error:
-            return _refusal(error)
+            return _refusal(error, path)
         call = Call(
             method=request.method,
             path=path,
@@ -149,7 +149,7 @@ class _Forwarded(Response):
 
     async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         if self._head is None:
-            await _refusal(error)(scope, receive, send)
+            await _refusal(error, self._call.path)(scope, receive, send)
             return
         is_stream = any(value.startswith(b"text/event-stream") for name, value in self._head.headers)
         if not is_stream:
@@ -163,8 +163,8 @@ def _says_something(part: bytes) -> bool:
     return any(event and not event.startswith(b":") for event in part.split(b"\n\n"))
 
 
-def _refusal(error: ApiError) -> Response:
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+def _refusal(error: ApiError, path: str) -> Response:
+    return JSONResponse(error.body_at(path), status_code=error.status, headers=error.headers)
 
 
 def _error_event(path: str, error: ApiError) -> str:

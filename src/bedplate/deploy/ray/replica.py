@@ -164,7 +164,8 @@ class _WithAdapters:
                 await self._app(scope, receive, send)
         except (ApiError, BedplateError) as error:  # the application handles its own
             said = _said(error)
-            response = JSONResponse(said.body(), status_code=said.status, headers=said.headers)
+            body = said.body_at(scope["path"])
+            response = JSONResponse(body, status_code=said.status, headers=said.headers)
             await response(scope, receive, send)
 
 
