@@ -23,7 +23,7 @@ from bedplate.serve.structured import Constrained, grammar_of, guide_of
 from bedplate.serve.tools import Call, Calling, CallPiece, MadeCall, Tool, ToolChoice, calling_of, prompt_of
 from bedplate.serve.wire import Strict
 
-MOST_MESSAGES = 2048
+MOST_MESSAGES = 2048  # or parts of one
 
 
 class TextPart(Strict):
@@ -39,8 +39,8 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: str
-    content: str | list[TextPart] | None = None
-    tool_calls: list[MadeCall] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES)] | None = None
+    tool_calls: Annotated[list[MadeCall], Field(max_length=MOST_MESSAGES)] | None = None
 
 
 class ChatRequest(Constrained):
