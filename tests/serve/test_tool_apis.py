@@ -146,3 +146,25 @@ def test_tools_that_are_none(openai_client: openai.OpenAI, anthropic_client: ant
         block: Any = {"type": "tool_result", "tool_use_id": "x"}
         talk = [*OF_MESSAGES["messages"], {"role": "assistant", "content": [block]}, *OF_MESSAGES["messages"]]
         anthropic_client.messages.create(**{**OF_MESSAGES, "messages": talk})
+
+
+@pytest.mark.parametrize("value", [True, {"lenient": True}, None])
+def test_options_of_the_grammar_are_not_for_clients(
+    openai_client: openai.OpenAI, anthropic_client: anthropic.Anthropic, value: Any
+) -> None:
+    schema = {**PARAMETERS, "x-guidance": value}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("response_format", {"response_format": form}),
+        ("structured_outputs.json", {"extra_body": {"structured_outputs": {"json": schema}}}),
+        ("tools", {"tools": [tool]}),
+    ]
+    for param, fields in asked:
+        with pytest.raises(openai.BadRequestError, match="x-guidance") as caught:
+            openai_client.chat.completions.create(**OF_CHAT, **fields)
+        assert caught.value.param == param
+    with pytest.raises(anthropic.BadRequestError, match="x-guidance"):
+        anthropic_client.messages.create(
+            **{**OF_MESSAGES, "tools": [{"name": "weather", "input_schema": schema}]}
+        )

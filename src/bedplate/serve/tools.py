@@ -134,7 +134,7 @@ class Calling(NamedTuple):
         for i, function in enumerate(self.functions):
             begin = f'{OPENING}{function.name}", "{form.arguments}": '
             rules.append(f'f{i}: {quoted(begin)} @part{i + 1} "}}"')
-            parts.append(schema_part(_parameters(function), bool(function.strict)))
+            parts.append(schema_part(_parameters(function), "tools", bool(function.strict)))
         rules.append(f"body: {' | '.join(f'f{i}' for i in range(len(self.functions)))}")
         marker, end = _token(form.marker, form.marker_token), _token(form.end, form.end_token)
         more = f' (", " body)* {quoted("]")}' if several else f" {quoted(']')}"
