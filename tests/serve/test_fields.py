@@ -304,6 +304,8 @@ MANY = {f"x{i}": None for i in range(200_000)}
         (ChatCompletionRequest, "messages", [{"role": "user", "content": WRONG}]),
         (ChatCompletionRequest, "messages", [{"role": "user", "content": [{"type": "text", **MANY}]}]),
         (ChatCompletionRequest, "messages", [{"role": "user", "tool_calls": WRONG}]),
+        (ChatCompletionRequest, "messages", [{"role": "user", "content": WRONG[:2000]}]),
+        (ChatCompletionRequest, "messages", [{"role": "user", "tool_calls": WRONG[:2000]}]),
         (ChatCompletionRequest, "stop", WRONG),
         (ChatCompletionRequest, "lora", WRONG),
         (ChatCompletionRequest, "lora", MANY),

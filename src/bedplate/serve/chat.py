@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from bedplate.runtime.messages import Conversation
 from bedplate.runtime.request import Event, TokenLogprobs
@@ -21,7 +21,7 @@ from bedplate.serve.catalog import Model
 from bedplate.serve.limits import Place
 from bedplate.serve.structured import Constrained, grammar_of, guide_of
 from bedplate.serve.tools import Call, Calling, CallPiece, MadeCall, Tool, ToolChoice, calling_of, prompt_of
-from bedplate.serve.wire import Strict
+from bedplate.serve.wire import Part, Strict
 
 MOST_MESSAGES = 2048  # or parts of one
 
@@ -33,7 +33,7 @@ class TextPart(Strict):
     text: str
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Part):
     """A turn. Other fields go to the chat template as they are."""
 
     model_config = ConfigDict(extra="allow", strict=True)

@@ -37,13 +37,8 @@ def _fail_fast(schema: Any) -> None:
             _fail_fast(part)
 
 
-class Strict(BaseModel):
-    """Knows its fields, and no others. Text is not taken for a number.
-
-    One error is told of a body, so few are made: it can have millions of wrong items and names.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Part(BaseModel):
+    """Of a body. One error is told, so few are made: it can have millions of wrong items."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -51,6 +46,12 @@ class Strict(BaseModel):
         schema = handler(source)
         _fail_fast(schema)
         return schema
+
+
+class Strict(Part):
+    """Knows its fields, and no others. Text is not taken for a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
