@@ -115,6 +115,32 @@ def test_a_call_that_is_cut_is_none(anthropic_client: anthropic.Anthropic) -> No
     assert (said.content, said.stop_reason) == ([], "max_tokens")
 
 
+def test_a_call_that_a_stop_string_cuts_is_none(
+    openai_client: openai.OpenAI, anthropic_client: anthropic.Anthropic
+) -> None:
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+    for stop, most, finish in ((["place"], 99, "stop"), (["name"], 99, "stop"), (None, 20, "length")):
+        asked = {**OF_CHAT, "tools": [tool], "tool_choice": "required", "stop": stop, "max_tokens": most}
+        (choice,) = openai_client.chat.completions.create(**asked).choices
+        assert (choice.finish_reason, choice.message.tool_calls) == (finish, None)
+        pieces = list(openai_client.chat.completions.create(**asked, stream=True))
+        assert pieces[-1].choices[0].finish_reason == finish
+    said = anthropic_client.messages.create(**OF_MESSAGES, stop_sequences=["place"])
+    assert (said.content, said.stop_reason, said.stop_sequence) == ([], "stop_sequence", "place")
+    with anthropic_client.messages.stream(**OF_MESSAGES, stop_sequences=["place"]) as stream:
+        assert stream.get_final_message().stop_reason == "stop_sequence"
+    cut = openai_client.responses.create(**OF_RESPONSES, max_output_tokens=20)
+    assert cut.status == "incomplete" and not any(item.type == "function_call" for item in cut.output)
+
+
+def test_a_call_that_ends_before_a_stop_string_is_whole(openai_client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+    asked = {**OF_CHAT, "tools": [tool], "tool_choice": "required", "stop": ["</tool_call>"]}
+    (choice,) = openai_client.chat.completions.create(**asked).choices
+    assert choice.finish_reason == "tool_calls"
+    assert [json.loads(one.function.arguments) for one in choice.message.tool_calls or ()] == [ARGUMENTS]
+
+
 def test_tools_are_counted(anthropic_client: anthropic.Anthropic) -> None:
     asked = {name: value for name, value in OF_MESSAGES.items() if name != "max_tokens"}
     counted = anthropic_client.messages.count_tokens(**asked).input_tokens

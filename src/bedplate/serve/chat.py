@@ -121,7 +121,7 @@ class Chat:
         parts = reader.read(event.text, event.tokens)
         if finish is not None:
             parts += reader.finish()
-            finish = "tool_calls" if finish == "stop" and reader.count else finish
+            finish = "tool_calls" if finish == "stop" and reader.count and reader.is_whole else finish
         if not parts and (finish is not None or event.logprobs):
             parts = [""]
         made = [
@@ -134,12 +134,13 @@ class Chat:
         return made
 
     async def answers(self) -> list[Answer]:
-        """All of them, when they have ended."""
+        """All of them, when they have ended. A call that was cut is in none: nobody can make it."""
         said: dict[int, list[Delta]] = {choice.index: [] for choice in self.choices}
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
                 said[delta.choice.index].append(delta)
-        return [_whole(choice, said[choice.index]) for choice in self.choices]
+        cut = [reader.has_cut for reader in self._readers or ()] or [False] * len(self.choices)
+        return [_whole(choice, said[choice.index], cut[choice.index]) for choice in self.choices]
 
 
 def count(model: Model, request: ChatRequest) -> int:
@@ -173,7 +174,7 @@ def joined(texts: Iterable[str]) -> str:
     return "\n".join(texts)
 
 
-def _whole(choice: Choice, deltas: Sequence[Delta]) -> Answer:
+def _whole(choice: Choice, deltas: Sequence[Delta], is_cut: bool) -> Answer:
     known = [delta.logprobs for delta in deltas if delta.logprobs is not None]
     calls: dict[str, Call] = {}
     for piece in (delta.call for delta in deltas if delta.call is not None):
@@ -184,5 +185,5 @@ def _whole(choice: Choice, deltas: Sequence[Delta]) -> Answer:
         text="".join(delta.text for delta in deltas),
         logprobs=tuple(one for part in known for one in part) if known else None,
         finish=deltas[-1].finish or choice.finish,
-        calls=tuple(calls.values()),
+        calls=tuple(calls.values())[: -1 if is_cut else None],
     )
