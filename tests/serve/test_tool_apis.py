@@ -194,3 +194,45 @@ def test_options_of_the_grammar_are_not_for_clients(
         anthropic_client.messages.create(
             **{**OF_MESSAGES, "tools": [{"name": "weather", "input_schema": schema}]}
         )
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+FUNCTION: dict[str, Any] = {**CALL["function"], "argumens": "{}"}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "user", "contnet": "x"}, "contnet"),
+        ({"role": "assistant", "content": "x", "refusal": "no"}, "refusal"),
+        ({"role": "assistant", "tool_calls": [{**CALL, "nmae": 1}]}, "tool_calls.0.nmae"),
+        (
+            {"role": "assistant", "tool_calls": [{**CALL, "function": FUNCTION}]},
+            "tool_calls.0.function.argumens",
+        ),
+    ],
+)
+def test_fields_of_a_message_that_nobody_reads(
+    openai_client: openai.OpenAI, message: Any, param: str
+) -> None:
+    for path in ("/chat/completions", "/../tokenize"):
+        with pytest.raises(openai.BadRequestError, match=param) as caught:
+            openai_client.post(path, body={"model": "scripted", "messages": [message]}, cast_to=object)
+        assert caught.value.param == f"messages.0.{param}"
+
+
+def test_fields_of_a_message_that_are_known(openai_client: openai.OpenAI) -> None:
+    """Also an answer goes back as it came."""
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+    said = openai_client.chat.completions.create(**OF_CHAT, tools=[tool], tool_choice="required")
+    answer: Any = said.choices[0].message
+    assert answer.tool_calls
+    talk: Any = [
+        {"role": "user", "content": "weather?", "name": "me"},
+        answer,
+        answer.model_dump(),
+        {"role": "tool", "content": "rain", "tool_call_id": answer.tool_calls[0].id},
+        {"role": "assistant", "content": "so", "reasoning_content": "hm", "refusal": None, "audio": None},
+        {"role": "user", "content": "and?"},
+    ]
+    assert openai_client.chat.completions.create(model="scripted", messages=talk).choices[0].message.content

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from bedplate.runtime.messages import Conversation
 from bedplate.runtime.request import Event, TokenLogprobs
@@ -18,6 +18,7 @@ from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.answers import Choice, Wanted, begin, merged, sampling_options
 from bedplate.serve.calls import CallReader
 from bedplate.serve.catalog import Model
+from bedplate.serve.errors import ApiError
 from bedplate.serve.limits import Place
 from bedplate.serve.structured import Constrained, grammar_of, guide_of
 from bedplate.serve.tools import Call, Calling, CallPiece, MadeCall, Tool, ToolChoice, calling_of, prompt_of
@@ -34,7 +35,7 @@ class TextPart(Strict):
 
 
 class ChatMessage(Part):
-    """A turn. Other fields go to the chat template as they are."""
+    """A turn. Other fields go to the chat template as they are: see `plain_messages`."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -158,7 +159,11 @@ def _read(model: Model, request: ChatRequest, calling: Calling | None) -> Conver
 
 
 def plain_messages(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages for the chat template. Where it knows nothing of parts, a message of parts is one text."""
+    """Messages for the chat template. Where it knows nothing of parts, a message of parts is one text.
+
+    ApiError: a message has a field that nobody reads.
+    """
+    _check_fields(tokenizer, messages)
     plain = [message.model_dump(exclude_none=True) for message in messages]
     if (
         re.search(r"\btext\b", tokenizer.chat_template or "") is None
@@ -167,6 +172,35 @@ def plain_messages(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> lis
             if isinstance(message.get("content"), list):
                 message["content"] = joined(part["text"] for part in message["content"])
     return plain
+
+
+# What OpenAI's and Anthropic's messages have, what a model thought, and labels that clients send back with an answer.
+_KNOWN = {
+    "name",
+    "tool_call_id",
+    "is_error",
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+    "annotations",
+    "index",
+}
+
+
+def _check_fields(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> None:
+    """Null is what is not given."""
+    known = _KNOWN.union(re.findall(r"\w+", tokenizer.chat_template or ""))
+    for i, message in enumerate(messages):
+        parts: list[tuple[str, BaseModel]] = [(f"messages.{i}", message)]
+        for n, call in enumerate(message.tool_calls or ()):
+            where = f"messages.{i}.tool_calls.{n}"
+            parts += [(where, call), (f"{where}.function", call.function)]
+        for where, part in parts:
+            for name, value in (part.model_extra or {}).items():
+                if name not in known and value is not None:
+                    field = f"{where}.{name}"
+                    said = f"{field}: is no field that this server or the chat template of the model knows"
+                    raise ApiError(400, said, param=field)
 
 
 def joined(texts: Iterable[str]) -> str:
