@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 from typing import Any, NamedTuple
 
@@ -11,6 +12,13 @@ from anthropic.types import message_count_tokens_params, message_create_params
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
+from pydantic import BaseModel, ValidationError
+
+from bedplate.serve.messages_request import MessagesRequest
+from bedplate.serve.models import DetokenizeRequest
+from bedplate.serve.openai_chat import ChatCompletionRequest
+from bedplate.serve.openai_text import CompletionRequest
+from bedplate.serve.responses_request import ResponsesRequest
 
 MESSAGES = [{"role": "user", "content": "the fox"}]
 SCHEMA = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -283,3 +291,51 @@ def test_null_is_what_is_not_given(name: str, http: httpx2.Client) -> None:
     assert said.status_code == 200, said.text
     for field in ("model", *(field for field in api.least if not field.startswith("max"))):
         assert refused_field(http.post(api.path, json={**api.least, field: None})).startswith(field)
+
+
+WRONG: list[None] = [None] * 200_000
+MANY = {f"x{i}": None for i in range(200_000)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (ChatCompletionRequest, "messages", WRONG),
+        (ChatCompletionRequest, "messages", [{"role": "user", "content": WRONG}]),
+        (ChatCompletionRequest, "messages", [{"role": "user", "content": [{"type": "text", **MANY}]}]),
+        (ChatCompletionRequest, "messages", [{"role": "user", "tool_calls": WRONG}]),
+        (ChatCompletionRequest, "messages", [{"role": "user", "content": WRONG[:2000]}]),
+        (ChatCompletionRequest, "messages", [{"role": "user", "tool_calls": WRONG[:2000]}]),
+        (ChatCompletionRequest, "stop", WRONG),
+        (ChatCompletionRequest, "lora", WRONG),
+        (ChatCompletionRequest, "lora", MANY),
+        (ChatCompletionRequest, "tools", WRONG),
+        (ChatCompletionRequest, "metadata", MANY),
+        (ChatCompletionRequest, "structured_outputs", {"choice": WRONG}),
+        (CompletionRequest, "prompt", WRONG),
+        (CompletionRequest, "prompt", [WRONG]),
+        (CompletionRequest, "logit_bias", MANY),
+        (CompletionRequest, "stream_options", MANY),
+        (ResponsesRequest, "input", WRONG),
+        (ResponsesRequest, "input", [{"role": "user", "content": WRONG}]),
+        (ResponsesRequest, "include", WRONG),
+        (MessagesRequest, "messages", WRONG),
+        (MessagesRequest, "messages", [{"role": "user", "content": WRONG}]),
+        (MessagesRequest, "stop_sequences", WRONG),
+        (DetokenizeRequest, "tokens", WRONG),
+    ],
+)
+def test_what_is_wrong_many_times_is_one_error(kind: type[BaseModel], field: str, value: Any) -> None:
+    """An error of each item would take the server a kilobyte and some microseconds. A union has one of each kind."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate_json(json.dumps({field: value}))
+    of_field = [one for one in caught.value.errors(include_input=False) if one["loc"][0] == field]
+    assert 1 <= len(of_field) < 20
+
+
+def test_unknown_names_are_few_errors() -> None:
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate_json(
+            json.dumps({"model": "m", "prompt": "a"} | dict.fromkeys(MANY, 1))
+        )
+    assert caught.value.error_count() < 50

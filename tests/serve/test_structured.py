@@ -133,7 +133,7 @@ def test_whatever_the_model_says_a_schema_allows_it(kind: str) -> None:
     @settings(max_examples=30 if kind == "smollm2" else 80, deadline=None)
     @given(schema=schemas(), seed=st.integers(0, 1000))
     def check(schema: dict[str, Any], seed: int) -> None:
-        text = walk(tokenizer, Guide(tokenizer, Grammar([schema_part(schema)], "x")), seed)
+        text = walk(tokenizer, Guide(tokenizer, Grammar([schema_part(schema, "x")], "x")), seed)
         value = json.loads(text)
         jsonschema.validate(value, schema, jsonschema.Draft202012Validator)
         assert text == json.dumps(value, ensure_ascii=False) or "\\" in text or "-0" in text
@@ -203,7 +203,7 @@ def test_deep_and_long_grammars_are_no_danger() -> None:
     tokenizer = tokenizer_of("smollm2")
     names = [f"d{i}" for i in range(2000)]
     inner = {name: {"items": {"$ref": f"#/$defs/{after}"}} for name, after in pairwise(names)}
-    deep = schema_part({"$ref": "#/$defs/d0", "$defs": {**inner, names[-1]: {"type": "null"}}})
+    deep = schema_part({"$ref": "#/$defs/d0", "$defs": {**inner, names[-1]: {"type": "null"}}}, "x")
     assert Guide(tokenizer, Grammar([deep], "x"))() is not None
     rules = "\n".join(f"a{i}:a{i + 1}" for i in range(8000))
     assert Guide(tokenizer, Grammar([{"lark_grammar": f'start:a0\n{rules}\na8000:"x"'}], "x"))() is not None

@@ -115,6 +115,32 @@ def test_a_call_that_is_cut_is_none(anthropic_client: anthropic.Anthropic) -> No
     assert (said.content, said.stop_reason) == ([], "max_tokens")
 
 
+def test_a_call_that_a_stop_string_cuts_is_none(
+    openai_client: openai.OpenAI, anthropic_client: anthropic.Anthropic
+) -> None:
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+    for stop, most, finish in ((["place"], 99, "stop"), (["name"], 99, "stop"), (None, 20, "length")):
+        asked = {**OF_CHAT, "tools": [tool], "tool_choice": "required", "stop": stop, "max_tokens": most}
+        (choice,) = openai_client.chat.completions.create(**asked).choices
+        assert (choice.finish_reason, choice.message.tool_calls) == (finish, None)
+        pieces = list(openai_client.chat.completions.create(**asked, stream=True))
+        assert pieces[-1].choices[0].finish_reason == finish
+    said = anthropic_client.messages.create(**OF_MESSAGES, stop_sequences=["place"])
+    assert (said.content, said.stop_reason, said.stop_sequence) == ([], "stop_sequence", "place")
+    with anthropic_client.messages.stream(**OF_MESSAGES, stop_sequences=["place"]) as stream:
+        assert stream.get_final_message().stop_reason == "stop_sequence"
+    cut = openai_client.responses.create(**OF_RESPONSES, max_output_tokens=20)
+    assert cut.status == "incomplete" and not any(item.type == "function_call" for item in cut.output)
+
+
+def test_a_call_that_ends_before_a_stop_string_is_whole(openai_client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+    asked = {**OF_CHAT, "tools": [tool], "tool_choice": "required", "stop": ["</tool_call>"]}
+    (choice,) = openai_client.chat.completions.create(**asked).choices
+    assert choice.finish_reason == "tool_calls"
+    assert [json.loads(one.function.arguments) for one in choice.message.tool_calls or ()] == [ARGUMENTS]
+
+
 def test_tools_are_counted(anthropic_client: anthropic.Anthropic) -> None:
     asked = {name: value for name, value in OF_MESSAGES.items() if name != "max_tokens"}
     counted = anthropic_client.messages.count_tokens(**asked).input_tokens
@@ -146,3 +172,67 @@ def test_tools_that_are_none(openai_client: openai.OpenAI, anthropic_client: ant
         block: Any = {"type": "tool_result", "tool_use_id": "x"}
         talk = [*OF_MESSAGES["messages"], {"role": "assistant", "content": [block]}, *OF_MESSAGES["messages"]]
         anthropic_client.messages.create(**{**OF_MESSAGES, "messages": talk})
+
+
+@pytest.mark.parametrize("value", [True, {"lenient": True}, None])
+def test_options_of_the_grammar_are_not_for_clients(
+    openai_client: openai.OpenAI, anthropic_client: anthropic.Anthropic, value: Any
+) -> None:
+    schema = {**PARAMETERS, "x-guidance": value}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("response_format", {"response_format": form}),
+        ("structured_outputs.json", {"extra_body": {"structured_outputs": {"json": schema}}}),
+        ("tools", {"tools": [tool]}),
+    ]
+    for param, fields in asked:
+        with pytest.raises(openai.BadRequestError, match="x-guidance") as caught:
+            openai_client.chat.completions.create(**OF_CHAT, **fields)
+        assert caught.value.param == param
+    with pytest.raises(anthropic.BadRequestError, match="x-guidance"):
+        anthropic_client.messages.create(
+            **{**OF_MESSAGES, "tools": [{"name": "weather", "input_schema": schema}]}
+        )
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+FUNCTION: dict[str, Any] = {**CALL["function"], "argumens": "{}"}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "user", "contnet": "x"}, "contnet"),
+        ({"role": "assistant", "content": "x", "refusal": "no"}, "refusal"),
+        ({"role": "assistant", "tool_calls": [{**CALL, "nmae": 1}]}, "tool_calls.0.nmae"),
+        (
+            {"role": "assistant", "tool_calls": [{**CALL, "function": FUNCTION}]},
+            "tool_calls.0.function.argumens",
+        ),
+    ],
+)
+def test_fields_of_a_message_that_nobody_reads(
+    openai_client: openai.OpenAI, message: Any, param: str
+) -> None:
+    for path in ("/chat/completions", "/../tokenize"):
+        with pytest.raises(openai.BadRequestError, match=param) as caught:
+            openai_client.post(path, body={"model": "scripted", "messages": [message]}, cast_to=object)
+        assert caught.value.param == f"messages.0.{param}"
+
+
+def test_fields_of_a_message_that_are_known(openai_client: openai.OpenAI) -> None:
+    """Also an answer goes back as it came."""
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+    said = openai_client.chat.completions.create(**OF_CHAT, tools=[tool], tool_choice="required")
+    answer: Any = said.choices[0].message
+    assert answer.tool_calls
+    talk: Any = [
+        {"role": "user", "content": "weather?", "name": "me"},
+        answer,
+        answer.model_dump(),
+        {"role": "tool", "content": "rain", "tool_call_id": answer.tool_calls[0].id},
+        {"role": "assistant", "content": "so", "reasoning_content": "hm", "refusal": None, "audio": None},
+        {"role": "user", "content": "and?"},
+    ]
+    assert openai_client.chat.completions.create(model="scripted", messages=talk).choices[0].message.content

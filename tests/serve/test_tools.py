@@ -84,8 +84,9 @@ def ask(
                 names[call.index] = call.function.name
             pieces[call.index] = pieces.get(call.index, "") + (call.function.arguments or "")
     assert (text or None, finish) == (choice.message.content or None, choice.finish_reason)
-    assert [(names[i], pieces[i]) for i in range(len(names))] == calls
-    assert len({*ids, *own_ids}) == 2 * len(ids)
+    told = [(names[i], pieces[i]) for i in range(len(names))]
+    assert calls in (told, told[:-1]) and (calls == told or finish == "length")  # a call that was cut is none
+    assert len({*ids, *own_ids}) == len(ids) + len(told)
     return choice.message.content, calls, choice.finish_reason, ids
 
 
@@ -98,8 +99,8 @@ def check(calls: list[tuple[str, str]]) -> None:
 def test_a_call_is_forced_and_its_arguments_are_right(client: openai.OpenAI, kind: str) -> None:
     for seed in range(5):
         text, calls, finish, ids = ask(client, kind, tool_choice="required", seed=seed)
-        check(calls[:-1] if finish == "length" else calls)
-        assert text is None and calls and finish in ("tool_calls", "length")
+        check(calls)
+        assert not text and (calls or finish == "length") and finish in ("tool_calls", "length")
         assert all(len(one) == 9 if kind == "mistral" else one.startswith("call_") for one in ids)
         _, calls, finish, _ = ask(client, kind, tool_choice="required", seed=seed, parallel_tool_calls=False)
         assert len(calls) == 1 and finish == "tool_calls"

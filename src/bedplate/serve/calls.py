@@ -48,6 +48,16 @@ class CallReader:
         told, self._told = self._told, []
         return told
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all calls that have begun have ended."""
+        return self._step not in (self._head, self._arguments)
+
+    @property
+    def has_cut(self) -> bool:
+        """Whether a piece of a call was told, and not the end of it."""
+        return self._step == self._arguments
+
     def finish(self) -> list[str | CallPiece]:
         """What was held back, and turned out to be text."""
         if self._step in (self._text, self._opening):

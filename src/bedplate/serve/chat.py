@@ -18,13 +18,14 @@ from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.answers import Choice, Wanted, begin, merged, sampling_options
 from bedplate.serve.calls import CallReader
 from bedplate.serve.catalog import Model
+from bedplate.serve.errors import ApiError
 from bedplate.serve.lengths import check_length
 from bedplate.serve.limits import Place
 from bedplate.serve.structured import Constrained, grammar_of, guide_of
 from bedplate.serve.tools import Call, Calling, CallPiece, MadeCall, Tool, ToolChoice, calling_of, prompt_of
-from bedplate.serve.wire import Strict
+from bedplate.serve.wire import Part, Strict
 
-MOST_MESSAGES = 2048
+MOST_MESSAGES = 2048  # or parts of one
 
 
 class TextPart(Strict):
@@ -34,14 +35,14 @@ class TextPart(Strict):
     text: str
 
 
-class ChatMessage(BaseModel):
-    """A turn. Other fields go to the chat template as they are."""
+class ChatMessage(Part):
+    """A turn. Other fields go to the chat template as they are: see `plain_messages`."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: str
-    content: str | list[TextPart] | None = None
-    tool_calls: list[MadeCall] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES)] | None = None
+    tool_calls: Annotated[list[MadeCall], Field(max_length=MOST_MESSAGES)] | None = None
 
 
 class ChatRequest(Constrained):
@@ -122,7 +123,7 @@ class Chat:
         parts = reader.read(event.text, event.tokens)
         if finish is not None:
             parts += reader.finish()
-            finish = "tool_calls" if finish == "stop" and reader.count else finish
+            finish = "tool_calls" if finish == "stop" and reader.count and reader.is_whole else finish
         if not parts and (finish is not None or event.logprobs):
             parts = [""]
         made = [
@@ -135,12 +136,13 @@ class Chat:
         return made
 
     async def answers(self) -> list[Answer]:
-        """All of them, when they have ended."""
+        """All of them, when they have ended. A call that was cut is in none: nobody can make it."""
         said: dict[int, list[Delta]] = {choice.index: [] for choice in self.choices}
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
                 said[delta.choice.index].append(delta)
-        return [_whole(choice, said[choice.index]) for choice in self.choices]
+        cut = [reader.has_cut for reader in self._readers or ()] or [False] * len(self.choices)
+        return [_whole(choice, said[choice.index], cut[choice.index]) for choice in self.choices]
 
 
 def count(model: Model, request: ChatRequest, most: int | None) -> int:
@@ -160,7 +162,11 @@ def _read(model: Model, request: ChatRequest, calling: Calling | None) -> Conver
 
 
 def plain_messages(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages for the chat template. Where it knows nothing of parts, a message of parts is one text."""
+    """Messages for the chat template. Where it knows nothing of parts, a message of parts is one text.
+
+    ApiError: a message has a field that nobody reads.
+    """
+    _check_fields(tokenizer, messages)
     plain = [message.model_dump(exclude_none=True) for message in messages]
     if (
         re.search(r"\btext\b", tokenizer.chat_template or "") is None
@@ -171,12 +177,41 @@ def plain_messages(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> lis
     return plain
 
 
+# What OpenAI's and Anthropic's messages have, what a model thought, and labels that clients send back with an answer.
+_KNOWN = {
+    "name",
+    "tool_call_id",
+    "is_error",
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+    "annotations",
+    "index",
+}
+
+
+def _check_fields(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> None:
+    """Null is what is not given."""
+    known = _KNOWN.union(re.findall(r"\w+", tokenizer.chat_template or ""))
+    for i, message in enumerate(messages):
+        parts: list[tuple[str, BaseModel]] = [(f"messages.{i}", message)]
+        for n, call in enumerate(message.tool_calls or ()):
+            where = f"messages.{i}.tool_calls.{n}"
+            parts += [(where, call), (f"{where}.function", call.function)]
+        for where, part in parts:
+            for name, value in (part.model_extra or {}).items():
+                if name not in known and value is not None:
+                    field = f"{where}.{name}"
+                    said = f"{field}: is no field that this server or the chat template of the model knows"
+                    raise ApiError(400, said, param=field)
+
+
 def joined(texts: Iterable[str]) -> str:
     """Parts of a message as one text, as vLLM joins them."""
     return "\n".join(texts)
 
 
-def _whole(choice: Choice, deltas: Sequence[Delta]) -> Answer:
+def _whole(choice: Choice, deltas: Sequence[Delta], is_cut: bool) -> Answer:
     known = [delta.logprobs for delta in deltas if delta.logprobs is not None]
     calls: dict[str, Call] = {}
     for piece in (delta.call for delta in deltas if delta.call is not None):
@@ -187,5 +222,5 @@ def _whole(choice: Choice, deltas: Sequence[Delta]) -> Answer:
         text="".join(delta.text for delta in deltas),
         logprobs=tuple(one for part in known for one in part) if known else None,
         finish=deltas[-1].finish or choice.finish,
-        calls=tuple(calls.values()),
+        calls=tuple(calls.values())[: -1 if is_cut else None],
     )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from bedplate.serve.as_chat import call, chat_request, said
-from bedplate.serve.chat import ChatRequest, joined
+from bedplate.serve.chat import MOST_MESSAGES, ChatRequest, joined
 from bedplate.serve.errors import ApiError
 from bedplate.serve.tools import Name
 from bedplate.serve.wire import Asking, Sampling, Strict
@@ -61,15 +61,18 @@ class ToolResult(Marked):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] = ""
+    content: str | Annotated[list[TextBlock], Field(max_length=MOST_MESSAGES)] = ""
     is_error: bool = False
+
+
+Block = Annotated[TextBlock | ToolUse | ToolResult, Field(discriminator="type")]
 
 
 class Turn(Strict):
     """A turn of either side."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Annotated[TextBlock | ToolUse | ToolResult, Field(discriminator="type")]]
+    content: str | Annotated[list[Block], Field(max_length=MOST_MESSAGES)]
 
 
 class FunctionTool(Marked):
@@ -120,9 +123,9 @@ class Metadata(Strict):
 class Conversation(Asking):
     """What is read: all that `/v1/messages/count_tokens` has."""
 
-    messages: Annotated[list[Turn], Field(min_length=1)]
-    system: str | list[TextBlock] | None = None
-    tools: list[FunctionTool] = Field(default_factory=list)
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES)]
+    system: str | Annotated[list[TextBlock], Field(max_length=MOST_MESSAGES)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=128)] = Field(default_factory=list)
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig = OutputConfig()
@@ -134,7 +137,9 @@ class MessagesRequest(Sampling, Conversation):
     """`/v1/messages`. service_tier: there is one."""
 
     max_tokens: Annotated[int, Field(ge=1)]
-    stop_sequences: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
+    stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)] = Field(
+        default_factory=list
+    )
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from bedplate.serve.as_chat import call, chat_request, said
-from bedplate.serve.chat import ChatRequest, joined
+from bedplate.serve.chat import MOST_MESSAGES, ChatRequest, joined
 from bedplate.serve.errors import ApiError
 from bedplate.serve.tools import Function, NamedFunction
 from bedplate.serve.wire import Accepted, Sampling, Strict
@@ -37,7 +37,7 @@ class Message(Strict):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES)]
     id: str | None = None
     status: Status | None = None
     phase: Literal["commentary", "final_answer"] | None = None
@@ -59,7 +59,7 @@ class FunctionCallOutput(Strict):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[TextPart]
+    output: str | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES)]
     id: str | None = None
     status: Status | None = None
 
@@ -109,12 +109,17 @@ class Streamed(Strict):
 class ResponsesRequest(Sampling, Accepted):
     """`/v1/responses`. max_tool_calls: of OpenAI's own tools, which are not here."""
 
-    input: str | Annotated[list[Message | FunctionCall | FunctionCallOutput], Field(min_length=1)]
+    input: (
+        str
+        | Annotated[
+            list[Message | FunctionCall | FunctionCallOutput], Field(min_length=1, max_length=MOST_MESSAGES)
+        ]
+    )
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
     text: Text = Text()
-    tools: list[FunctionTool] = Field(default_factory=list)
+    tools: Annotated[list[FunctionTool], Field(max_length=128)] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | ChosenTool = "auto"
     parallel_tool_calls: bool = True
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

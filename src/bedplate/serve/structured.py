@@ -110,10 +110,12 @@ def grammar_of(request: Constrained) -> Grammar | None:
             raise ApiError(400, message, param="structured_outputs")
         return _of_outputs(outputs)
     if isinstance(form, JsonFormat):
-        return Grammar([schema_part({"type": "object"})], "response_format")
+        return Grammar([schema_part({"type": "object"}, "response_format")], "response_format")
     if isinstance(form, SchemaFormat):
         strict = bool(form.json_schema.strict)
-        return Grammar([schema_part(form.json_schema.wanted, strict)], "response_format", strict)
+        return Grammar(
+            [schema_part(form.json_schema.wanted, "response_format", strict)], "response_format", strict
+        )
     return None
 
 
@@ -124,7 +126,7 @@ def _of_outputs(outputs: StructuredOutputs) -> Grammar:
         raise ApiError(400, "Give one of json, regex, choice and grammar.", param=param)
     ((kind, value),) = given.items()
     if kind == "json":
-        part = schema_part(value)
+        part = schema_part(value, f"{param}.json")
     elif kind == "regex":
         (part,) = json.loads(LLMatcher.grammar_from_regex(value))["grammars"]
     else:
@@ -132,11 +134,17 @@ def _of_outputs(outputs: StructuredOutputs) -> Grammar:
     return Grammar([part], f"{param}.{kind}")
 
 
-def schema_part(schema: Json, strict: bool = True) -> Json:
-    """The grammar of JSON. strict: what the grammar cannot hold is an error, and not ignored."""
-    own = schema.get("x-guidance") or {}
+def schema_part(schema: Json, param: str, strict: bool = True) -> Json:
+    """The grammar of JSON. param: the field that the schema is of.  strict: what the grammar cannot hold is an error,
+    and not ignored.
+
+    ApiError: the schema has options of llguidance.
+    """
+    if "x-guidance" in schema:
+        message = f"{param}: x-guidance is no keyword of a schema that this server honours."
+        raise ApiError(400, message, param=param)
     coerced = {} if strict else {"coerce_one_of": True}  # as anyOf
-    return {"json_schema": {**schema, "x-guidance": {**own, **_WRITTEN, "lenient": not strict, **coerced}}}
+    return {"json_schema": {**schema, "x-guidance": {**_WRITTEN, "lenient": not strict, **coerced}}}
 
 
 def quoted(text: str) -> str:

@@ -10,13 +10,13 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from bedplate.runtime.messages import Conversation, Message
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.errors import ApiError
 from bedplate.serve.structured import Grammar, quoted, schema_part
-from bedplate.serve.wire import Strict
+from bedplate.serve.wire import Part, Strict
 
 Json = dict[str, Any]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -56,7 +56,7 @@ class NamedTool(Strict):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
-class CalledFunction(BaseModel):
+class CalledFunction(Part):
     """arguments: the text of a JSON object."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -65,7 +65,7 @@ class CalledFunction(BaseModel):
     arguments: str
 
 
-class MadeCall(BaseModel):
+class MadeCall(Part):
     """A call of an earlier answer. Other fields go to the chat template as they are."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -134,7 +134,7 @@ class Calling(NamedTuple):
         for i, function in enumerate(self.functions):
             begin = f'{OPENING}{function.name}", "{form.arguments}": '
             rules.append(f'f{i}: {quoted(begin)} @part{i + 1} "}}"')
-            parts.append(schema_part(_parameters(function), bool(function.strict)))
+            parts.append(schema_part(_parameters(function), "tools", bool(function.strict)))
         rules.append(f"body: {' | '.join(f'f{i}' for i in range(len(self.functions)))}")
         marker, end = _token(form.marker, form.marker_token), _token(form.end, form.end_token)
         more = f' (", " body)* {quoted("]")}' if several else f" {quoted(']')}"

@@ -5,18 +5,61 @@ A field that is unknown, or has a value that is not honoured, is an error of 400
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
 
 Stop = Annotated[str, Field(max_length=1000)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class Strict(BaseModel):
+def _at_most(most: int) -> BeforeValidator:
+    """Of an object with any names: how many. It is checked before each of them can make an error."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise PydanticCustomError("too_long", "It has more than {most} names", {"most": most})
+        return value
+
+    return BeforeValidator(check)
+
+
+def _fail_fast(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        _fail_fast(list(schema.values()))
+    elif isinstance(schema, list):
+        for part in schema:
+            _fail_fast(part)
+
+
+class Part(BaseModel):
+    """Of a body. One error is told, so few are made: it can have millions of wrong items."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """A list is read up to its first wrong item."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
+
+
+class Strict(Part):
     """Knows its fields, and no others. Text is not taken for a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_few_unknown(cls, fields: Any) -> Any:
+        """Of too many fields, one that is unknown is left, so that not each makes an error."""
+        most = len(cls.model_fields) + 1
+        few = isinstance(fields, dict) and len(fields) > most
+        return dict(islice(fields.items(), most)) if few else fields
 
 
 class Lora(Strict):
@@ -43,7 +86,7 @@ class Asking(Strict):
     """
 
     model: str
-    lora: list[Lora] | None = None
+    lora: Annotated[list[Lora], Field(max_length=64)] | None = None
     user: Annotated[str, Field(max_length=256)] | None = None
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     cache_salt: str = ""
@@ -71,7 +114,7 @@ class Sampling(Asking):
     stream: bool = False
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, _Bias], Field(max_length=16384), _at_most(16384)] | None = None
     top_k: Annotated[int, Field(ge=0)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -100,7 +143,7 @@ class Accepted(Asking):
     prompt_cache_retention: the cache goes by content, and is in memory.  safety_identifier: a `user`.
     """
 
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16), _at_most(16)] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     prompt_cache_key: str | None = None
