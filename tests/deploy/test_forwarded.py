@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import ValidationError
@@ -20,10 +21,11 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from bedplate.deploy.ray.forwarded import Call, Head, adapters_of, answered
-from bedplate.deploy.ray.ingress import _Forwarded
+from bedplate.deploy.ray.ingress import Ingress, _Forwarded
 from bedplate.deploy.ray.options import RayOptions
 from bedplate.deploy.ray.router import AdapterRouter
 from bedplate.deploy.ray.together import together
+from bedplate.serve import guard
 
 CALL = Call("POST", "/echo", b"a=1", [(b"x-own", b"yes")], ("127.0.0.1", 1), b'{"b": 2}', [])
 
@@ -289,3 +291,82 @@ def test_an_answer_that_has_begun_breaks_off() -> None:
 def test_too_many_wait() -> None:
     status, body = forwarded(_Handle([BackPressureError(5, 5)]))
     assert status == 429 and json.loads(body)["error"]["type"] == "rate_limit_error"
+
+
+class TestTheGuard:
+    """What an ingress lets through to a replica."""
+
+    HEADERS: ClassVar = {"authorization": "Bearer secret"}
+
+    def ingress(self, tmp_path: Path, *answers: list[Any], **settings: Any) -> Ingress:
+        (tmp_path / "keys").write_text("secret")
+        options = RayOptions(bundle="toy.bundle", api_key_file=str(tmp_path / "keys"), settings=settings)
+        return Ingress(_Handle(*answers), options)
+
+    def ask(
+        self,
+        ingress: Ingress,
+        *pieces: bytes,
+        path: str = "/v1/chat/completions",
+        method: str = "POST",
+        headers: Mapping[str, str] = HEADERS,
+    ) -> tuple[int, Any, int]:
+        """The status and the body of the answer, and how many pieces of the body were not read. After the pieces,
+        nothing comes, unless the last one is empty.
+        """
+        left, said = list(pieces), list[Any]()
+
+        async def receive() -> Any:
+            if not left:
+                await asyncio.sleep(60)
+            piece = left.pop(0)
+            return {"type": "http.request", "body": piece, "more_body": bool(piece)}
+
+        async def send(message: Any) -> None:
+            said.append(message)
+
+        encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": encoded}
+
+        async def run() -> None:
+            answer = await ingress(Request(scope))
+            await answer(scope, receive, send)
+
+        asyncio.run(run())
+        return said[0]["status"], b"".join(one["body"] for one in said[1:]), len(left)
+
+    def test_asks_for_a_key_before_it_reads(self, tmp_path: Path) -> None:
+        ingress = self.ingress(tmp_path, [Head(200, []), b"yes"])
+        for headers in ({}, {"authorization": "Bearer wrong"}):
+            status, body, left = self.ask(ingress, b"{}", b"", headers=headers)
+            assert (status, left) == (401, 2) and json.loads(body)["error"]["code"] == "invalid_api_key"
+        status, body, _ = self.ask(ingress, path="/v1/messages", headers={})
+        assert status == 401 and json.loads(body)["error"]["type"] == "authentication_error"
+        assert self.ask(ingress, b"{", b"}", b"") == (200, b"yes", 0)
+        status, body, left = self.ask(ingress, b"{}", b"", path="/v1/load_lora_adapter")
+        assert (status, left) == (403, 2)
+
+    def test_bounds_each_body_and_all_together(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(guard, "_BODIES", 1)
+        answer = [Head(200, []), b"yes"]
+        ingress = self.ingress(tmp_path, answer, answer, max_body=10)
+        for _ in range(2):  # what the first one held is free
+            assert self.ask(ingress, b"x" * 8, b"")[0] == 200
+        assert self.ask(ingress, headers={**self.HEADERS, "content-length": "11"})[0] == 413
+        monkeypatch.setattr(guard, "_BODIES", 2)
+        assert self.ask(ingress, b"x" * 8, b"x" * 8, b"")[0] == 413
+        monkeypatch.setattr(guard, "_BODIES", 0)
+        status, body, _ = self.ask(ingress, b"x" * 8, b"")
+        assert status == 503 and json.loads(body)["error"]["code"] == "overloaded"
+
+    def test_waits_for_a_body_only_so_long(self, tmp_path: Path) -> None:
+        assert self.ask(self.ingress(tmp_path, client_timeout=0.05), b"{")[0] == 408
+
+    def test_answers_browsers_that_ask_whether_they_may(self, tmp_path: Path) -> None:
+        ingress = self.ingress(tmp_path, allow_origins=["https://page.example"])
+        asked = {"origin": "https://page.example", "access-control-request-method": "POST"}
+        assert self.ask(ingress, method="OPTIONS", headers=asked)[0] == 200
+
+    def test_does_not_end_an_answer_that_breaks_off(self, tmp_path: Path) -> None:
+        with pytest.raises(ConnectionError):
+            self.ask(self.ingress(tmp_path, [Head(200, []), b"{", LOST]), b"{}", b"")

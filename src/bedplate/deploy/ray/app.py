@@ -9,12 +9,10 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from bedplate.deploy.node_bundle import name_of
 from bedplate.deploy.ray.ingress import Ingress
 from bedplate.deploy.ray.options import RayOptions
 from bedplate.deploy.ray.replica import Replica
 from bedplate.deploy.ray.router import AdapterRouter
-from bedplate.serve.settings import Settings
 
 
 def build_app(args: RayOptions | Mapping[str, Any]) -> Application:
@@ -44,8 +42,7 @@ def build_app(args: RayOptions | Mapping[str, Any]) -> Application:
         graceful_shutdown_timeout_s=options.drain_seconds,
         ray_actor_options={"num_cpus": 0},
     )
-    most = Settings(**options.settings).max_body
-    return ingress.bind(replicas.bind(options), options.name or name_of(options.bundle), most)
+    return ingress.bind(replicas.bind(options), options)
 
 
 def _scaling(options: RayOptions) -> dict[str, Any]:

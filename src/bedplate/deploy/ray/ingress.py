@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray.exceptions import (
@@ -17,14 +17,20 @@ from ray.exceptions import (
 )
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bedplate.deploy.node_bundle import name_of
 from bedplate.deploy.ray.forwarded import REPLICA, Call, Head, adapters_of
+from bedplate.deploy.ray.options import RayOptions
 from bedplate.deploy.ray.together import together
 from bedplate.serve import stream
 from bedplate.serve.errors import ApiError
+from bedplate.serve.guard import Guard
+from bedplate.serve.server import Server
+from bedplate.serve.settings import Settings
 
 logger = logging.getLogger("bedplate.deploy")
 _LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError)
@@ -36,32 +42,40 @@ _OF_ONE_REPLICA = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 class Ingress:
-    """The deployment that Ray's proxies call. base: what the base is called.  most: bytes of a body."""
+    """The deployment that Ray's proxies call. Who may not come in, or sends too much, reaches no replica."""
 
-    def __init__(self, replicas: DeploymentHandle, base: str, most: int) -> None:
-        self._replicas, self._base, self._most = replicas, base, most
+    def __init__(self, replicas: DeploymentHandle, options: RayOptions) -> None:
+        self._replicas, self._base = replicas, options.name or name_of(options.bundle)
+        settings = options.server()
+        self._app: ASGIApp = Guard(self._answer, cast("Server", _Guarded(settings)))
+        if origins := settings.allow_origins:  # a browser asks for them without a key
+            self._app = CORSMiddleware(
+                self._app, allow_origins=origins, allow_headers=["*"], allow_methods=["*"]
+            )
 
     async def __call__(self, request: Request) -> Response:
-        path = request.scope["path"]
+        return _Answer(self._app)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request, path = Request(scope, receive), scope["path"]
         if path in _OF_ONE_REPLICA:
             message = "Adapters come from the folder that the server was given: put it there, or remove it."
-            return _refusal(ApiError(403, message), path)
+            raise ApiError(403, message)
         try:
-            body = await _body(request, self._most)
-        except ApiError as error:
-            return _refusal(error, path)
+            body = await request.body()
+        except ClientDisconnect:
+            raise ApiError(499, "The client is gone.") from None  # nobody reads it
         call = Call(
             method=request.method,
             path=path,
-            query=request.scope["query_string"],
-            headers=[(bytes(name), bytes(value)) for name, value in request.scope["headers"]],
-            client=request.scope.get("client"),
+            query=scope["query_string"],
+            headers=[(bytes(name), bytes(value)) for name, value in scope["headers"]],
+            client=scope.get("client"),
             body=body,
             adapters=adapters_of(body, self._base),
         )
-        if path == "/metrics":
-            return await self._metrics(call)
-        return _Forwarded(self._replicas, call)
+        answer = await self._metrics(call) if path == "/metrics" else _Forwarded(self._replicas, call)
+        await answer(scope, receive, send)
 
     async def _metrics(self, call: Call) -> Response:
         """Of all replicas that answer in time, each with a label."""
@@ -78,6 +92,33 @@ class Ingress:
                 )
             texts[dict(head.headers)[REPLICA].decode()] = body.decode()
         return Response(together(texts), media_type=CONTENT_TYPE_LATEST)
+
+
+class _Guarded(NamedTuple):
+    """What `Guard` asks of a server. Ray itself ends the requests of one that stops."""
+
+    settings: Settings
+    draining: bool = False
+
+
+class _Answer(Response):
+    """What the guarded application says. If it breaks off, so does this: the guard only stops."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__()
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ended = True
+
+        async def say(message: Message) -> None:
+            nonlocal ended
+            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        await self._app(scope, receive, say)
+        if not ended:
+            raise ConnectionError("the answer is not complete")
 
 
 class _Forwarded(Response):
@@ -176,15 +217,3 @@ def _error_event(path: str, error: ApiError) -> str:
         said = {"type": "error", "code": error.code, "message": error.message, "param": None}
         return stream.data(said, "error")
     return stream.data(error.body())
-
-
-async def _body(request: Request, most: int) -> bytes:
-    data = bytearray()
-    try:
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > most:
-                raise ApiError(413, f"The body has more than {most} bytes.", code="body_too_large")
-    except ClientDisconnect:
-        raise ApiError(499, "The client is gone.") from None  # nobody reads it
-    return bytes(data)

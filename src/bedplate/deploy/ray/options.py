@@ -12,7 +12,7 @@ from bedplate.serve.settings import Settings
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
-_OF_RAY = {"host", "port", "keys", "drain", "client_timeout", "allow_adapters_from", "max_adapters", "watch"}
+_OF_RAY = {"host", "port", "keys", "drain", "allow_adapters_from", "max_adapters", "watch"}
 
 
 class RayOptions(BaseModel):
@@ -39,7 +39,8 @@ class RayOptions(BaseModel):
     threads: that compute in a replica. Ray counts as many CPUs for it.
     kv, max_context, memory_bytes, cache_bytes: see `bedplate.Engine`.
     api_key_file: who may use it: a file that each node has, as for `bedplate serve`.
-    settings: fields of `bedplate.serve.settings.Settings`. Each replica counts for itself what they limit.
+    settings: fields of `bedplate.serve.settings.Settings`. Each replica counts for itself what they limit, and each
+        ingress the bytes of the bodies that it holds.
     """
 
     model_config = ConfigDict(extra="forbid")
