@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import json
+import logging
 import shutil
 import socket
 import struct
@@ -260,6 +262,8 @@ def test_a_failure_is_a_500_and_says_nothing_of_the_request(
         raise KeyError(f"{MARK} in {choice.options}") from ValueError(MARK)
 
     monkeypatch.setattr(Choice, "finish", property(fail))
+    log = io.StringIO()
+    monkeypatch.setattr(logging.getLogger("bedplate.serve"), "handlers", [logging.StreamHandler(log)])
     messages = [{"role": "user", "content": MARK}]
     said = ask(live.address, chat(messages=messages, max_tokens=2, stream=stream))
     if stream:
@@ -269,7 +273,7 @@ def test_a_failure_is_a_500_and_says_nothing_of_the_request(
         assert said.status == 500
         error = said.error
     assert error["type"] == "server_error" and MARK not in str(said.body)
-    logged = "".join(capfd.readouterr())
+    logged = log.getvalue() + "".join(capfd.readouterr())
     assert MARK not in logged and "KeyError" in logged and error["code"].removeprefix("failure_") in logged
     wait_until(lambda: not live.server.places.running)
 

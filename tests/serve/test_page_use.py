@@ -51,7 +51,7 @@ def test_keyboard_alone(tab: Tab) -> None:
     request = tab.page.get_by_label("Command").input_value()
     assert '"lora":[{"id":"all2","scale":0.95}]' in request and "a cat" in request
     keys.press("Escape")
-    assert "Column B: show the request" in focus()
+    expect(tab.page.get_by_label("Column B: show the request")).to_be_focused()
 
 
 CONTRASTS = """() => {
