@@ -29,7 +29,7 @@ def test_it_serves_the_bundle_of_the_demo(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_its_target_installs_what_it_needs() -> None:
     said: Any = subprocess.run(
-        ["make", "--dry-run", "serve-demo", "SERVE_ARGS=--port 0"],
+        ["make", "--no-print-directory", "--dry-run", "serve-demo", "SERVE_ARGS=--port 0"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -11,9 +11,12 @@ import pytest
 from bedplate.bundle.store import Bundle
 from bedplate.errors import NotFoundError, RunError
 from bedplate.runtime.engine import Engine
+from bedplate.runtime.lookup import MOST
 from bedplate.runtime.session import Session
 
 TEXT = [5, 9, 13, 2, 7, 11, 3, 3, 8, 21]
+
+OF_A_STEP = 1 + MOST  # events: the step before the end may have chosen what lookup proposed
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +298,7 @@ class TestCancel:
         thread = threading.Thread(target=session.cancel)
         thread.start()
         thread.join()
-        assert len(list(pieces)) <= 1
+        assert len(list(pieces)) <= OF_A_STEP
         assert session.last is not None and session.last.finish_reason == "cancelled"
 
     def test_before_the_first_step(self, session: Session, pieces: Iterator[str]) -> None:
@@ -336,7 +339,7 @@ class TestCancel:
         next(pieces)
         newer = session.generate("xyz", max_tokens=4)
         assert newer == engine.session().generate("xyz", max_tokens=4)
-        assert len(list(pieces)) <= 1
+        assert len(list(pieces)) <= OF_A_STEP
 
     @pytest.mark.parametrize("what", ["reset", "step", "logits", "use"])
     def test_whatever_changes_the_session_ends_it(
@@ -350,5 +353,5 @@ class TestCancel:
         else:
             getattr(session, what)([1])
         held = session.tokens
-        assert len(list(pieces)) <= 1
+        assert len(list(pieces)) <= OF_A_STEP
         assert session.tokens == held
