@@ -209,12 +209,12 @@ def test_who_goes_away_frees_the_place_within_a_step(slow: Live, stream: bool) -
     queued = open_request(slow.address, chat(stream=stream))
     wait_until(lambda: slow.server.places.waiting)
     queued.close()
-    wait_until(lambda: not slow.server.places.waiting, seconds=1)
+    wait_until(lambda: not slow.server.places.waiting)
     assert not _idle(slow)
-    left = time.monotonic()
+    steps = slow.engine.activity().steps
     gone.close()
-    wait_until(lambda: _idle(slow), seconds=1)
-    assert time.monotonic() - left < 0.3, "more than a step and what the machine needs"
+    wait_until(lambda: _idle(slow))
+    assert slow.engine.activity().steps - steps < 25, "some go on until the server hears of it, not all 60"
 
     def nobody_holds_them() -> bool:
         gc.collect()
@@ -242,7 +242,7 @@ def test_others_are_answered_while_weights_load(
     load = loading.load_adapter
 
     def slowly(*arguments: Any) -> Any:
-        time.sleep(1)
+        time.sleep(2)
         return load(*arguments)
 
     monkeypatch.setattr(loaded, "load_adapter", slowly)
@@ -268,7 +268,7 @@ def test_others_are_answered_while_weights_load(
             assert ask(live.address, path="/health").status == 200
             longest, rounds = max(longest, time.perf_counter() - start), rounds + 1
         assert [one.result().status for one in asked] == [200, 200, 400, 200, 200, 200, 200, 200]
-        assert longest < 0.9 and rounds > 5  # a load takes a second
+        assert longest < 1.8 and rounds > 5  # a load takes two seconds
 
 
 def test_a_rate_of_tokens(toy_bundle: bedplate.Bundle) -> None:
