@@ -48,6 +48,7 @@ def test_keyboard_alone(tab: Tab) -> None:
     expect(tab.column("A").locator(".prompt")).to_have_text("You: the\nfox")
     tab_to("Column B: show the request", "Shift+Tab")
     keys.press("Enter")
+    expect(tab.page.get_by_label("Command")).to_be_focused()  # the dialog is open
     request = tab.page.get_by_label("Command").input_value()
     assert '"lora":[{"id":"all2","scale":0.95}]' in request and "a cat" in request
     keys.press("Escape")
