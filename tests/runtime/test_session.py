@@ -16,8 +16,6 @@ from bedplate.runtime.session import Session
 
 TEXT = [5, 9, 13, 2, 7, 11, 3, 3, 8, 21]
 
-OF_A_STEP = 1 + MOST  # events: the step before the end may have chosen what lookup proposed
-
 
 @pytest.fixture(scope="module")
 def engine(toy_bundle: Bundle) -> Iterator[Engine]:
@@ -288,17 +286,27 @@ class TestReuse:
 
 
 class TestCancel:
+    @pytest.fixture(params=[1, 1 + MOST], ids=["alone", "lookup"])
+    def most_left(self, request: pytest.FixtureRequest) -> int:
+        """Pieces that may still come. A step chooses one token, or those too that lookup proposed."""
+        return int(request.param)
+
+    @pytest.fixture
+    def session(self, toy_bundle: Bundle, most_left: int) -> Iterator[Session]:
+        with Engine(toy_bundle, lookup=most_left > 1) as engine:
+            yield engine.session()
+
     @pytest.fixture
     def pieces(self, session: Session, hot: float) -> Iterator[str]:
         """A generation that is long from ended."""
         return session.generate("ab", max_tokens=60, temperature=hot, seed=1, stream=True)
 
-    def test_from_another_thread(self, session: Session, pieces: Iterator[str]) -> None:
+    def test_from_another_thread(self, session: Session, pieces: Iterator[str], most_left: int) -> None:
         next(pieces)
         thread = threading.Thread(target=session.cancel)
         thread.start()
         thread.join()
-        assert len(list(pieces)) <= OF_A_STEP
+        assert len(list(pieces)) <= most_left
         assert session.last is not None and session.last.finish_reason == "cancelled"
 
     def test_before_the_first_step(self, session: Session, pieces: Iterator[str]) -> None:
@@ -334,16 +342,16 @@ class TestCancel:
         assert session.generate("ab", max_tokens=3) and session.last is not stats
 
     def test_a_newer_generation_ends_an_older_one(
-        self, engine: Engine, session: Session, pieces: Iterator[str]
+        self, engine: Engine, session: Session, pieces: Iterator[str], most_left: int
     ) -> None:
         next(pieces)
         newer = session.generate("xyz", max_tokens=4)
         assert newer == engine.session().generate("xyz", max_tokens=4)
-        assert len(list(pieces)) <= OF_A_STEP
+        assert len(list(pieces)) <= most_left
 
     @pytest.mark.parametrize("what", ["reset", "step", "logits", "use"])
     def test_whatever_changes_the_session_ends_it(
-        self, engine: Engine, session: Session, pieces: Iterator[str], what: str
+        self, engine: Engine, session: Session, pieces: Iterator[str], what: str, most_left: int
     ) -> None:
         next(pieces)
         if what == "use":
@@ -353,5 +361,5 @@ class TestCancel:
         else:
             getattr(session, what)([1])
         held = session.tokens
-        assert len(list(pieces)) <= OF_A_STEP
+        assert len(list(pieces)) <= most_left
         assert session.tokens == held
