@@ -180,6 +180,23 @@ class TestGenerate:
             monkeypatch.undo()
             session.generate([{"role": "user", "content": deep}], max_tokens=1)
 
+    def test_tokens_without_text_are_not_decoded_again_and_again(
+        self, engine: Engine, session: Session, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        decode, most = Tokenizer.decode, 0
+
+        def watched(self: Tokenizer, ids: list[int]) -> str:
+            nonlocal most
+            most = max(most, len(ids))
+            return decode(self, ids)
+
+        monkeypatch.setattr(Tokenizer, "decode", watched)
+        (end,) = engine.tokenizer.end_ids
+        options: dict[str, Any] = {"ignore_eos": True, "logit_bias": {end: 100}}
+        assert session.generate("ab", max_tokens=40, **options) == ""
+        assert session.last is not None and session.last.generated_tokens == 40
+        assert most < 5
+
     def test_a_stop_string_ends_it_and_is_left_out(
         self, engine: Engine, session: Session, hot: float
     ) -> None:
