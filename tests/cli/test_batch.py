@@ -15,7 +15,8 @@ from terminal import Terminal
 
 import bedplate
 from bedplate.cli.requests import Defaults, Request, answered
-from bedplate.errors import BedplateError
+from bedplate.cli.unfinished import unfinished
+from bedplate.errors import BedplateError, RunError
 from bedplate.runtime.session import Session
 
 SHORT = ("--max-tokens", 8)
@@ -127,6 +128,7 @@ WRONG: list[tuple[bytes, str]] = [
     (b'{"messages": []}', "there are no messages"),
     (b'{"messages": [{"role": "user", "content": 5}]}', "the content is 5"),
     (b'{"prompt": "x", "id": 1.5}', "id is 1.5"),
+    (b'{"prompt": "x", "id": true}', "id is True"),
     (b'{"prompt": "x", "id": "\\udce9"}', "id is not text"),
     (b'{"prompt": "x", "adapter": "nosuch"}', "no adapter 'nosuch'"),
     (b'{"prompt": "x", "adapter": 5}', "the adapter's name is 5"),
@@ -271,13 +273,30 @@ def test_mistakes(run: Any, command: Command, toy_bundle: bedplate.Bundle, tmp_p
     failed(command("run", bundle, "-p", "x", "--output", "y"), "--output without --file")
     failed(command("run", bundle, "--file", tmp_path / "none.jsonl"), "none.jsonl: No such file")
     failed(run(given, "--parallel", 0), "parallel is 0")
+    assert run(given, "--parallel", 10**20).code == 0
     failed(run(given, "--adapter", "nosuch"), "no adapter 'nosuch'")
+    failed(run(given, "--output", tmp_path / "prompts.jsonl"), "it is the file of the prompts")
+    assert (tmp_path / "prompts.jsonl").read_text() == given and len(list(tmp_path.iterdir())) == 1
     failed(run(given, "--output", tmp_path), f"{tmp_path}: it is not a file")
     failed(run(given, "--output", "/dev/null"), "/dev/null: it is not a file")
     failed(run(given, "--output", tmp_path / "no" / "x"), "No such file or directory")
     with (tmp_path / "x.part").open("wb") as part:
         fcntl.flock(part, fcntl.LOCK_EX)
         failed(run(given, "--output", tmp_path / "x"), "another run writes this output")
+
+
+def test_a_run_that_ends_just_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file beside the output goes between the moments when another run opens it and locks it."""
+    lock = fcntl.flock
+
+    def late(file: Any, how: int) -> None:
+        (tmp_path / "x.part").unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(RunError, match="another run writes this output"), unfinished(tmp_path / "x"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_progress_is_for_terminals(run: Any, toy_bundle: bedplate.Bundle, tmp_path: Path) -> None:

@@ -351,6 +351,23 @@ def test_no_check_reads_no_more_than_it_needs(command: Command, copy: Path) -> N
         assert command(*args, "--no-check").code == 0
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("prompt", 0, "the length of a prompt is 0"),
+        ("answer", 0, "the number of tokens of an answer is 0"),
+        ("batch", 0, "the number of sessions is 0"),
+        ("position", -1, "the position is -1"),
+        ("runs", 0, "the number of runs is 0"),
+        ("position", 200, "264 positions do not fit the context of 256"),
+    ],
+)
+def test_bad_input_to_bench(
+    command: Command, toy_bundle: bedplate.Bundle, option: str, value: int, words: str
+) -> None:
+    failed(command("bench", toy_bundle.path, f"--{option}", value), words)
+
+
 def test_bad_input_to_run(command: Command, toy_bundle: bedplate.Bundle) -> None:
     failed(command("run", toy_bundle.path, "-p", "dog " * 400), "do not fit the context of 256")
     failed(command("run", toy_bundle.path, "-p", "x", "--temperature", -1), "temperature")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -87,6 +88,53 @@ def test_logprobs_of_the_chosen_alone(engine: Engine) -> None:
     found = events(engine, seed=3, logprobs=0)
     assert all(one.top == () for event in found for one in event.logprobs or ())
     assert sum(len(event.logprobs or ()) for event in found) == len(tokens(found)) > 0
+
+
+def test_logprobs_of_more_tokens_than_there_are(engine: Engine) -> None:
+    """As of all."""
+    all_of_them = events(engine, seed=3, logprobs=320)
+    assert events(engine, seed=3, logprobs=10**30) == all_of_them
+    assert list(engine.session().logprobs([5, 9, 13], top=10**30)) == list(
+        engine.session().logprobs([5, 9, 13], top=320)
+    )
+
+
+def test_logprobs_of_a_text_are_those_of_its_logits(engine: Engine) -> None:
+    """Longer than what is computed at once, and of a session that goes on with what it holds."""
+    ids = [int(one) for one in np.random.default_rng(3).integers(2, 320, 150)]
+    session = engine.session("all")
+    session.step([7, 8])
+    found = list(session.logprobs(ids, top=2))
+    assert session.tokens == (7, 8) and [one.token for one in found] == ids[1:]
+    rows = engine.session("all").logits(ids)[:-1].astype(np.float64)
+    for one, row in zip(found, rows, strict=True):
+        expected = row - row.max() - np.log(np.exp(row - row.max()).sum())
+        assert one.logprob == pytest.approx(expected[one.token], abs=2e-6)
+        assert [token for token, _ in one.top] == np.argsort(-row, kind="stable")[:2].tolist()
+
+
+def test_logprobs_of_logits_that_are_not_numbers(engine: Engine) -> None:
+    session = engine.session()
+    session.use("all", scale=3e38)
+    with pytest.raises(RunError, match="the model's logits are not numbers\nhint: "):
+        list(session.logprobs([5, 9, 13]))
+
+
+@pytest.mark.parametrize("option", ["mask", "on_prefill"])
+def test_a_function_of_the_caller_that_has_nothing_more(engine: Engine, option: str) -> None:
+    """Its StopIteration does not look like the end of the answer."""
+    nothing = iter(())
+    options: dict[str, Any] = {option: lambda *_: next(nothing)}
+    asked: list[Iterator[Any]] = [
+        engine.session().events("ab", max_tokens=3, **options),
+        engine.session().generate("ab", max_tokens=3, stream=True, **options),
+    ]
+    for pieces in asked:
+        with pytest.raises(RuntimeError, match="raised StopIteration"):
+            list(pieces)
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        asyncio.run(engine.session().generate_async("ab", max_tokens=3, **options))
+    assert engine.running == 0
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array])

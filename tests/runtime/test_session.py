@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from bedplate.bundle.store import Bundle
-from bedplate.errors import NotFoundError, RunError
+from bedplate.errors import ContextFullError, NotFoundError, RunError
 from bedplate.runtime.engine import Engine
 from bedplate.runtime.lookup import MOST
 from bedplate.runtime.session import Session
+from bedplate.runtime.tokenizer import Tokenizer
 
 TEXT = [5, 9, 13, 2, 7, 11, 3, 3, 8, 21]
 
@@ -159,6 +160,42 @@ class TestGenerate:
         limit = engine.limits.max_context
         with pytest.raises(RunError, match=rf"{limit + 1} tokens do not fit the context of {limit}\nhint: "):
             session.generate("a" * (limit + 1), max_tokens=1)
+
+    def test_a_text_that_is_certainly_longer_is_not_tokenized(
+        self, session: Session, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Tokenizing takes up to 200 bytes of memory for each of it."""
+        for method in ("encode", "encode_chat"):
+            monkeypatch.setattr(Tokenizer, method, lambda *_, **__: pytest.fail("it is tokenized"))
+        text = "x" * 1_000_000
+        for prompt in (text, [{"role": "user", "content": text}]):
+            with pytest.raises(
+                ContextFullError, match=r"1000\d\d\d characters do not fit the context of 256"
+            ):
+                session.generate(prompt, max_tokens=1)
+        deep: Any = text
+        for _ in range(5000):
+            deep = [deep]
+        with pytest.raises(RunError, match="nested too deeply"):
+            monkeypatch.undo()
+            session.generate([{"role": "user", "content": deep}], max_tokens=1)
+
+    def test_tokens_without_text_are_not_decoded_again_and_again(
+        self, engine: Engine, session: Session, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        decode, most = Tokenizer.decode, 0
+
+        def watched(self: Tokenizer, ids: list[int]) -> str:
+            nonlocal most
+            most = max(most, len(ids))
+            return decode(self, ids)
+
+        monkeypatch.setattr(Tokenizer, "decode", watched)
+        (end,) = engine.tokenizer.end_ids
+        options: dict[str, Any] = {"ignore_eos": True, "logit_bias": {end: 100}}
+        assert session.generate("ab", max_tokens=40, **options) == ""
+        assert session.last is not None and session.last.generated_tokens == 40
+        assert most < 5
 
     def test_a_stop_string_ends_it_and_is_left_out(
         self, engine: Engine, session: Session, hot: float

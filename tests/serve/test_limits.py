@@ -21,12 +21,12 @@ from raw import MESSAGES, ask, chat, open_request, wait_until
 
 import bedplate
 from bedplate.runtime import loaded, loading
+from bedplate.runtime.lengths import _longest_in, _longest_of
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.runtime.session import Session
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve import openai_text
 from bedplate.serve.errors import ApiError
-from bedplate.serve.lengths import _longest_in, _longest_of
 from bedplate.serve.limits import Place, Places
 from bedplate.serve.settings import Settings
 

@@ -40,15 +40,15 @@ def naming(target: Path, draft: Path | None = None) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the name `path` when the block ends without an error, and not before.
 
-    One writer at a time: what a killed one left, the next one overwrites.
+    One writer at a time, others wait: what a killed one left, the next one overwrites.
     """
     draft = path.with_name(f".{path.name}.tmp")
-    with naming(path, draft):
+    with naming(path, draft), _locked(draft) as handle, open(handle, "wb", closefd=False) as file:
         try:
-            with draft.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            file.truncate()
+            yield file
+            file.flush()
+            os.fsync(handle)
             draft.replace(path)
         except BaseException:
             draft.unlink(missing_ok=True)
@@ -89,20 +89,28 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the one writer's lock of `folder`, waiting for whoever holds it. FileNotFoundError: no such
     folder.
     """
+    with _locked(folder / LOCK):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """Hold the lock of a file, which is made if it is not there, waiting for whoever holds it. Gives its handle."""
     while True:
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            # While we waited, the folder may have been swapped for another or removed: lock what is there
-            # now.
-            if _is_at(handle, folder / LOCK):
-                yield
+            # While we waited, the file, or its folder, may have been swapped for another or removed: lock what
+            # is there now.
+            if is_at(handle, path):
+                yield handle
                 return
         finally:
             os.close(handle)
 
 
-def _is_at(handle: int, path: Path) -> bool:
+def is_at(handle: int, path: Path) -> bool:
+    """Whether an open file still has this name."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:

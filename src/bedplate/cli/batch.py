@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bedplate.bundle import files
+from bedplate.cli.arriving import Arriving
 from bedplate.cli.output import print_json_line, stderr, stdout
 from bedplate.cli.reading import standard_input
 from bedplate.cli.requests import Answer, Defaults, Request, answered, checked, json_object
@@ -65,17 +67,20 @@ def run_file(
     """
     arguments.integer("parallel", parallel, least=1)
     checked(defaults.generation)
-    lines = _lines(file, defaults)
-    with _counted(file, shown=output is not None or not stdout.is_terminal) as count:
+    shown = output is not None or not stdout.is_terminal
+    with _opened(file) as arriving, _counted(file, shown=shown) as count:
+        lines = _lines(file, arriving, defaults)
+        answer = functools.partial(_records, engine, parallel=parallel, is_there=lambda: arriving.is_there)
         if output is None:
-            for _, record in _records(engine, lines, parallel):
+            for _, record in answer(lines):
                 count.add(record)
                 print_json_line(record)
         else:
+            _check_other(output, arriving)
             with unfinished(output) as part:
                 digest = functools.partial(_digest, hashlib.sha256(key).digest())
                 rest = _without_kept(part, lines, digest, count)
-                for line, record in _records(engine, rest, parallel):
+                for line, record in answer(rest):
                     count.add(record)
                     part.write(digest(line), record)
     count.print()
@@ -84,9 +89,24 @@ def run_file(
         raise RunError(what, where=file, hint='the field "error" of their records says why')
 
 
-def _lines(file: str, defaults: Defaults) -> Iterator[_Line]:
+@contextmanager
+def _opened(file: str) -> Iterator[Arriving]:
+    if file == "-":
+        yield Arriving(standard_input())
+    else:
+        with Path(file).open("rb") as opened:
+            yield Arriving(opened)
+
+
+def _check_other(output: Path, lines: Arriving) -> None:
+    """RunError: the answers would take the place of the prompts."""
+    if lines.handle is not None and files.is_at(lines.handle, output):
+        raise RunError("it is the file of the prompts", where=output, hint="name another file")
+
+
+def _lines(file: str, numbered: Iterator[tuple[int, bytes]], defaults: Defaults) -> Iterator[_Line]:
     name = "stdin" if file == "-" else file
-    for number, data in _numbered(file):
+    for number, data in numbered:
         id: str | int = number
         request: Request | BedplateError
         try:
@@ -101,21 +121,9 @@ def _lines(file: str, defaults: Defaults) -> Iterator[_Line]:
 
 def _id(value: Any) -> str | int:
     hint = "give text or a whole number"
-    value = arguments.instance("id", value, (str, int), hint)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise RunError(f"id is {arguments.shown(value)}", hint=hint)
     return arguments.text("id", value) if isinstance(value, str) else value
-
-
-def _numbered(file: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not empty, with their numbers."""
-    if file == "-":
-        yield from _filled(standard_input())
-    else:
-        with Path(file).open("rb") as opened:
-            yield from _filled(opened)
-
-
-def _filled(lines: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
-    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _without_kept(
@@ -135,8 +143,10 @@ def _digest(key: bytes, line: _Line) -> str:
     return hashlib.sha256(repr((key, line.where, line.data)).encode()).hexdigest()
 
 
-def _records(engine: Engine, lines: Iterator[_Line], parallel: int) -> Iterator[tuple[_Line, dict[str, Any]]]:
-    """The record of each line, in the order of the lines."""
+def _records(
+    engine: Engine, lines: Iterator[_Line], *, parallel: int, is_there: Callable[[], bool]
+) -> Iterator[tuple[_Line, dict[str, Any]]]:
+    """The record of each line, in the order of the lines. is_there: whether the next line is."""
     open_lines: dict[int, _Line] = {}
 
     def requests() -> Iterator[Request | BedplateError]:
@@ -146,7 +156,7 @@ def _records(engine: Engine, lines: Iterator[_Line], parallel: int) -> Iterator[
 
     ready: dict[int, tuple[_Line, dict[str, Any]]] = {}  # not the answers, whose sessions take memory
     following = 0
-    for at, answer in answered(engine, requests(), parallel):
+    for at, answer in answered(engine, requests(), parallel, is_there=is_there):
         line = open_lines.pop(at)
         ready[at] = line, _record(line, answer)
         while following in ready:
@@ -186,6 +196,9 @@ def _counted(file: str, *, shown: bool) -> Iterator[_Count]:
         redirect_stdout=False,  # it is data, and stays where it goes
     ) as bar:
         is_known = not bar.disable and file != "-" and Path(file).is_file()  # a pipe can be read once only
-        total = sum(1 for _ in _numbered(file)) if is_known else None
+        total = None
+        if is_known:
+            with _opened(file) as lines:
+                total = sum(1 for _ in lines)
         task = bar.add_task("answers", total=total)
         yield _Count(lambda lines: bar.update(task, completed=lines))

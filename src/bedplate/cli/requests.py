@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bedplate.cli.options import GENERATION
@@ -151,16 +150,26 @@ class Answer:
 
 
 def answered(
-    engine: Engine, requests: Iterable[Request | BedplateError], parallel: int
+    engine: Engine,
+    requests: Iterable[Request | BedplateError],
+    parallel: int,
+    *,
+    is_there: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[int, Answer]]:
     """Answer requests, so many at a time, in one thread: the engine steps all that are open together. Yields each
     answer with the place of its request, as soon as it is there.
+
+    is_there: whether the next request, or their end, is. While it is not, those that are open go on.
     """
     waiting = enumerate(requests)
     active: list[tuple[int, Answer]] = []
     try:
         while True:
-            for at, request in islice(waiting, parallel - len(active)):
+            while len(active) < parallel and (not active or is_there()):
+                following = next(waiting, None)
+                if following is None:
+                    break
+                at, request = following
                 active.append((at, Answer(request)))
                 active[-1][1].start(engine)
             if not active:

@@ -72,9 +72,12 @@ def unfinished(output: Path) -> Iterator[Unfinished]:
     with files.naming(part), part.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = files.is_at(file.fileno(), part)  # else a run has ended just now
         except BlockingIOError:
+            is_free = False
+        if not is_free:
             hint = "wait until it has ended, or name another file"
-            raise RunError("another run writes this output", where=output, hint=hint) from None
+            raise RunError("another run writes this output", where=output, hint=hint)
         file.seek(0)
         found = Unfinished(file)
         try:

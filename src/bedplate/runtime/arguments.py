@@ -31,6 +31,11 @@ def integer(name: str, value: Any, *, least: int) -> int:
     return number
 
 
+def count(name: str, value: Any, *, least: int = 0) -> int:
+    """A number of tokens that the native layer is given. More than any model has are as many as that."""
+    return min(integer(name, value, least=least), 2**32)
+
+
 def real(name: str, value: Any, hint: str) -> float:
     """A finite number."""
     if isinstance(value, bool) or not isinstance(value, Real):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bedplate.errors import RunError
+from bedplate.runtime import arguments
 from bedplate.runtime.engine import Engine
 
 
@@ -38,8 +39,17 @@ def measure_speed(
 ) -> Iterator[Speed]:
     """Measure prompts of these lengths, then answers of `answers` tokens, at each position and for each batch.
 
-    RunError: the positions do not fit the context.  NotFoundError: there is no such adapter.
+    RunError: a number is too small, or the positions do not fit the context.  NotFoundError: there is no such adapter.
     """
+    for name, numbers, least in (
+        ("the length of a prompt", prompts, 1),
+        ("the number of tokens of an answer", [answers], 1),
+        ("the number of sessions", batches, 1),
+        ("the position", positions, 0),
+        ("the number of runs", [runs], 1),
+    ):
+        for number in numbers:
+            arguments.integer(name, number, least=least)
     longest = max(*prompts, *(position + answers for position in positions))
     if longest > engine.limits.max_context:
         raise RunError(

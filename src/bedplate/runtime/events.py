@@ -30,6 +30,9 @@ class Events(Iterator[Event]):
                 if not isinstance(said, Progress):
                     break
                 _report(said, self._on_prefill)
+        except StopIteration as error:  # which would end the events as if all were well
+            self.close()
+            raise RuntimeError("a function of the caller raised StopIteration") from error
         except BaseException:
             self.close()
             raise

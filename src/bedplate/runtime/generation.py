@@ -63,7 +63,8 @@ class Generation:
         self._todo = request.prompt[stats.reused_tokens :]
         self._drafts: Sequence[int] = ()
         self._guessed = False  # whether lookup proposed them
-        self._text, self._stops = TextStream(request.tokenizer.decode), StopFilter(request.wish.stop)
+        self._text = TextStream(request.tokenizer.decode, request.tokenizer.special_ids)
+        self._stops = StopFilter(request.wish.stop)
         self._waiting: list[tuple[int, TokenLogprobs | None]] = []  # for their text
 
     @property

@@ -20,7 +20,7 @@ class Conversation(NamedTuple):
     tools: Sequence[Mapping[str, Any]] = ()
 
 
-_DEEPEST = 64  # levels of lists and objects in a message: far from where Python, or a template, gives up
+DEEPEST = 64  # levels of lists and objects in a message: far from where Python, or a template, gives up
 # Names of what a model thought before it answered; transformers offers a template the first two.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -89,8 +89,8 @@ def _plain(value: Any, where: str, depth: int) -> Any:
             return kind(value)
     if isinstance(value, str):
         return _text(value, where)
-    if depth == _DEEPEST:
-        hint = f"use at most {_DEEPEST} levels of lists and objects"
+    if depth == DEEPEST:
+        hint = f"use at most {DEEPEST} levels of lists and objects"
         raise RunError("it is nested too deeply", where=where.partition("]")[0] + "]", hint=hint)
     if isinstance(value, Mapping):
         # The name of an argument may be any text, so it is looked at as text is.

@@ -131,7 +131,7 @@ class Wish(NamedTuple):
             max_tokens=arguments.integer("max_tokens", max_tokens, least=1),
             sampling=Sampling(**sampling),
             mask=mask,
-            logprobs=None if logprobs is None else arguments.integer("logprobs", logprobs, least=0),
+            logprobs=None if logprobs is None else arguments.count("logprobs", logprobs),
             stop=arguments.texts("stop", stop),
             on_prefill=on_prefill,
             key=arguments.text("key", key),

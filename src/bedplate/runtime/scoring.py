@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from bedplate import _native
+from bedplate.errors import RunError
 from bedplate.runtime.held import Held
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.runtime.steps import Part, chunks, compute
@@ -26,6 +27,7 @@ def scored(
     """Of each token but the first, which nothing comes before. Others have turns between the chunks of a text.
 
     held: nothing else uses it. It holds the text in the end.
+    RunError: logits are not numbers.
     """
     held.clear(weights, len(ids))
     for chunk in chunks(ids, _ROWS):
@@ -35,5 +37,8 @@ def scored(
             logits = compute([Part(held, weights, chunk, wanted=len(chunk))])
             held.append(weights, chunk)
         for row, token in enumerate(ids[begin + 1 : begin + 1 + len(chunk)]):
-            logprob, likeliest = logits.log_probabilities(row, token, top)
+            try:
+                logprob, likeliest = logits.log_probabilities(row, token, top)
+            except _native.NativeError as error:
+                raise RunError(str(error), hint="bedplate verify BUNDLE finds damaged files") from error
             yield TokenLogprobs(token, logprob, tuple(likeliest))

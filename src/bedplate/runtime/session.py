@@ -17,6 +17,7 @@ from bedplate.runtime import arguments, session_file
 from bedplate.runtime.events import Events, asynchronous
 from bedplate.runtime.generation import Generation, Request, texts
 from bedplate.runtime.held import Held
+from bedplate.runtime.lengths import too_long
 from bedplate.runtime.lookup import Habits, Lookup
 from bedplate.runtime.messages import Conversation, Message
 from bedplate.runtime.request import Event, Options, Statistics, TokenLogprobs, Wish
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Prompt = str | Sequence[Message] | Sequence[int] | Conversation
+_SHORTEN = "shorten the text, reset the session, or give the engine a larger max_context"
 _LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions take much memory
 
 
@@ -241,7 +243,7 @@ class Session:
         top: so many likeliest tokens are told at each place.
         RunError: the text is longer than the context, or an argument has a wrong type or value.
         """
-        ids, top = _ids(token_ids), arguments.integer("top", top, least=0)
+        ids, top = _ids(token_ids), arguments.count("top", top)
         self._check_room(len(ids))
         weights = self._load().for_text(ids)
         _check_known(ids, weights)
@@ -359,7 +361,7 @@ class Session:
         wish = Wish.of(max_tokens=max_tokens, logprobs=logprobs, **given)
         weights, tokenizer = self._host.load_for_text(self._adapters)
         start = time.perf_counter()
-        ids = _ids(_encode(tokenizer, prompt, allow_special))
+        ids = _ids(self._encode(tokenizer, prompt, allow_special))
         weights = weights.for_text(ids)  # as in PEFT, what is generated does not turn an adapter on
         self._check_room(len(ids))
         _check_known(ids, weights)
@@ -392,6 +394,25 @@ class Session:
             stats.prefill_seconds = time.perf_counter() - start
             return generation
 
+    def _encode(self, tokenizer: Tokenizer, prompt: Prompt, allow_special: bool) -> list[int]:
+        """RunError: it is no prompt, or is longer than the context."""
+        if _are_ids(prompt):
+            return arguments.token_ids(prompt, "prompt")
+        if not isinstance(prompt, (str, Conversation)):
+            hint = 'give text, token ids, or a list of messages: [{"role": "user", "content": "…"}]'
+            prompt = Conversation(
+                cast("Sequence[Message]", arguments.instance("prompt", prompt, Sequence, hint))
+            )
+        most = self._host.limits.max_context
+        length = too_long(tokenizer, prompt, most)  # to tokenize it could take all memory
+        if length is not None:
+            raise ContextFullError(
+                f"{length} characters do not fit the context of {most} tokens", hint=_SHORTEN
+            )
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt)
+        return tokenizer.encode_chat(prompt, allow_special=allow_special)
+
     def _lookup(self, weights: Weights, ids: list[int]) -> Lookup | None:
         habits = self._host.habits
         return None if habits is None else Lookup(ids, habits.of(weights.habit(self._held.salt)))
@@ -403,8 +424,7 @@ class Session:
     def _check_room(self, count: int) -> None:
         limit = self._host.limits.max_context
         if count > limit:
-            hint = "shorten the text, reset the session, or give the engine a larger max_context"
-            raise ContextFullError(f"{count} tokens do not fit the context of {limit}", hint=hint)
+            raise ContextFullError(f"{count} tokens do not fit the context of {limit}", hint=_SHORTEN)
 
 
 def _are_ids(prompt: object) -> bool:
@@ -412,18 +432,6 @@ def _are_ids(prompt: object) -> bool:
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
         return bool(prompt) and isinstance(prompt[0], Integral)
     return hasattr(prompt, "__array__")
-
-
-def _encode(tokenizer: Tokenizer, prompt: Prompt, allow_special: bool) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt)
-    if _are_ids(prompt):
-        return arguments.token_ids(prompt, "prompt")
-    hint = 'give text, token ids, or a list of messages: [{"role": "user", "content": "…"}]'
-    messages = (
-        prompt if isinstance(prompt, Conversation) else arguments.instance("prompt", prompt, Sequence, hint)
-    )
-    return tokenizer.encode_chat(cast("Conversation", messages), allow_special=allow_special)
 
 
 def _ids(token_ids: object) -> list[int]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders make of bytes that are not a whole character yet
 
 
 class TextStream:
-    """Decodes tokens as they come; the pieces together are the text that all tokens decode to."""
+    """Decodes tokens as they come; the pieces together are the text that all tokens decode to.
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
+    silent: tokens that the decoder leaves out. An answer may have thousands of them, so they are not kept.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], silent: Container[int] = ()) -> None:
+        self._decode, self._silent = decode, silent
         self._ids: list[
             int
         ] = []  # from the last piece's first token on, so that its decoder sees what precedes
@@ -19,6 +22,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that this token completes; empty while a character lacks bytes."""
+        if token in self._silent:
+            return ""
         self._ids.append(token)
         piece = self._rest()
         if piece.endswith(_UNFINISHED):

@@ -131,6 +131,11 @@ class Tokenizer:
         found = self._backend.get_added_tokens_decoder()
         return {token: (added.content, added.special) for token, added in found.items()}
 
+    @lazy
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that `decode` leaves out."""
+        return frozenset(token for token, (_, special) in self.added.items() if special)
+
     def special_id(self, text: str) -> int | None:
         """The special token of this text. None: there is none."""
         return next((token for token, known in self.added.items() if known == (text, True)), None)
