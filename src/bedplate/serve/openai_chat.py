@@ -33,7 +33,7 @@ class ChatCompletionRequest(ChatRequest, Accepted):
     verbosity: Literal["medium"] | None = None
 
     def check(self) -> None:
-        """ApiError: a field needs another one, or contradicts it."""
+        super().check()
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs: it needs logprobs.", param="top_logprobs")
         most = {self.max_tokens, self.max_completion_tokens} - {None}

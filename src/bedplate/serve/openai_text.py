@@ -58,7 +58,7 @@ class CompletionRequest(Constrained):
         return list(self.prompt)
 
     def check(self) -> None:
-        """ApiError: a field needs another one, or contradicts it."""
+        super().check()
         if self.max_tokens == 0 and not self.echo:
             raise ApiError(400, "max_tokens: none are wanted, and no echo.", param="max_tokens")
         if self.best_of not in (None, self.n):

@@ -48,6 +48,7 @@ def routes(server: Server) -> list[Api]:
 
 async def _answer(server: Server, request: Request) -> Response:
     asked = await body_of(request, ResponsesRequest)
+    asked.check()
     model = server.catalog.find(asked.model, asked.lora)
     async with server.ticket(request, model, asked) as ticket:
         chat = await run_in_threadpool(Chat, model, as_chat(asked), ticket.place)

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -21,7 +21,7 @@ from bedplate.serve.limits import Place, Places
 from bedplate.serve.live import Live
 from bedplate.serve.metrics import Metrics
 from bedplate.serve.settings import Settings
-from bedplate.serve.wire import Asking, first_problem
+from bedplate.serve.wire import Asking, read_json
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _Result = TypeVar("_Result")
@@ -108,11 +108,7 @@ class Server:
 
 async def body_of(request: Request, kind: type[_Body]) -> _Body:
     """ApiError: it is too long, no JSON, or has a field that is not honoured."""
-    try:
-        return kind.model_validate_json(await request.body())
-    except ValidationError as error:
-        message, field = first_problem(error.errors(include_url=False, include_input=False))
-        raise ApiError(400, message, param=field) from None
+    return read_json(kind, await request.body())
 
 
 async def _unless_gone(request: Request, awaited: Coroutine[Any, Any, _Result]) -> _Result:
