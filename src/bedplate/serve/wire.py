@@ -133,6 +133,11 @@ class Sampling(Asking):
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
 
+    @property
+    def answers(self) -> int:
+        """How many are wanted."""
+        return 1
+
     def check(self) -> None:
         """ApiError: a field needs another one, or contradicts it."""
         if "stream_options" in self.model_fields_set and not self.stream:
@@ -146,6 +151,10 @@ class Sampled(Sampling):
     n: Annotated[int, Field(ge=1, le=128)] = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream_options: StreamOptions | None = None
+
+    @property
+    def answers(self) -> int:
+        return self.n
 
     @property
     def tells_usage(self) -> bool:
