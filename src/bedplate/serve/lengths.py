@@ -1,4 +1,4 @@
-"""Texts that are certainly too long, so that nobody has to tokenize them."""
+"""Prompts that are certainly too long, so that nobody has to tokenize or to look through them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _LOOK_AT_ALL = {"ByteLevel", "Split", "Digits", "Metaspace"}  # pre-tokenizers t
 _longest: WeakKeyDictionary[Tokenizer, int | None] = WeakKeyDictionary()
 
 
-def check_length(model: Model, prompt: Prompt, most: int | None) -> None:
+def check_length(model: Model, prompt: Prompt, most: int | None, *, param: str = "prompt") -> None:
     """In a thread: a tokenizer may be looked through.
 
     most: tokens that the operator allows. None: as many as the context has.
-    ApiError: the prompt is a text or a conversation that has more in any case.
+    ApiError: the prompt has more, in any case if it is a text or a conversation.
     """
     context = model.base.engine.limits.max_context
     most = context if most is None else min(most, context)
@@ -31,6 +31,9 @@ def check_length(model: Model, prompt: Prompt, most: int | None) -> None:
     elif isinstance(prompt, Conversation):
         length = _characters([prompt.messages, prompt.tools])
     else:
+        if len(prompt) > most:
+            message = f"{param}: it has {len(prompt)} tokens, more than {most}."
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
         return
     if length <= most:  # a token has a character at least
         return

@@ -121,6 +121,12 @@ def _late() -> ApiError:
 
 def routes(server: Server) -> list[Api]:
     async def answer(request: Request, asked: CompletionRequest) -> Response:
+        most = server.settings.max_running
+        if len(asked.prompts) > most:
+            message = (
+                f"prompt: it has {len(asked.prompts)} prompts; this server answers at most {most} at once."
+            )
+            raise ApiError(400, message, param="prompt")
         return await answered(server, request, asked, _Told)
 
     return [

@@ -57,8 +57,8 @@ class Server:
     draining: it is told to end: no request comes in any more.  counting: is held while tokens are only counted.
     """
 
-    def __init__(self, catalog: Catalog, settings: Settings, metrics: Metrics) -> None:
-        self.catalog, self.settings, self.places = catalog, settings, Places(settings)
+    def __init__(self, catalog: Catalog, settings: Settings, places: Places, metrics: Metrics) -> None:
+        self.catalog, self.settings, self.places = catalog, settings, places
         self.live = Live(catalog, settings)
         for base in catalog.bases:
             base.room.seconds = settings.memory_seconds
@@ -92,8 +92,7 @@ class Server:
         key = getattr(request.state, "key", None) or model.key
         place = Place(model, key, asked, answers, self.settings)
         async with AsyncExitStack() as held:
-            with model.base.watch.waiting(model):
-                await _unless_gone(request, held.enter_async_context(self.places.place(place)))
+            await _unless_gone(request, held.enter_async_context(self.places.place(place)))
             held.enter_context(model.base.watch.running(model))
             # Here, in a thread: it may wait for weights that load. From now on it is known.
             await _unless_gone(request, run_in_threadpool(lambda: model.tokenizer))
