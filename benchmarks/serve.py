@@ -278,16 +278,17 @@ def follow_up(server: Server) -> Figures:
             {"role": "assistant", "content": first},
             {"role": "user", "content": "And the first of them?"},
         ]
-        warm, text = first_token(connection, talk, salt)
+        warm, answer = first_token(connection, talk, salt)
         cold, same = first_token(connection, talk, f"{salt}, cold")
-        if text != same:
+        if answer != same:
             raise SystemExit("the cache changes an answer")
         times["warm"].append(warm)
         times["cold"].append(cold)
     return {f"follow_up_{name}_ms": 1000 * median(found) for name, found in times.items()}
 
 
-def first_token(connection: HTTPConnection, messages: list[Any], salt: str) -> tuple[float, str]:
+def first_token(connection: HTTPConnection, messages: list[Any], salt: str) -> tuple[float, list[Any]]:
+    """When it came, and all tokens with their logprobs."""
     body = {
         "model": NAMES[0],
         "messages": messages,
@@ -295,15 +296,17 @@ def first_token(connection: HTTPConnection, messages: list[Any], salt: str) -> t
         "temperature": 0,
         "stream": True,
         "cache_salt": salt,
+        "logprobs": True,
+        "top_logprobs": 5,
     }
-    begin, first, text = time.perf_counter(), 0.0, ""
+    begin, first, answer = time.perf_counter(), 0.0, list[Any]()
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     for line in connection.getresponse():
         if line.startswith(b"data: {"):
-            piece = json.loads(line[6:])["choices"][0]["delta"].get("content")
-            first = first or (time.perf_counter() - begin if piece else 0.0)
-            text += piece or ""
-    return first, text
+            choice = json.loads(line[6:])["choices"][0]
+            first = first or (time.perf_counter() - begin if choice["delta"].get("content") else 0.0)
+            answer += (choice["logprobs"] or {}).get("content", ())
+    return first, answer
 
 
 def keep(found: Figures) -> None:

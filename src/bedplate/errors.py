@@ -11,6 +11,8 @@
     ├── NameTakenError      the name is already in use
     ├── NotFoundError       there is no such bundle, adapter or file
     └── RunError            a program cannot be loaded or run, or a request does not fit it
+        ├── ArgumentError    an argument of a call has a wrong value (the error names it)
+        ├── ReplacedError    an adapter was replaced while a request began
         ├── ContextFullError a text is longer than the context
         └── MemoryFullError an engine has no room for more keys, values or adapters
 
@@ -74,6 +76,18 @@ class NotFoundError(BedplateError):
 
 class RunError(BedplateError):
     """A program cannot be loaded or run, or a request does not fit it."""
+
+
+class ArgumentError(RunError):
+    """An argument of a call has a wrong value. name: of the argument."""
+
+    def __init__(self, name: str, what: str, *, hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.name = name
+
+
+class ReplacedError(RunError):
+    """An adapter was replaced while a request began. The next try finds the other one."""
 
 
 class ContextFullError(RunError):

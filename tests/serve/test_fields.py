@@ -253,6 +253,7 @@ def test_fields_are_honoured(name: str, http: httpx2.Client) -> None:
             for other, it in api.least.items()
             if (field, other) != ("max_completion_tokens", "max_tokens")
         }
+        least |= {"stream": True} if field == "stream_options" else {}
         said = http.post(api.path, json={**least, field: value})
         assert said.status_code == 200, (field, said.text)
 
@@ -264,6 +265,67 @@ def test_fields_are_refused_by_name(name: str, http: httpx2.Client) -> None:
         said = http.post(api.path, json={**api.least, field: value})
         expected = "max_tokens" if field == "max_completion_tokens" else field
         assert refused_field(said).startswith(expected), said.text
+
+
+@pytest.mark.parametrize("name", ["completions", "chat", "responses"])
+def test_options_of_a_stream_need_one(name: str, http: httpx2.Client) -> None:
+    api = APIS[name]
+    for more in ({}, {"stream": False}):
+        said = http.post(api.path, json={**api.least, **more, "stream_options": {}})
+        assert said.status_code == 400 and said.json()["error"]["param"] == "stream_options"
+
+
+TEXT = {"type": "text", "text": "a"}
+RESULT = {"type": "tool_result", "tool_use_id": "a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "param", "said"),
+    [
+        ("completions", {"prompt": 5}, "prompt", "valid string"),
+        ("completions", {"prompt": [5, "a"]}, "prompt.1", "valid integer"),
+        ("completions", {"prompt": [[5], ["a"]]}, "prompt.1.0", "valid integer"),
+        ("completions", {"prompt": []}, "prompt", "at least 1 item"),
+        ("completions", {"stop": [5]}, "stop.0", "valid string"),
+        ("completions", {"stop": ["a"] * 17}, "stop", "at most 16 items"),
+        ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "valid string"),
+        ("chat", {"messages": [{"content": "a"}]}, "messages.0.role", "required"),
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content.0.text",
+            "required",
+        ),
+        ("chat", {"tool_choice": {"type": "function"}}, "tool_choice.function", "required"),
+        ("chat", {"response_format": {"type": "x"}}, "response_format", "json_object"),
+        ("responses", {"input": 5}, "input", "valid string"),
+        (
+            "responses",
+            {"input": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+            "input.0.content.0.text",
+            "valid string",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{**TEXT, "citations": [1]}]}]},
+            "messages.0.content.0.citations",
+            "null",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{**RESULT, "content": [{"type": "text"}]}]}]},
+            "messages.0.content.0.content.0.text",
+            "required",
+        ),
+    ],
+)
+def test_a_wrong_field_is_named_as_it_was_sent(
+    name: str, fields: dict[str, Any], param: str, said: str, http: httpx2.Client
+) -> None:
+    """Without the names of the kinds that it could have been."""
+    error = http.post(APIS[name].path, json={**APIS[name].least, **fields}).json()["error"]
+    assert error.get("param", param) == param
+    assert error["message"].startswith(f"{param}: ") and said in error["message"]
 
 
 @pytest.mark.parametrize("name", APIS)

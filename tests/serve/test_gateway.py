@@ -17,8 +17,10 @@ from scraped import Scraped, get, scrape
 import bedplate
 from bedplate.serve.catalog import Base, Model
 from bedplate.serve.keys import Keys
+from bedplate.serve.limits import Place, Places
 from bedplate.serve.metrics import Metrics
 from bedplate.serve.settings import Settings
+from bedplate.serve.wire import Asking
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the fox"}]
 GAUGES = ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
@@ -90,16 +92,18 @@ def test_a_request_that_runs_is_seen(own: str, asking: openai.OpenAI) -> None:
 def test_adapters_that_wait_are_not_those_that_run(toy_bundle: bedplate.Bundle) -> None:
     with bedplate.Engine(toy_bundle, threads=1) as engine:
         base = Base("toy", engine)
-        metrics = Metrics([base])
-        with (
-            metrics.running(Model("all", base, engine.fixed("all"))),
-            metrics.running(Model("toy", base, engine.fixed())),
-            metrics.waiting(Model("all2", base, engine.fixed("all2"))),
-        ):
-            found = Scraped(metrics.text("")[0].decode())
-            assert _adapters(found)[:2] == (["all"], ["all2"])
-            assert found.value("vllm:num_requests_running") == 2 == found.value("bedplate_requests_running")
-            assert found.value("vllm:num_requests_waiting") == 1 == found.value("bedplate_requests_waiting")
+        places = Places(settings := Settings())
+        metrics = Metrics([base], places)
+        asked = Asking(model="toy")
+        places.running, places.waiting = (
+            [Place(Model("toy", base, engine.fixed(name)), "", asked, 1, settings) for name in names]
+            for names in (("all", None), ("all2",))
+        )
+        found = Scraped(metrics.text("")[0].decode())
+        assert _adapters(found)[:2] == (["all"], ["all2"])
+        assert found.value("vllm:num_requests_running") == 2 == found.value("bedplate_requests_running")
+        assert found.value("vllm:num_requests_waiting") == 1 == found.value("bedplate_requests_waiting")
+        places.running, places.waiting = [], []
         assert _adapters(Scraped(metrics.text("")[0].decode()))[:2] == ([], [])
 
 

@@ -114,7 +114,58 @@ def test_a_text_that_is_certainly_too_long_is_not_tokenized(
 def test_what_does_not_fit_the_context_is_said_in_words_of_http(live: Live) -> None:
     said = ask(live.address, {"model": "all", "prompt": [5] * 5000}, path="/v1/completions")
     assert said.status == 400 and said.error["code"] == "context_length_exceeded"
-    assert "do not fit the context" in said.error["message"] and "max_context" not in said.error["message"]
+    assert said.error["message"] == "prompt: it has 5000 tokens, more than 40."
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value", "more"),
+    [
+        ("/v1/completions", "prompt", [5] * 30_000, {}),
+        ("/v1/completions", "prompt", [5] * 30_000, {"echo": True, "max_tokens": 0}),
+        ("/v1/completions", "prompt", [[5], [5] * 30_000], {"stream": True}),
+        ("/v1/completions", "prompt", ["a"] * 30_000, {}),
+        ("/detokenize", "tokens", [5] * 30_000, {}),
+    ],
+)
+def test_many_items_are_refused_before_anything_looks_at_them(
+    live: Live, path: str, field: str, value: Any, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "decode", None)
+    monkeypatch.setattr(Session, "begin_async", None)
+    said = ask(live.address, {"model": "all", field: value, **more}, path=path)
+    assert (said.status, said.error["param"]) == (400, field)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logit_bias": {"100000": 1}}, "logit_bias"),
+        ({"logit_bias": {str(2**40): 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"min_tokens": 10, "max_tokens": 5}, "min_tokens"),
+        ({"min_tokens": 1_000_000}, "min_tokens"),
+        ({"prompt": [5, 100_000]}, "prompt"),
+        ({"prompt": [5, -1]}, "prompt"),
+        ({"prompt": [5, 100_000], "echo": True, "logprobs": 0}, "prompt"),
+    ],
+)
+def test_what_the_engine_refuses_is_named(live: Live, fields: dict[str, Any], param: str) -> None:
+    said = ask(live.address, {"model": "all", "prompt": "fox", **fields}, path="/v1/completions")
+    assert (said.status, said.error["param"]) == (400, param)
+    if "prompt" not in fields:
+        body = chat(**{"max_tokens": None, **fields})
+        said = ask(live.address, body)
+        assert (said.status, said.error["param"]) == (400, param)
+
+
+def test_an_adapter_that_is_replaced_while_a_request_begins(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one with another tokenizer: the next try finds it."""
+    monkeypatch.setattr(Tokenizer, "is_as", lambda tokenizer, other: False)
+    said = ask(live.address, chat())
+    assert said.status == 503 and said.error["code"] == "adapter_replaced"
+    assert said.headers["retry-after"] == "1"
 
 
 @pytest.mark.parametrize("toy", [toy_tokenizers.llama3, toy_tokenizers.llama2])

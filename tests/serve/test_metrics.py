@@ -17,6 +17,7 @@ import bedplate
 from bedplate.errors import BundleError, RunError
 from bedplate.runtime.engine import Engine, MemoryUse
 from bedplate.serve.catalog import Base, Model
+from bedplate.serve.limits import Places
 from bedplate.serve.metrics import Metrics
 from bedplate.serve.settings import Settings
 
@@ -155,7 +156,7 @@ def _of_adapters(count: int) -> str:
         bundle=SimpleNamespace(adapters=entries), memory=lambda: memory, memory_bytes=None
     )
     base = Base("toy", engine)
-    metrics = Metrics([base])
+    metrics = Metrics([base], Places(Settings()))
     for name in entries:
         fixed: Any = SimpleNamespace(adapters={name: 1.0})
         with metrics.running(Model(name, base, fixed)):

@@ -323,7 +323,7 @@ class TestServed:
             ({"response_format": {"type": "xml"}}, "response_format", "xml"),
             (
                 {"response_format": {"type": "json_schema"}},
-                "response_format.json_schema.json_schema",
+                "response_format.json_schema",
                 "required",
             ),
             (

@@ -129,15 +129,58 @@ def test_a_call_that_a_stop_string_cuts_is_none(
     assert (said.content, said.stop_reason, said.stop_sequence) == ([], "stop_sequence", "place")
     with anthropic_client.messages.stream(**OF_MESSAGES, stop_sequences=["place"]) as stream:
         assert stream.get_final_message().stop_reason == "stop_sequence"
-    cut = openai_client.responses.create(**OF_RESPONSES, max_output_tokens=20)
-    assert cut.status == "incomplete" and not any(item.type == "function_call" for item in cut.output)
 
 
-def test_a_call_that_ends_before_a_stop_string_is_whole(openai_client: openai.OpenAI) -> None:
+@pytest.mark.parametrize("most", [1, 14, 17, 20, 23, 26, 99])
+def test_a_stream_says_of_a_call_what_the_whole_answer_says(
+    openai_client: openai.OpenAI, anthropic_client: anthropic.Anthropic, most: int
+) -> None:
+    """However long it may be. Where the API has no word for a call that was cut, the whole answer leaves it out."""
+    asked = {**OF_RESPONSES, "max_output_tokens": most}
+    whole = openai_client.responses.create(**asked)
+    *_, before, last = openai_client.responses.create(**asked, stream=True)
+    assert last.type == f"response.{whole.status}" and before.type == "response.output_item.done"
+    for response in (whole, last.response):
+        (item,) = response.output
+        assert item.status == response.status
+        if item.type == "function_call":
+            assert is_whole(item.arguments) == (item.status == "completed")
+    unlike = {"id", "call_id"}
+    assert whole.output[0].model_dump(exclude=unlike) == last.response.output[0].model_dump(exclude=unlike)
+    assert before.item == last.response.output[0]
+
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+    of_chat = {**OF_CHAT, "tools": [tool], "tool_choice": "required", "max_tokens": most}
+    (choice,) = openai_client.chat.completions.create(**of_chat).choices
+    pieces = [one.choices[0] for one in openai_client.chat.completions.create(**of_chat, stream=True)]
+    calls = [call.function for one in pieces for call in one.delta.tool_calls or ()]
+    told = "".join(call.arguments or "" for call in calls if call)
+    assert pieces[-1].finish_reason == choice.finish_reason
+    assert (choice.finish_reason == "tool_calls") == (choice.message.tool_calls is not None) == is_whole(told)
+
+    message = anthropic_client.messages.create(**{**OF_MESSAGES, "max_tokens": most})
+    with anthropic_client.messages.stream(**{**OF_MESSAGES, "max_tokens": most}) as stream:
+        kept = stream.get_final_message()
+    assert kept.stop_reason == message.stop_reason == ("tool_use" if is_whole(told) else "max_tokens")
+    assert bool(message.content) == is_whole(told)
+
+
+def is_whole(arguments: str) -> bool:
+    try:
+        return isinstance(json.loads(arguments), dict)
+    except ValueError:
+        return False
+
+
+def test_a_call_that_ends_before_a_stop_string_is_whole(
+    openai_client: openai.OpenAI, anthropic_client: anthropic.Anthropic
+) -> None:
     tool: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
     asked = {**OF_CHAT, "tools": [tool], "tool_choice": "required", "stop": ["</tool_call>"]}
     (choice,) = openai_client.chat.completions.create(**asked).choices
     assert choice.finish_reason == "tool_calls"
+    said = anthropic_client.messages.create(**OF_MESSAGES, stop_sequences=["</tool_call>"])
+    assert (said.stop_reason, said.stop_sequence) == ("tool_use", None)
     assert [json.loads(one.function.arguments) for one in choice.message.tool_calls or ()] == [ARGUMENTS]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NoReturn, TypeVar
 
-from bedplate.errors import RunError
+from bedplate.errors import ArgumentError, RunError
 
 _T = TypeVar("_T")
 _SHOWN = 60  # characters of a value in an error
@@ -133,7 +133,7 @@ def token_ids(value: Any, name: str = "token_ids") -> list[int]:
     except TypeError:  # an item, or an array without a dimension
         _refuse(name, value, hint)
     if wrong := [one for one in ids if not 0 <= one < 2**32]:
-        raise RunError(f"token {wrong[0]} is not in the vocabulary", hint=hint)
+        raise ArgumentError(name, f"token {wrong[0]} is not in the vocabulary", hint=hint)
     return ids
 
 

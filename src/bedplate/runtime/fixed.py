@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 
-from bedplate.errors import RunError
+from bedplate.errors import ReplacedError
 from bedplate.runtime import arguments
 from bedplate.runtime.held import Held
 from bedplate.runtime.session import Host, Session
@@ -60,6 +60,6 @@ class Fixed:
             if self._found is None:
                 found = self._engine.load_for_text(adapters)
                 if self._seen is not None and not self._seen.is_as(found[1]):
-                    raise RunError("the adapter was replaced while the request began", hint="ask again")
+                    raise ReplacedError("the adapter was replaced while the request began", hint="ask again")
                 self._found = found
             return self._found

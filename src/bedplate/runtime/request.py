@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypedDict
 
-from bedplate.errors import RunError
+from bedplate.errors import ArgumentError, RunError
 from bedplate.runtime import arguments
 from bedplate.runtime.sampling import MaskFunction, Sampling
 
@@ -139,7 +139,7 @@ class Wish(NamedTuple):
         )
         if wish.sampling.min_tokens > wish.max_tokens:
             hint = f"give at most max_tokens, which is {wish.max_tokens}"
-            raise RunError(f"min_tokens is {wish.sampling.min_tokens}", hint=hint)
+            raise ArgumentError("min_tokens", f"min_tokens is {wish.sampling.min_tokens}", hint=hint)
         return wish
 
 

@@ -94,11 +94,6 @@ class Sampling:
             if abs(arguments.real(f"logit_bias[{token}]", more, hint)) > 100:
                 raise RunError(f"logit_bias[{token}] is {more}", hint=hint)
 
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens that the settings name."""
-        return [*self.logit_bias, *self.banned_tokens]
-
 
 class Sampler:
     """Chooses the tokens of one generation. It keeps what was chosen, for the penalties and the random numbers.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, cast, overload
 
 from bedplate import _native
-from bedplate.errors import ContextFullError, RunError
+from bedplate.errors import ArgumentError, ContextFullError, RunError
 from bedplate.runtime import arguments, session_file
 from bedplate.runtime.events import Events, asynchronous
 from bedplate.runtime.generation import Generation, Request, texts
@@ -361,11 +361,12 @@ class Session:
         wish = Wish.of(max_tokens=max_tokens, logprobs=logprobs, **given)
         weights, tokenizer = self._host.load_for_text(self._adapters)
         start = time.perf_counter()
-        ids = _ids(self._encode(tokenizer, prompt, allow_special))
+        ids = _ids(self._encode(tokenizer, prompt, allow_special), "prompt")
         weights = weights.for_text(ids)  # as in PEFT, what is generated does not turn an adapter on
         self._check_room(len(ids))
-        _check_known(ids, weights)
-        _check_known(wish.sampling.tokens, weights)
+        _check_known(ids, weights, "prompt")
+        _check_known(list(wish.sampling.logit_bias), weights, "logit_bias")
+        _check_known(wish.sampling.banned_tokens, weights, "banned_tokens")
         sampler = Sampler(wish.sampling, prompt=ids, ends=sorted(tokenizer.end_ids), mask=wish.mask)
         request = Request(
             prompt=ids,
@@ -434,19 +435,18 @@ def _are_ids(prompt: object) -> bool:
     return hasattr(prompt, "__array__")
 
 
-def _ids(token_ids: object) -> list[int]:
-    ids = arguments.token_ids(token_ids)
+def _ids(token_ids: object, name: str = "token_ids") -> list[int]:
+    ids = arguments.token_ids(token_ids, name)
     if not ids:
         raise RunError("there are no tokens", hint="give at least one token: is the prompt empty?")
     return ids
 
 
-def _check_known(ids: Sequence[int], weights: Weights) -> None:
+def _check_known(ids: Sequence[int], weights: Weights, name: str = "token_ids") -> None:
     wrong = next((token for token in ids if token >= weights.vocab), None)
     if wrong is not None:
-        raise RunError(
-            f"token {wrong} is not in the vocabulary", hint=f"token ids are 0 … {weights.vocab - 1}"
-        )
+        hint = f"token ids are 0 … {weights.vocab - 1}"
+        raise ArgumentError(name, f"token {wrong} is not in the vocabulary", hint=hint)
 
 
 def _widened(logits: NDArray[np.float32], width: int) -> NDArray[np.float32]:

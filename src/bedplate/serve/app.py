@@ -33,6 +33,7 @@ from bedplate.serve.catalog import Base, Catalog
 from bedplate.serve.counted import Counted
 from bedplate.serve.errors import ApiError, of_bedplate
 from bedplate.serve.guard import Guard
+from bedplate.serve.limits import Places
 from bedplate.serve.metrics import Metrics
 from bedplate.serve.server import Server
 from bedplate.serve.settings import Settings
@@ -48,9 +49,11 @@ def create_app(
     """The ASGI application of some bundles. It closes their engines when it ends. `state.server` is what its routes
     share.
     """
-    metrics = Metrics(bases)
+    settings = settings or Settings()
+    places = Places(settings)
+    metrics = Metrics(bases, places)
     watched = [replace(base, watch=metrics) for base in bases]
-    server = Server(catalog(watched), settings or Settings(), metrics)
+    server = Server(catalog(watched), settings, places, metrics)
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:

@@ -27,8 +27,7 @@ def chat_request(asked: Sampling, fields: Json) -> ChatRequest:
     try:
         return ChatRequest.model_validate({**sampling, **fields})
     except ValidationError as error:
-        message, field = first_problem(error.errors(include_url=False, include_input=False))
-        raise ApiError(400, message, param=field) from None
+        raise first_problem(error, {**sampling, **fields}) from None
 
 
 @contextmanager

@@ -141,8 +141,11 @@ class Chat:
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
                 said[delta.choice.index].append(delta)
-        cut = [reader.has_cut for reader in self._readers or ()] or [False] * len(self.choices)
-        return [_whole(choice, said[choice.index], cut[choice.index]) for choice in self.choices]
+        return [_whole(choice, said[choice.index], self.is_cut(choice)) for choice in self.choices]
+
+    def is_cut(self, choice: Choice) -> bool:
+        """Whether a piece of a call has been told, and not yet the end of it."""
+        return self._readers is not None and self._readers[choice.index].has_cut
 
 
 def count(model: Model, request: ChatRequest, most: int | None) -> int:

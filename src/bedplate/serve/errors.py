@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bedplate.errors import (
+    ArgumentError,
     BedplateError,
     ContextFullError,
     MemoryFullError,
     NotFoundError,
+    ReplacedError,
     RunError,
     UnsupportedError,
 )
@@ -87,6 +89,9 @@ def of_bedplate(error: BedplateError) -> ApiError:
     if isinstance(error, BusyError):
         busy = "The chat templates of others take all the time. Ask again."
         return ApiError(503, busy, kind="server_error", code="overloaded", headers={"Retry-After": "5"})
+    if isinstance(error, ReplacedError):
+        now = {"Retry-After": "1"}
+        return ApiError(503, f"{error.what}.", kind="server_error", code="adapter_replaced", headers=now)
     if isinstance(error, ContextFullError):
         full = f"{error.what} (hint: shorten the prompt)"
         return ApiError(400, full, param="prompt", code="context_length_exceeded")
@@ -94,7 +99,8 @@ def of_bedplate(error: BedplateError) -> ApiError:
     if isinstance(error, NotFoundError):
         return ApiError(404, message, code="not_found")
     if isinstance(error, (RunError, UnsupportedError)):
-        return ApiError(400, message)
+        name = error.name if isinstance(error, ArgumentError) else None
+        return ApiError(400, message, param="prompt" if name == "token_ids" else name)
     return ApiError(500, message, kind="server_error")
 
 

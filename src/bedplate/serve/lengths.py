@@ -1,4 +1,4 @@
-"""Prompts that are certainly too long are refused before anybody tokenizes them."""
+"""Prompts that are certainly too long are refused before anybody tokenizes or looks through them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from bedplate.serve.catalog import Model
 from bedplate.serve.errors import ApiError
 
 
-def check_length(model: Model, prompt: Prompt, most: int | None) -> None:
+def check_length(model: Model, prompt: Prompt, most: int | None, *, param: str = "prompt") -> None:
     """In a thread: a tokenizer may be looked through.
 
     most: tokens that the operator allows. None: as many as the context has.
-    ApiError: the prompt is a text or a conversation that has more in any case.
+    ApiError: the prompt has more, in any case if it is a text or a conversation.
     """
     context = model.base.engine.limits.max_context
     most = context if most is None else min(most, context)
     if not isinstance(prompt, (str, Conversation)):
+        if len(prompt) > most:
+            message = f"{param}: it has {len(prompt)} tokens, more than {most}."
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
         return
     length = too_long(model.tokenizer, prompt, most)
     if length is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -17,11 +17,14 @@ from bedplate.serve import stream
 from bedplate.serve.answers import timings, usage
 from bedplate.serve.api import GENERATES, JSON, OF_BODY, SSE, UNKNOWN_MODEL, Api
 from bedplate.serve.as_chat import named
+from bedplate.serve.catalog import Model
 from bedplate.serve.chat import Answer, Chat, Delta, count
 from bedplate.serve.described import AnthropicError, MessageBegun, TokenCount
 from bedplate.serve.errors import ApiError, api_error_of
+from bedplate.serve.limits import Place
 from bedplate.serve.messages_request import NAMES, Conversation, MessagesRequest, as_chat, counted
 from bedplate.serve.server import Server, body_of
+from bedplate.serve.told import Told, answered
 from bedplate.serve.tools import CallPiece
 
 Json = dict[str, Any]
@@ -29,16 +32,17 @@ Json = dict[str, Any]
 
 def routes(server: Server) -> list[Api]:
     async def answer(request: Request) -> Response:
-        return await _in_its_words(request, lambda: _answer(server, request))
+        asked = await body_of(request, MessagesRequest)
+        return await answered(server, request, asked, _Told)
 
     async def tell_count(request: Request) -> Response:
-        return await _in_its_words(request, lambda: _count(server, request))
+        return await _count(server, await body_of(request, Conversation))
 
     return [
         Api(
             "POST",
             "/v1/messages",
-            answer,
+            _in_its_words(answer),
             "An answer to a conversation, in the words of Anthropic's Messages",
             body=MessagesRequest,
             said=MessageBegun,
@@ -49,7 +53,7 @@ def routes(server: Server) -> list[Api]:
         Api(
             "POST",
             "/v1/messages/count_tokens",
-            tell_count,
+            _in_its_words(tell_count),
             "How many tokens a conversation has",
             body=Conversation,
             said=TokenCount,
@@ -59,36 +63,29 @@ def routes(server: Server) -> list[Api]:
     ]
 
 
-async def _in_its_words(request: Request, answer: Callable[[], Awaitable[Response]]) -> Response:
-    """An answer, or an error as Anthropic says it. Both have an id."""
-    id = f"req_{uuid.uuid4().hex}"
-    try:
-        with named(NAMES):
-            response = await answer()
-    except (ApiError, BedplateError) as error:
-        response = _refused(api_error_of(error), id)
-    response.headers["request-id"] = id
-    return response
+def _in_its_words(
+    answer: Callable[[Request], Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """As Anthropic answers: also errors have a `request-id`."""
+
+    async def endpoint(request: Request) -> Response:
+        id = f"req_{uuid.uuid4().hex}"
+        try:
+            with named(NAMES):
+                response = await answer(request)
+        except (ApiError, BedplateError) as error:
+            response = _refused(api_error_of(error), id)
+        response.headers["request-id"] = id
+        return response
+
+    return endpoint
 
 
 def _refused(error: ApiError, id: str) -> Response:
     return JSONResponse(error.in_anthropics_words(id), status_code=error.status, headers=error.headers)
 
 
-async def _answer(server: Server, request: Request) -> Response:
-    asked = await body_of(request, MessagesRequest)
-    model = server.catalog.find(asked.model, asked.lora)
-    async with server.ticket(request, model, asked) as ticket:
-        chat = await run_in_threadpool(Chat, model, as_chat(asked), ticket.place)
-        if asked.stream:
-            return await ticket.stream(_Told(asked, chat).lines(), chat.choices)
-        (answered,) = await ticket.whole(chat.answers())
-        ended = {**_stopped(chat, answered.finish), "usage": _usage(chat), "timings": timings(chat.choices)}
-        return JSONResponse({**_head(asked), "content": _content(answered), **ended})
-
-
-async def _count(server: Server, request: Request) -> Response:
-    asked = await body_of(request, Conversation)
+async def _count(server: Server, asked: Conversation) -> Response:
     model = server.catalog.find(asked.model, asked.lora)
     async with server.counting:
         tokens = await run_in_threadpool(count, model, counted(asked), server.settings.max_prompt)
@@ -131,50 +128,57 @@ def _stopped(chat: Chat, finish: str) -> Json:
     """Why an answer has ended."""
     by = chat.choices[0].stats.stopped_by
     reasons = {"length": "max_tokens", "tool_calls": "tool_use"}
-    reason = "stop_sequence" if isinstance(by, str) else "end_turn"
-    return {"stop_reason": reasons.get(finish, reason), "stop_sequence": by if isinstance(by, str) else None}
+    reason = reasons.get(finish, "stop_sequence" if isinstance(by, str) else "end_turn")
+    return {"stop_reason": reason, "stop_sequence": by if reason == "stop_sequence" else None}
 
 
 def _content(answer: Answer) -> list[Json]:
-    blocks = [{"type": "text", "text": answer.text, "citations": None}] if answer.text else []
-    for one in answer.calls:
-        with suppress(ValueError):  # it was cut: no call that could be made
-            blocks.append(_tool_use(one.id, one.name, json.loads(one.arguments)))
-    return blocks
+    text = [{"type": "text", "text": answer.text, "citations": None}] if answer.text else []
+    return [*text, *(_tool_use(one.id, one.name, json.loads(one.arguments)) for one in answer.calls)]
 
 
 def _tool_use(id: str, name: str, input: Json) -> Json:
     return {"type": "tool_use", "id": id, "name": name, "input": input, "caller": {"type": "direct"}}
 
 
-class _Told:
-    """A message that is told in events. Text and each call are a block: one is open at a time."""
+class _Told(Told):
+    """In events, text and each call are a block: one is open at a time."""
 
-    def __init__(self, asked: MessagesRequest, chat: Chat) -> None:
-        self._asked, self._chat = asked, chat
+    def __init__(self, asked: MessagesRequest, model: Model, place: Place) -> None:
+        self._asked, self._chat = asked, Chat(model, as_chat(asked), place)
+        self.choices = self._chat.choices
         self._index = -1
         self._open: str | None = None
         self._position: int | None = None  # of the call that is open
+
+    async def whole(self) -> Json:
+        (answer,) = await self._chat.answers()
+        ended = {**_stopped(self._chat, answer.finish), "usage": _usage(self._chat)}
+        return {
+            **_head(self._asked),
+            "content": _content(answer),
+            **ended,
+            "timings": timings(self.choices),
+        }
 
     async def lines(self) -> AsyncGenerator[str]:
         head = {**_head(self._asked), "usage": {**_usage(self._chat), "output_tokens": 0}}
         yield _say("message_start", message=head)
         yield _say("ping")
         finish = "stop"
-        try:
-            async with aclosing(self._chat.deltas()) as deltas:
-                async for delta in deltas:
-                    finish = delta.finish or finish
-                    for line in self._told(delta):
-                        yield line
-        except Exception as error:
-            yield stream.data(api_error_of(error).in_anthropics_words(), "error")
-            return
+        async with aclosing(self._chat.deltas()) as deltas:
+            async for delta in deltas:
+                finish = delta.finish or finish
+                for line in self._told(delta):
+                    yield line
         for line in self._closed():
             yield line
         stopped = {**_stopped(self._chat, finish), "container": None, "stop_details": None}
         yield _say("message_delta", delta=stopped, usage=_usage(self._chat))
         yield _say("message_stop")
+
+    def failed(self, error: ApiError) -> str:
+        return stream.data(error.in_anthropics_words(), "error")
 
     def _told(self, delta: Delta) -> Iterator[str]:
         if delta.text:

@@ -17,6 +17,7 @@ from prometheus_client.exposition import choose_encoder
 from bedplate.runtime.request import Event
 from bedplate.serve.answers import Choice
 from bedplate.serve.catalog import Base, Model
+from bedplate.serve.limits import Places
 from bedplate.serve.residency import Ranks, Residency
 from bedplate.serve.watch import Watch
 
@@ -26,25 +27,23 @@ _ENDS = ("stop", "length", "deadline", "cancelled", "error")
 
 
 class Metrics(Watch):
-    """Of one server. The event loop counts, and `text` can be called in any thread."""
+    """Of one server. The event loop counts, and `text` can be called in any thread.
 
-    def __init__(self, bases: Sequence[Base]) -> None:
+    places: which requests run and wait.
+    """
+
+    def __init__(self, bases: Sequence[Base], places: Places) -> None:
         self._registry = CollectorRegistry()
+        self._places = places
         self._bases = {base.name: base for base in bases}
         self._of_base = _counters(self._registry, self._bases)
         self._responses = _counter(
             self._registry, "responses", "Responses, by the path of their route.", "path", "status"
         )
-        self._waiting, self._running = dict[object, Model](), dict[object, Model]()
         self._of_adapter: dict[tuple[str, str], _Tokens] = {}
         self._ranks = Ranks()
         self._registry.register(_Now(self._now))
         ProcessCollector(registry=self._registry)
-
-    @contextmanager
-    def waiting(self, model: Model) -> Iterator[None]:
-        with _held(self._waiting, model):
-            yield
 
     @contextmanager
     def running(self, model: Model) -> Iterator[None]:
@@ -52,8 +51,7 @@ class Metrics(Watch):
         counted.queued.observe(time.perf_counter() - model.since)
         for one in self._tokens(model):
             one.requests += 1
-        with _held(self._running, model):
-            yield
+        yield
         counted.whole.observe(time.perf_counter() - model.since)
 
     def said(self, choice: Choice, event: Event) -> None:
@@ -106,9 +104,10 @@ class Metrics(Watch):
                 self._of_adapter.pop((base, name), None)
 
     def _now(self) -> Iterable[Metric]:
-        # Each list is made at once, while the event loop goes on.
-        running, waiting = list(self._running.values()), list(self._waiting.values())
-        yield from Residency(self._bases.values(), self._ranks, running, waiting).families()
+        # Each list is copied at once, while the event loop goes on.
+        running, waiting = self._places.running.copy(), self._places.waiting.copy()
+        models = [place.model for place in running], [place.model for place in waiting]
+        yield from Residency(self._bases.values(), self._ranks, *models).families()
         self._forget()
         yield from _adapter_families(list(self._of_adapter.items()))
 
@@ -194,13 +193,3 @@ def _adapter_families(counted: Sequence[tuple[tuple[str, str], _Tokens]]) -> Ite
         for labels, one in counted:
             family.add_metric(labels, getattr(one, field))
         yield family
-
-
-@contextmanager
-def _held(where: dict[object, Model], model: Model) -> Iterator[None]:
-    token = object()
-    where[token] = model
-    try:
-        yield
-    finally:
-        del where[token]

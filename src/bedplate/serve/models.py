@@ -32,7 +32,7 @@ class DetokenizeRequest(Strict):
     """`/detokenize`."""
 
     model: str
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Annotated[int, Field(ge=0, lt=2**32)]]
 
 
 def routes(server: Server) -> list[Api]:
@@ -48,7 +48,7 @@ def routes(server: Server) -> list[Api]:
     async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
         model = server.catalog.find(body.model)
         # In a thread also the tokenizer is found, which may wait for weights that load.
-        prompt = await run_in_threadpool(lambda: model.tokenizer.decode(body.tokens))
+        prompt = await run_in_threadpool(_decoded, model, body.tokens)
         return JSONResponse({"prompt": prompt})
 
     return [
@@ -81,6 +81,11 @@ async def _tokenize(server: Server, body: TokenizeRequest) -> Response:
         tokens = await run_in_threadpool(_encoded, model, body, server.settings.max_prompt)
     most = model.base.engine.limits.max_context
     return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": most})
+
+
+def _decoded(model: Model, tokens: list[int]) -> str:
+    check_length(model, tokens, None, param="tokens")
+    return model.tokenizer.decode(tokens)
 
 
 def _encoded(model: Model, body: TokenizeRequest, most: int | None) -> list[int]:

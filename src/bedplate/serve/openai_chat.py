@@ -8,19 +8,21 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve import logprobs, stream
 from bedplate.serve.answers import Choice, timings, usage
 from bedplate.serve.api import GENERATES, JSON, SSE, Api, post
+from bedplate.serve.catalog import Model
 from bedplate.serve.chat import Answer, Chat, ChatRequest, Delta
 from bedplate.serve.described import ChatCompletion
 from bedplate.serve.errors import ApiError
+from bedplate.serve.limits import Place
 from bedplate.serve.server import Server
+from bedplate.serve.told import Told, answered
 from bedplate.serve.wire import Accepted
 
 Json = dict[str, Any]
@@ -33,7 +35,7 @@ class ChatCompletionRequest(ChatRequest, Accepted):
     verbosity: Literal["medium"] | None = None
 
     def check(self) -> None:
-        """ApiError: a field needs another one, or contradicts it."""
+        super().check()
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs: it needs logprobs.", param="top_logprobs")
         most = {self.max_tokens, self.max_completion_tokens} - {None}
@@ -43,7 +45,7 @@ class ChatCompletionRequest(ChatRequest, Accepted):
 
 def routes(server: Server) -> list[Api]:
     async def answer(request: Request, asked: ChatCompletionRequest) -> Response:
-        return await _answer(server, request, asked)
+        return await answered(server, request, asked, _Told)
 
     return [
         post(
@@ -58,24 +60,38 @@ def routes(server: Server) -> list[Api]:
     ]
 
 
-async def _answer(server: Server, request: Request, asked: ChatCompletionRequest) -> Response:
-    asked.check()
-    model = server.catalog.find(asked.model, asked.lora)
-    async with server.ticket(request, model, asked, asked.n) as ticket:
-        chat = await run_in_threadpool(Chat, model, asked, ticket.place)
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
-        if asked.stream:
-            return await ticket.stream(_pieces(chat, head), chat.choices)
-        answers = await ticket.whole(chat.answers())
-        return JSONResponse(
-            {
-                **head,
-                "object": "chat.completion",
-                "choices": [_choice(one, model.tokenizer) for one in answers],
-                "usage": usage(chat.choices, asked.n),
-                "timings": timings(chat.choices),
-            }
-        )
+class _Told(Told):
+    def __init__(self, asked: ChatCompletionRequest, model: Model, place: Place) -> None:
+        self._asked, self._chat, self._tokenizer = asked, Chat(model, asked, place), model.tokenizer
+        self.choices = self._chat.choices
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
+
+    async def whole(self) -> Json:
+        choices = [_choice(one, self._tokenizer) for one in await self._chat.answers()]
+        return {**self._head, "object": "chat.completion", "choices": choices, **self._counted()}
+
+    async def lines(self) -> AsyncGenerator[str]:
+        for choice in self.choices:
+            yield self._piece(choice, {"role": "assistant", "content": ""})
+        async with aclosing(self._chat.deltas()) as deltas:
+            async for delta in deltas:
+                known = _logprobs(delta.logprobs, self._tokenizer)
+                yield self._piece(delta.choice, _said(delta), known, delta.finish)
+        if self._asked.tells_usage:
+            yield self._line([], **self._counted())
+        yield stream.DONE
+
+    def _piece(
+        self, choice: Choice, delta: Json, known: Json | None = None, finish: str | None = None
+    ) -> str:
+        one = {"index": choice.index, "delta": delta, "logprobs": known, "finish_reason": finish}
+        return self._line([one], **({"usage": None} if self._asked.tells_usage else {}))
+
+    def _line(self, choices: list[Json], **counted: Any) -> str:
+        return stream.data({**self._head, "object": "chat.completion.chunk", "choices": choices, **counted})
+
+    def _counted(self) -> Json:
+        return {"usage": usage(self.choices, self._asked.n), "timings": timings(self.choices)}
 
 
 def _choice(answer: Answer, tokenizer: Tokenizer) -> Json:
@@ -89,25 +105,6 @@ def _choice(answer: Answer, tokenizer: Tokenizer) -> Json:
         "logprobs": _logprobs(answer.logprobs, tokenizer),
         "finish_reason": answer.finish,
     }
-
-
-async def _pieces(chat: Chat, head: Json) -> AsyncGenerator[str]:
-    request, tokenizer = chat.request, chat.model.tokenizer
-    head = {**head, "object": "chat.completion.chunk"}
-
-    def piece(choice: Choice, delta: Json, logprobs: Json | None = None, finish: str | None = None) -> str:
-        one = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return stream.data({**head, "choices": [one], **({"usage": None} if request.tells_usage else {})})
-
-    for choice in chat.choices:
-        yield piece(choice, {"role": "assistant", "content": ""})
-    async with aclosing(chat.deltas()) as deltas:
-        async for delta in deltas:
-            yield piece(delta.choice, _said(delta), _logprobs(delta.logprobs, tokenizer), delta.finish)
-    if request.tells_usage:
-        last = {"usage": usage(chat.choices, request.n), "timings": timings(chat.choices)}
-        yield stream.data({**head, "choices": [], **last})
-    yield stream.DONE
 
 
 def _said(delta: Delta) -> Json:

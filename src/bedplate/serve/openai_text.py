@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.runtime.session import Prompt
@@ -26,6 +26,7 @@ from bedplate.serve.limits import Place
 from bedplate.serve.logprobs import OfText
 from bedplate.serve.server import Server
 from bedplate.serve.structured import Constrained, guide_of
+from bedplate.serve.told import Told, answered
 
 Json = dict[str, Any]
 _DEFAULT_TOKENS = 16  # OpenAI's
@@ -57,8 +58,12 @@ class CompletionRequest(Constrained):
             return [self.prompt]
         return list(self.prompt)
 
+    @property
+    def answers(self) -> int:
+        return self.n * len(self.prompts)
+
     def check(self) -> None:
-        """ApiError: a field needs another one, or contradicts it."""
+        super().check()
         if self.max_tokens == 0 and not self.echo:
             raise ApiError(400, "max_tokens: none are wanted, and no echo.", param="max_tokens")
         if self.best_of not in (None, self.n):
@@ -116,7 +121,13 @@ def _late() -> ApiError:
 
 def routes(server: Server) -> list[Api]:
     async def answer(request: Request, asked: CompletionRequest) -> Response:
-        return await _answer(server, request, asked)
+        most = server.settings.max_running
+        if len(asked.prompts) > most:
+            message = (
+                f"prompt: it has {len(asked.prompts)} prompts; this server answers at most {most} at once."
+            )
+            raise ApiError(400, message, param="prompt")
+        return await answered(server, request, asked, _Told)
 
     return [
         post(
@@ -129,28 +140,6 @@ def routes(server: Server) -> list[Api]:
             errors=GENERATES,
         )
     ]
-
-
-async def _answer(server: Server, request: Request, asked: CompletionRequest) -> Response:
-    asked.check()
-    model = server.catalog.find(asked.model, asked.lora)
-    async with server.ticket(request, model, asked, asked.n * len(asked.prompts)) as ticket:
-        echoes = [Echo(model, prompt, asked, ticket.place) for prompt in asked.prompts]
-        choices: list[Choice] = []
-        if asked.max_tokens != 0:
-            choices = await run_in_threadpool(begin, _wanted(model, asked, ticket.place))
-        told = _Told(model, asked, echoes, choices)
-        if asked.stream:
-            await ticket.whole(_read(echoes))
-            return await ticket.stream(told.lines(), choices)
-        await ticket.whole(_read(echoes))
-        await ticket.whole(finished(choices))
-        return JSONResponse(told.whole())
-
-
-async def _read(echoes: Sequence[Echo]) -> None:
-    for echo in echoes:
-        await echo.read()
 
 
 def _wanted(model: Model, asked: CompletionRequest, place: Place) -> Wanted:
@@ -168,14 +157,14 @@ def _wanted(model: Model, asked: CompletionRequest, place: Place) -> Wanted:
     )
 
 
-class _Told:
-    """What is told of the answers. Without tokens to generate, there are no choices of the engine: only the echoes."""
+class _Told(Told):
+    """Without tokens to generate, there are no choices of the engine: only the echoes."""
 
-    def __init__(
-        self, model: Model, asked: CompletionRequest, echoes: Sequence[Echo], choices: Sequence[Choice]
-    ) -> None:
-        self._asked, self._choices = asked, choices
-        self._echoes = [echo for echo in echoes for _ in range(asked.n)]
+    def __init__(self, asked: CompletionRequest, model: Model, place: Place) -> None:
+        self._asked = asked
+        self._prompts = [Echo(model, prompt, asked, place) for prompt in asked.prompts]
+        self.choices = begin(_wanted(model, asked, place)) if asked.max_tokens != 0 else []
+        self._echoes = [echo for echo in self._prompts for _ in range(asked.n)]
         self._known = [OfText(model.tokenizer) for _ in self._echoes]
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -184,10 +173,19 @@ class _Told:
             "model": asked.model,
         }
 
-    def whole(self) -> Json:
-        """When they have ended."""
+    async def begin(self) -> None:
+        await self._read()
+        await super().begin()
+
+    async def _read(self) -> None:
+        for echo in self._prompts:
+            await echo.read()
+
+    async def whole(self) -> Json:
+        await self._read()
+        await finished(self.choices)
         found = [self._echoed(index) for index in range(len(self._echoes))]
-        for one, choice in zip(found, self._choices, strict=False):
+        for one, choice in zip(found, self.choices, strict=False):
             said = [score for event in choice.events for score in event.logprobs or ()]
             one["text"] += choice.text
             one["finish_reason"] = choice.finish
@@ -195,10 +193,9 @@ class _Told:
         return {**self._head, "choices": found, **self._counted()}
 
     async def lines(self) -> AsyncGenerator[str]:
-        """As they come."""
         for index in range(len(self._echoes) if self._asked.echo else 0):
             yield self._line(self._echoed(index))
-        async with aclosing(merged(self._choices)) as events:
+        async with aclosing(merged(self.choices)) as events:
             async for choice, event in events:
                 ended = event.finish_reason is not None
                 one = {"index": choice.index, "text": event.text, "logprobs": None}
@@ -212,7 +209,7 @@ class _Told:
     def _echoed(self, index: int) -> Json:
         """The beginning of an answer. It is all of it where nothing is generated."""
         known = self._echoes[index].told(self._known[index]) if self._asked.echo else None
-        finish = None if self._choices else "length"
+        finish = None if self.choices else "length"
         return {"index": index, "text": self._echoes[index].text, "logprobs": known, "finish_reason": finish}
 
     def _add(self, one: Json, choice: Choice, said: Sequence[TokenLogprobs], *, ended: bool) -> None:
@@ -229,8 +226,8 @@ class _Told:
         return stream.data({**self._head, "choices": [one], **counted})
 
     def _counted(self) -> Json:
-        if self._choices:
-            return {"usage": usage(self._choices, self._asked.n), "timings": timings(self._choices)}
-        read = sum(len(echo.ids) for echo in self._echoes[:: self._asked.n])
+        if self.choices:
+            return {"usage": usage(self.choices, self._asked.n), "timings": timings(self.choices)}
+        read = sum(len(echo.ids) for echo in self._prompts)
         details = {"prompt_tokens_details": {"cached_tokens": 0}}
         return {"usage": {"prompt_tokens": read, "completion_tokens": 0, "total_tokens": read, **details}}

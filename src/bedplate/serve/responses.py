@@ -8,20 +8,21 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from bedplate.runtime.request import TokenLogprobs
 from bedplate.serve import logprobs, stream
 from bedplate.serve.answers import timings, usage
 from bedplate.serve.api import GENERATES, JSON, OF_BODY, SSE, Api
 from bedplate.serve.as_chat import named
-from bedplate.serve.chat import Answer, Chat, Delta
+from bedplate.serve.catalog import Model
+from bedplate.serve.chat import Chat, Delta
 from bedplate.serve.described import ResponseBegun
-from bedplate.serve.errors import ApiError, api_error_of
+from bedplate.serve.errors import ApiError
+from bedplate.serve.limits import Place
 from bedplate.serve.responses_request import NAMES, ResponsesRequest, as_chat
 from bedplate.serve.server import Server, body_of
+from bedplate.serve.told import Told, answered
 from bedplate.serve.tools import CallPiece
 
 Json = dict[str, Any]
@@ -30,7 +31,8 @@ Json = dict[str, Any]
 def routes(server: Server) -> list[Api]:
     async def answer(request: Request) -> Response:
         with named(NAMES):
-            return await _answer(server, request)
+            asked = await body_of(request, ResponsesRequest)
+            return await answered(server, request, asked, _Told)
 
     return [
         Api(
@@ -44,19 +46,6 @@ def routes(server: Server) -> list[Api]:
             errors={*OF_BODY, *GENERATES},
         )
     ]
-
-
-async def _answer(server: Server, request: Request) -> Response:
-    asked = await body_of(request, ResponsesRequest)
-    model = server.catalog.find(asked.model, asked.lora)
-    async with server.ticket(request, model, asked) as ticket:
-        chat = await run_in_threadpool(Chat, model, as_chat(asked), ticket.place)
-        if asked.stream:
-            return await ticket.stream(_Told(asked, chat).lines(), chat.choices)
-        (answered,) = await ticket.whole(chat.answers())
-        return JSONResponse(
-            _ended(asked, chat, _head(asked), answered.finish, _output(asked, answered, chat))
-        )
 
 
 def _head(asked: ResponsesRequest) -> Json:
@@ -124,111 +113,114 @@ def _ended(asked: ResponsesRequest, chat: Chat, head: Json, finish: str, output:
     }
 
 
-def _output(asked: ResponsesRequest, answer: Answer, chat: Chat) -> list[Json]:
-    status = _status(answer.finish)
-    calls = [_call(_id("fc"), one.id, one.name, one.arguments, status) for one in answer.calls]
-    if calls and not answer.text:
-        return calls
-    return [_message(_id("msg"), status, [_part(answer.text, _logprobs(answer.logprobs, chat))]), *calls]
+def _message() -> Json:
+    return {
+        "id": _id("msg"),
+        "type": "message",
+        "status": "in_progress",
+        "role": "assistant",
+        "content": [],
+    }
 
 
-def _status(finish: str) -> str:
-    return "incomplete" if finish == "length" else "completed"
-
-
-def _message(id: str, status: str, content: list[Json]) -> Json:
-    return {"id": id, "type": "message", "status": status, "role": "assistant", "content": content}
-
-
-def _part(text: str, known: list[Json]) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": known}
-
-
-def _call(id: str, call_id: str, name: str, arguments: str, status: str) -> Json:
-    head = {"id": id, "type": "function_call", "status": status, "call_id": call_id}
-    return {**head, "name": name, "arguments": arguments}
-
-
-def _logprobs(said: tuple[TokenLogprobs, ...] | None, chat: Chat) -> list[Json]:
-    return logprobs.of_chat(said or (), chat.model.tokenizer)
+def _call(call_id: str, name: str) -> Json:
+    head = {"id": _id("fc"), "type": "function_call", "status": "in_progress", "call_id": call_id}
+    return {**head, "name": name, "arguments": ""}
 
 
 def _id(kind: str) -> str:
     return f"{kind}_{uuid.uuid4().hex}"
 
 
-class _Told:
-    """A response that is told in events. Text and each call are an item: one is open at a time."""
+class _Told(Told):
+    """Events, of which the last one has the whole response. Text and each call are an item: one is open at a time, and
+    only the last one can be incomplete.
+    """
 
-    def __init__(self, asked: ResponsesRequest, chat: Chat) -> None:
-        self._asked, self._chat = asked, chat
+    def __init__(self, asked: ResponsesRequest, model: Model, place: Place) -> None:
+        self._asked, self._chat = asked, Chat(model, as_chat(asked), place)
+        self.choices = self._chat.choices
         self._head = _head(asked)
         self._number = 0
         self._done: list[Json] = []
         self._open: Json | None = None
         self._position: int | None = None  # of the call that is open
-        self._logprobs: list[Json] = []
+        self._logprobs: list[Json] = []  # that are not told yet
+
+    async def whole(self) -> Json:
+        last: Json = {}
+        async with aclosing(self._events()) as events:
+            async for event in events:
+                last = event
+        response: Json = last["response"]
+        return response
 
     async def lines(self) -> AsyncGenerator[str]:
+        async with aclosing(self._events()) as events:
+            async for event in events:
+                yield stream.data(event, event["type"])
+
+    async def _events(self) -> AsyncGenerator[Json]:
         yield self._say("response.created", response=self._head)
         yield self._say("response.in_progress", response=self._head)
         finish = "stop"
-        try:
-            async with aclosing(self._chat.deltas()) as deltas:
-                async for delta in deltas:
-                    finish = delta.finish or finish
-                    for line in self._told(delta):
-                        yield line
-        except Exception as error:
-            yield self._failed(api_error_of(error))
-            return
+        async with aclosing(self._chat.deltas()) as deltas:
+            async for delta in deltas:
+                finish = delta.finish or finish
+                for event in self._told(delta):
+                    yield event
         if self._open is None and not self._done:
-            for line in self._opened(_message(_id("msg"), "in_progress", [])):
-                yield line
-        for line in self._closed(_status(finish)):
-            yield line
+            for event in self._opened(_message()):
+                yield event
+        is_call = self._open is not None and self._open["type"] == "function_call"
+        cut = self._chat.is_cut(self.choices[0]) if is_call else finish == "length"
+        for event in self._closed("incomplete" if cut else "completed"):
+            yield event
         last = _ended(self._asked, self._chat, self._head, finish, self._done)
         yield self._say(f"response.{last['status']}", response=last)
 
-    def _told(self, delta: Delta) -> Iterator[str]:
+    def _told(self, delta: Delta) -> Iterator[Json]:
         in_message = self._open is not None and self._open["type"] == "message"
-        if delta.text or (delta.logprobs and in_message):
+        self._logprobs += logprobs.of_chat(delta.logprobs or (), self._chat.model.tokenizer)
+        if delta.text or (self._logprobs and in_message):
             if not in_message:
                 yield from self._closed("completed")
-                yield from self._opened(_message(_id("msg"), "in_progress", []))
-            known = _logprobs(delta.logprobs, self._chat)
-            self._logprobs += known
-            part = self._open["content"][0]  # type: ignore[index]
+                yield from self._opened(_message())
+            assert self._open is not None
+            part = self._open["content"][0]
+            known, self._logprobs = self._logprobs, []
             part["text"] += delta.text
+            part["logprobs"] += known
             yield self._of_part("response.output_text.delta", delta=delta.text, logprobs=known)
         if delta.call is not None:
             yield from self._called(delta.call)
 
-    def _called(self, piece: CallPiece) -> Iterator[str]:
+    def _called(self, piece: CallPiece) -> Iterator[Json]:
         if self._position != piece.position:
             yield from self._closed("completed")
             self._position = piece.position
-            yield from self._opened(_call(_id("fc"), piece.id, piece.name or "", "", "in_progress"))
+            self._logprobs = []
+            yield from self._opened(_call(piece.id, piece.name or ""))
         assert self._open is not None
         if piece.arguments:
             self._open["arguments"] += piece.arguments
             yield self._of_item("response.function_call_arguments.delta", delta=piece.arguments)
 
-    def _opened(self, item: Json) -> Iterator[str]:
+    def _opened(self, item: Json) -> Iterator[Json]:
         self._open = item
         yield self._say("response.output_item.added", output_index=len(self._done), item=item)
         if item["type"] == "message":
-            item["content"] = [_part("", [])]
+            item["content"] = [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]
             yield self._of_part("response.content_part.added", part=item["content"][0])
 
-    def _closed(self, status: str) -> Iterator[str]:
+    def _closed(self, status: str) -> Iterator[Json]:
         item, self._position = self._open, None
         if item is None:
             return
         item["status"] = status
         if item["type"] == "message":
             part = item["content"][0]
-            part["logprobs"], self._logprobs = self._logprobs, []
+            part["logprobs"] += self._logprobs
             yield self._of_part("response.output_text.done", text=part["text"], logprobs=part["logprobs"])
             yield self._of_part("response.content_part.done", part=part)
         else:
@@ -238,18 +230,19 @@ class _Told:
         self._done.append(item)
         self._open = None
 
-    def _failed(self, error: ApiError) -> str:
+    def failed(self, error: ApiError) -> str:
         code = "server_error" if error.status >= 500 else "invalid_prompt"
         last = {**self._head, "status": "failed", "error": {"code": code, "message": error.message}}
-        return self._say("response.failed", response={**last, "output": self._done})
+        event = self._say("response.failed", response={**last, "output": self._done})
+        return stream.data(event, event["type"])
 
-    def _of_part(self, event: str, **fields: Any) -> str:
+    def _of_part(self, event: str, **fields: Any) -> Json:
         return self._of_item(event, content_index=0, **fields)
 
-    def _of_item(self, event: str, **fields: Any) -> str:
+    def _of_item(self, event: str, **fields: Any) -> Json:
         assert self._open is not None
         return self._say(event, item_id=self._open["id"], output_index=len(self._done), **fields)
 
-    def _say(self, event: str, **fields: Any) -> str:
+    def _say(self, event: str, **fields: Any) -> Json:
         number, self._number = self._number, self._number + 1
-        return stream.data({"type": event, "sequence_number": number, **fields}, event)
+        return {"type": event, "sequence_number": number, **fields}

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from bedplate.errors import BedplateError
-from bedplate.serve import stream
-from bedplate.serve.answers import Choice, start
 from bedplate.serve.catalog import Catalog, Model
-from bedplate.serve.errors import ApiError, failed, of_bedplate
+from bedplate.serve.errors import of_bedplate
 from bedplate.serve.limits import Place, Places
 from bedplate.serve.live import Live
 from bedplate.serve.metrics import Metrics
 from bedplate.serve.settings import Settings
-from bedplate.serve.wire import Asking, first_problem
+from bedplate.serve.stream import EventStream
+from bedplate.serve.wire import Asking, read_json
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _Result = TypeVar("_Result")
@@ -39,17 +38,13 @@ class Ticket:
         self.place = place
         self._request, self._held, self._settings = request, held, settings
 
-    async def stream(self, lines: AsyncGenerator[str], choices: Sequence[Choice]) -> Response:
-        """An answer as server-sent events. The ticket is held until they end.
-
-        Raises what is wrong with the request, before anything is said.
-        """
-        await self.whole(start(choices))
+    def stream(self, lines: AsyncGenerator[str]) -> Response:
+        """An answer as server-sent events. The ticket is held until they end."""
         left, settings = self.place.seconds_left, self._settings
         # At its deadline an answer ends, and then its last words are to be taken.
         seconds = None if left is None else left + settings.client_timeout
         held = self._held.pop_all()
-        return stream.EventStream(_with_errors(lines), held, ping=settings.ping, seconds=seconds)
+        return EventStream(lines, held, ping=settings.ping, seconds=seconds)
 
     async def whole(self, answer: Coroutine[Any, Any, _Result]) -> _Result:
         """Wait for an answer. If the client goes away, it is cancelled."""
@@ -62,8 +57,8 @@ class Server:
     draining: it is told to end: no request comes in any more.  counting: is held while tokens are only counted.
     """
 
-    def __init__(self, catalog: Catalog, settings: Settings, metrics: Metrics) -> None:
-        self.catalog, self.settings, self.places = catalog, settings, Places(settings)
+    def __init__(self, catalog: Catalog, settings: Settings, places: Places, metrics: Metrics) -> None:
+        self.catalog, self.settings, self.places = catalog, settings, places
         self.live = Live(catalog, settings)
         for base in catalog.bases:
             base.room.seconds = settings.memory_seconds
@@ -97,8 +92,7 @@ class Server:
         key = getattr(request.state, "key", None) or model.key
         place = Place(model, key, asked, answers, self.settings)
         async with AsyncExitStack() as held:
-            with model.base.watch.waiting(model):
-                await _unless_gone(request, held.enter_async_context(self.places.place(place)))
+            await _unless_gone(request, held.enter_async_context(self.places.place(place)))
             held.enter_context(model.base.watch.running(model))
             # Here, in a thread: it may wait for weights that load. From now on it is known.
             await _unless_gone(request, run_in_threadpool(lambda: model.tokenizer))
@@ -108,11 +102,7 @@ class Server:
 
 async def body_of(request: Request, kind: type[_Body]) -> _Body:
     """ApiError: it is too long, no JSON, or has a field that is not honoured."""
-    try:
-        return kind.model_validate_json(await request.body())
-    except ValidationError as error:
-        message, field = first_problem(error.errors(include_url=False, include_input=False))
-        raise ApiError(400, message, param=field) from None
+    return read_json(kind, await request.body())
 
 
 async def _unless_gone(request: Request, awaited: Coroutine[Any, Any, _Result]) -> _Result:
@@ -133,17 +123,3 @@ async def _unless_gone(request: Request, awaited: Coroutine[Any, Any, _Result]) 
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _with_errors(lines: AsyncGenerator[str]) -> AsyncGenerator[str]:
-    """An error after the status has been sent is said as the last line."""
-    async with aclosing(lines):
-        try:
-            async for line in lines:
-                yield line
-        except ApiError as error:
-            yield stream.data(error.body())
-        except BedplateError as error:
-            yield stream.data(of_bedplate(error).body())
-        except Exception as error:
-            yield stream.data(failed(error).body())

@@ -14,12 +14,8 @@ if TYPE_CHECKING:
 class Watch:
     """This one counts nothing. The event loop calls it: no method may take long.
 
-    A ticket says `waiting` and `running`, a `Choice` says `said` and `ended`. `Base.watch` is the one to tell.
+    A ticket says `running`, a `Choice` says `said` and `ended`. `Base.watch` is the one to tell.
     """
-
-    def waiting(self, model: Model) -> AbstractContextManager[None]:
-        """While a request waits for its place. It may leave without one."""
-        return nullcontext()
 
     def running(self, model: Model) -> AbstractContextManager[None]:
         """While a request has its place, to the end of its answers."""

@@ -6,11 +6,23 @@ A field that is unknown, or has a value that is not honoured, is an error of 400
 from __future__ import annotations
 
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, from_json
 
+from bedplate.serve.errors import ApiError
+
+_Body = TypeVar("_Body", bound=BaseModel)
+_Path = tuple[str | int, ...]
 Stop = Annotated[str, Field(max_length=1000)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -121,6 +133,16 @@ class Sampling(Asking):
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
 
+    @property
+    def answers(self) -> int:
+        """How many are wanted."""
+        return 1
+
+    def check(self) -> None:
+        """ApiError: a field needs another one, or contradicts it."""
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise ApiError(400, "stream_options: it needs stream.", param="stream_options")
+
 
 class Sampled(Sampling):
     """What OpenAI's completions of text and chat have."""
@@ -129,6 +151,10 @@ class Sampled(Sampling):
     n: Annotated[int, Field(ge=1, le=128)] = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream_options: StreamOptions | None = None
+
+    @property
+    def answers(self) -> int:
+        return self.n
 
     @property
     def tells_usage(self) -> bool:
@@ -156,9 +182,50 @@ class Accepted(Asking):
         return self.user if self.user is not None else self.safety_identifier
 
 
-def first_problem(problems: list[Any]) -> tuple[str, str | None]:
-    """What pydantic says of a body: a sentence, and the field that it is about."""
-    first = problems[0]
-    field = ".".join(str(part) for part in first["loc"]) or None
-    said = "is no field that this server honours" if first["type"] == "extra_forbidden" else first["msg"]
-    return f"{field or 'The body'}: {said}", field
+def read_json(kind: type[_Body], body: bytes) -> _Body:
+    """ApiError: it is no JSON, or has a field that is not honoured."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        is_json = error.errors(include_url=False, include_input=False)[0]["type"] != "json_invalid"
+        raise first_problem(error, from_json(body) if is_json else None) from None
+
+
+def first_problem(error: ValidationError, sent: Any) -> ApiError:
+    """What pydantic says of what was sent: a sentence, and the field that it is about.
+
+    Of a field that can be of several kinds, the kind counts that was read furthest.
+    """
+    found = [(one, _as_sent(sent, one)) for one in error.errors(include_url=False, include_input=False)]
+    first = found[0][1]
+    problem, path = max((one for one in found if one[1][: len(first)] == first), key=_read_so_far)
+    field = ".".join(map(str, path)) or None
+    forbidden = problem["type"] == "extra_forbidden"
+    said = "is no field that this server honours" if forbidden else problem["msg"]
+    return ApiError(400, f"{field or 'The body'}: {said}", param=field)
+
+
+def _read_so_far(found: tuple[ErrorDetails, _Path]) -> tuple[int, bool]:
+    problem, path = found
+    return len(path), not problem["type"].endswith("_type")
+
+
+def _as_sent(sent: Any, problem: ErrorDetails) -> _Path:
+    """Where in what was sent it is. pydantic also names the kinds that it tried."""
+    path, missing = problem["loc"], tuple[str | int, ...]()
+    if problem["type"] == "missing":
+        path, missing = path[:-1], path[-1:]
+    while path and not (found := _leading(sent, path)):
+        path = path[:-1]
+    return (*(found if path else ()), *missing)
+
+
+def _leading(sent: Any, path: _Path) -> _Path:
+    """The parts of a path that lead to its last part. Empty: none do."""
+    name, rest = path[0], path[1:]
+    is_there = name in sent if isinstance(sent, dict) else isinstance(sent, list) and isinstance(name, int)
+    if is_there:
+        inner = _leading(sent[name], rest) if rest else ()
+        if inner or not rest:
+            return (name, *inner)
+    return _leading(sent, rest) if rest else ()
