@@ -246,7 +246,7 @@ def test_many_whole_paths_beside_layers_to_transform(oracle: Oracle, tmp_path: P
     oracle.assert_equal(folder)
     edit_config(folder, layers_to_transform=[0])
     with pytest.raises(
-        UnsupportedError, match="target_modules holds 21 names, .* and layers_to_transform is set"
+        UnsupportedError, match=r"target_modules holds 21 names, .* and layers_to_transform is set"
     ):
         oracle.read(folder)
 
@@ -263,5 +263,5 @@ def test_what_is_trained_in_full_is_no_target(oracle: Oracle, tmp_path: Path) ->
         ):
             oracle.read(folder)
     edit_config(folder, modules_to_save=["q_proj("])
-    with pytest.raises(AdapterError, match="modules_to_save holds .* which is not a regular expression"):
+    with pytest.raises(AdapterError, match=r"modules_to_save holds .* which is not a regular expression"):
         oracle.read(folder)
