@@ -114,7 +114,7 @@ CASES: list[tuple[str, dict[str, Any], Edit, type[BedplateError], str]] = [
     (
         "untied",
         {"target_modules": ["lm_head"]},
-        with_config(modules_to_save=["lm_head"]),
+        with_config(modules_to_save=["m_head"]),  # PEFT takes the ends of names, and here no whole name
         UnsupportedError,
         "modules_to_save names lm_head, which is adapted too",
     ),
@@ -189,6 +189,13 @@ CASES: list[tuple[str, dict[str, Any], Edit, type[BedplateError], str]] = [
         for value in (5, [5, True], [5, -1], ["5"], [[5]], [5.0], {"a": 5}, "5", True)
     ),
     # What PEFT would drop, or does not find.
+    (
+        "untied",
+        {"target_modules": ["lm_head"]},
+        with_config(modules_to_save=["lm_head"]),
+        AdapterError,
+        "lora_B of lm_head, which the config does not adapt",
+    ),
     ("tied", HEAD, without("lm_head.weight"), AdapterError, r"trains lm_head in full \(modules_to_save\)"),
     (
         "tied",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import copy
 import os
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from adapter_formats import (
     equal,
     refused,
 )
+from peft import LoraConfig, get_peft_model
 from peft_oracle import Oracle
 from safetensors.torch import load_file
 
@@ -40,6 +43,33 @@ def test_as_in_peft_a_bin_does_not_count_beside_safetensors(
     (folder / "adapter_model.bin").write_bytes(b"of an older save")
     shutil.copy(peft / WEIGHTS, folder)
     equal(oracle, folder, peft)
+
+
+@pytest.mark.parametrize(
+    ("fields", "under_two_names"),
+    [
+        ({}, {"model.embed_tokens.weight", "lm_head.weight"}),
+        (
+            {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+            {"model.embed_tokens.lora_embedding_A", "lm_head.lora_B.weight"},
+        ),
+    ],
+    ids=str,
+)
+def test_what_has_two_names_is_in_a_bin_once(
+    fields: dict[str, Any], under_two_names: set[str], oracle: Oracle, tmp_path: Path
+) -> None:
+    """What an embedding and a head share, PEFT saves under both names."""
+    config = LoraConfig(r=64, init_lora_weights=False, **fields)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(copy.deepcopy(oracle.model), config)
+        model.save_pretrained(tmp_path, safe_serialization=False, save_embedding_layers=True)
+    tensors = torch.load(tmp_path / "adapter_model.bin")
+    shared = {tensors[f"base_model.model.{name}"].data_ptr() for name in under_two_names}
+    assert len(shared) == 1
+    assert sum(value.nbytes for value in tensors.values()) > (tmp_path / "adapter_model.bin").stat().st_size
+    oracle.assert_equal(tmp_path)
 
 
 class Bomb:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,14 @@ def test_our_names_are_not_theirs(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"self_attn\.[qk]_proj, which the model does not have") as caught:
         read_adapter(adapter, open_checkpoint(tmp_path / "phi3").spec)
     assert "self_attn.qkv_proj" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("toy", ["granite"], indirect=True)
+def test_parameters_alone_of_a_family_that_peft_has_no_targets_for(toy: Path, tmp_path: Path) -> None:
+    """PEFT saves null for `target_modules` then."""
+    config = LoraConfig(r=4, target_parameters=["q_proj.weight", "v_proj.weight"])
+    adapter = save_adapter(tmp_path, toy, config)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] is None
+    expected = with_peft(toy, adapter, TOKENS[0].tolist())
+    found = ours(open_checkpoint(toy), adapter)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-6 * float(expected.abs().max()))

@@ -20,7 +20,7 @@ from peft_oracle import TOLERANCE, Oracle
 from safetensors.torch import load_file, save_file
 from toy import ALL_LINEARS
 
-from bedplate.errors import AdapterError
+from bedplate.errors import AdapterError, UnsupportedError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -216,3 +216,52 @@ def test_block_diagonal_halves_of_the_wrong_shape(oracle: Oracle, tmp_path: Path
         edit_config(folder, use_bdlora={**dataclasses.asdict(blocks), "nblocks": nblocks})
         with pytest.raises(AdapterError, match=says):
             oracle.read(folder)
+
+
+def test_whole_paths_are_adapted_beside_layers_to_transform(oracle: Oracle, tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=4,
+        target_modules=["model.layers.2.self_attn.q_proj", "v_proj", "lm_head"],
+        layers_to_transform=[0],
+    )
+    adapter = oracle.assert_equal(oracle.save(tmp_path / "adapter", config))
+    assert {(2, "self_attn.q_proj"), (0, "self_attn.v_proj"), (None, "lm_head")} == set(adapter.pairs)
+    assert not adapter.warnings
+    config = LoraConfig(
+        r=4, target_modules=["v_proj", "lm_head"], layers_to_transform=[0], ensure_weight_tying=True
+    )
+    adapter = oracle.assert_equal(oracle.save(tmp_path / "tied", config))  # PEFT adds the embedding's path
+    assert {(0, "self_attn.v_proj"), (None, "lm_head"), (None, "embed_tokens")} == set(adapter.pairs)
+
+
+def test_many_whole_paths_beside_layers_to_transform(oracle: Oracle, tmp_path: Path) -> None:
+    """From 20 on, PEFT shortens them, and then they count in some layers only."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    paths = [f"model.layers.{layer}.self_attn.{name}" for layer in range(3) for name in names]
+    paths += [
+        f"model.layers.{layer}.mlp.{name}" for layer in range(3) for name in ALL_LINEARS if name not in names
+    ]
+    folder = oracle.save(tmp_path / "adapter", LoraConfig(r=4, target_modules=ALL_LINEARS))
+    edit_config(folder, target_modules=paths, layers_to_transform=[0, 1, 2])
+    oracle.assert_equal(folder)
+    edit_config(folder, layers_to_transform=[0])
+    with pytest.raises(
+        UnsupportedError, match=r"target_modules holds 21 names, .* and layers_to_transform is set"
+    ):
+        oracle.read(folder)
+
+
+def test_what_is_trained_in_full_is_no_target(oracle: Oracle, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+    folder = oracle.save(tmp_path / "head", LoraConfig(**fields, modules_to_save=["lm_head"]))
+    assert not oracle.assert_equal(folder).warnings
+    folder = oracle.save(tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    for name in ("q_pro.", ".*q_proj$"):  # to PEFT a pattern here, and no module's name elsewhere
+        edit_config(folder, modules_to_save=[name])
+        with pytest.raises(
+            AdapterError, match=r"lora_B of layers\.0\.self_attn\.q_proj, which the config does not"
+        ):
+            oracle.read(folder)
+    edit_config(folder, modules_to_save=["q_proj("])
+    with pytest.raises(AdapterError, match=r"modules_to_save holds .* which is not a regular expression"):
+        oracle.read(folder)

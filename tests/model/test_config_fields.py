@@ -243,6 +243,8 @@ def rope_values(walk: Walk) -> Iterator[Any]:
     for section in sections:
         yield {**theta, **section}
         yield {**section, "type": section["rope_type"]}
+        older = {name: value for name, value in section.items() if name != "rope_type"}
+        yield {**older, "type": section["rope_type"]}
         yield {**theta, **section, "partial_rotary_factor": 0.5}
         yield {**own, **section}
         yield {FULL: {**theta, **section}, SLIDING: {"rope_type": "default", "rope_theta": 50.0}}

@@ -120,6 +120,9 @@ def read_rope_by_kind(
     versions write, is of the layers that see everything. Raises UnsupportedError or CheckpointError.
     """
     sections = config.section("rope_parameters")
+    if config.get("rope_parameters") is None:
+        # As in transformers: the type that stands here counts before the older name of the type in rope_scaling.
+        sections = {kind: {"rope_type": "default"} for kind in thetas}
     for field, value in sections.items():
         if field not in thetas:
             raise UnsupportedError(

@@ -100,6 +100,11 @@ def layers_form(pattern: str) -> str:
     return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
 
 
+def saved_form(name: str) -> str:
+    """How PEFT finds what modules_to_save takes out of target_modules, from the start of a path."""
+    return rf"(^|.*\.){name}($|\..*)"
+
+
 def short(value: Any) -> str:
     """A value of the file in an error, on one line."""
     try:

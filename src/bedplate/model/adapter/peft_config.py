@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bedplate.errors import AdapterError, UnsupportedError
-from bedplate.model.adapter.config_fields import ConfigFields, layers_form, readable, short
+from bedplate.model.adapter.config_fields import ConfigFields, layers_form, readable, saved_form, short
 from bedplate.model.adapter.peft_fields import (
     CHANGES_BASE,
     KEEPS_BASE,
@@ -84,7 +84,9 @@ def read_config(data: bytes, where: Path) -> PeftConfig:
     """Check the file's content and take what counts. Raises AdapterError or UnsupportedError, naming the field."""
     fields = ConfigFields(_parse(data, where), where)
     _check_known(fields)
-    targets = fields.names_or_pattern("target_modules", default=DEFAULT_TARGETS)
+    parameters = fields.names("target_parameters")
+    # PEFT saves the targets that it chose itself. With parameters it may have chosen none.
+    targets = fields.names_or_pattern("target_modules", default=() if parameters else DEFAULT_TARGETS)
     layers = fields.integers("layers_to_transform")
     layers_pattern = fields.names("layers_pattern")
     for pattern in layers_pattern:
@@ -107,7 +109,7 @@ def read_config(data: bytes, where: Path) -> PeftConfig:
         },
         targets=targets,
         excluded=fields.names_or_pattern("exclude_modules", default=()),
-        parameters=fields.names("target_parameters"),
+        parameters=parameters,
         layers=layers or None,
         layers_pattern=layers_pattern,
         block_diagonal=_block_diagonal(fields),
@@ -214,6 +216,8 @@ def _saved(fields: ConfigFields) -> tuple[str, ...]:
     names = fields.names("modules_to_save")
     if "" in names:
         fields.fail("modules_to_save holds an empty name")
+    for name in names:
+        fields.check_pattern("modules_to_save", saved_form(name))
     return names
 
 

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bedplate.errors import AdapterError
-from bedplate.model.adapter.config_fields import layers_form, pattern_form
+from bedplate.errors import AdapterError, UnsupportedError
+from bedplate.model.adapter.config_fields import layers_form, pattern_form, saved_form
 from bedplate.model.adapter.peft_config import CONFIG, PeftConfig
 from bedplate.model.adapter.types import AGAIN, EMBEDDING, HEAD
 
 # The first number behind two names or more, as in `model.layers.0.`.
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
+# From so many target modules on, PEFT takes the shortest names that tell them from others.
+_MANY = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +74,21 @@ class Targets:
             return True
         if self._is_excluded(path):
             return False
-        if self._keeps_tied and path == f"model.{EMBEDDING}":
-            # PEFT adds it to the names or to the pattern.
-            return isinstance(targets, str) or self._in_layers(path)
+        # With a head that goes with it, PEFT adds the embedding to the names or to the pattern.
+        is_added = self._keeps_tied and path == f"model.{EMBEDDING}"
         if isinstance(targets, str):
             if targets.lower() == "all-linear":
-                return ".layers." in path
-            return re.fullmatch(targets, path) is not None
+                return is_added or ".layers." in path
+            return is_added or re.fullmatch(targets, path) is not None
+        if is_added or path in targets:  # a whole path counts in any layer
+            if "." in path and len({*targets, path}) >= _MANY and not self._in_layers(path):
+                raise UnsupportedError(
+                    f"target_modules holds {len({*targets, path})} names, {path} among them, and "
+                    "layers_to_transform is set: PEFT shortens so many names, and then takes other layers",
+                    where=self._where,
+                    hint="leave layers_to_transform out, if target_modules holds whole paths",
+                )
+            return True
         return _ends_with(path, targets) and self._in_layers(path)
 
     def _names_tables(self) -> bool:
@@ -89,7 +99,10 @@ class Targets:
         return any(name.rpartition(".")[2] in (EMBEDDING, HEAD) for name in targets)
 
     def _is_excluded(self, path: str) -> bool:
+        """By a name or a pattern; or because it is trained in full, for which PEFT takes any name as a pattern."""
         excluded = self._config.excluded
+        if any(re.match(saved_form(name), path) for name in self._config.saved):
+            return True
         if isinstance(excluded, str):
             return excluded != "" and re.fullmatch(excluded, path) is not None
         return _ends_with(path, excluded)

@@ -38,7 +38,8 @@ def parse_torch(data: bytes, where: Path) -> dict[str, NDArray[np.float32]]:
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise AdapterError("does not hold tensors by their names", where=where, hint=_SAFE)
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    arrays, room = {}, len(data)
+    # What an embedding and a head share is in the file once, and there under two names.
+    arrays, room = {}, 2 * len(data)
     for name, value in content.items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
             raise AdapterError(f"{name} is no plain tensor", where=where, hint=_SAFE)
