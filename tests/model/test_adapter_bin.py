@@ -54,7 +54,7 @@ def test_as_in_peft_a_bin_does_not_count_beside_safetensors(
             {"model.embed_tokens.lora_embedding_A", "lm_head.lora_B.weight"},
         ),
     ],
-    ids=str,
+    ids=["saved", "adapted"],
 )
 def test_what_has_two_names_is_in_a_bin_once(
     fields: dict[str, Any], under_two_names: set[str], oracle: Oracle, tmp_path: Path
