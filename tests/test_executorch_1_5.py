@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.program._program import _get_aten_to_edge_passes
 from stock import StockProgram
 from torch import Tensor, nn
 
@@ -78,6 +80,70 @@ def test_what_is_decomposed_once_is_what_executorch_gives(
         for program in (again[0], lowered[0])
     )
     assert (ours, again[1]) == (expected, lowered[1])
+
+
+class Calls(nn.Module):
+    """Calls of operators of which passes change some."""
+
+    def __init__(self, calls: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.calls(x, ids)
+
+
+CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": lambda x, ids: torch.relu(x) + x,
+    "a transposed matrix": lambda x, ids: x.t(),
+    "a view": lambda x, ids: torch.relu(x).view(-1),
+    "a number": lambda x, ids: x * 2.0,
+    "a number that a tensor equals": lambda x, ids: x + 1,
+    "a size": lambda x, ids: x * x.shape[0],
+    "two types": lambda x, ids: x + ids,
+    "a number in an operator that takes one": lambda x, ids: torch.clamp(x, min=1.0),
+}
+
+
+@pytest.mark.parametrize("calls", CALLS)
+def test_a_pass_is_left_out_only_where_it_changes_nothing(calls: str) -> None:
+    inputs = (torch.randn(4, 4), torch.ones(4, 4, dtype=torch.int64))
+    rows = torch.export.Dim("rows", min=2, max=8)
+    exported = torch.export.export(
+        Calls(CALLS[calls]), inputs, dynamic_shapes=({0: rows}, {0: rows}), strict=False
+    )
+    graph = exported.graph_module
+    for one in passes():
+        before = written(graph)
+        changes = private.changes_operators(one, graph)
+        assert written(graph) == before, "it only looks"
+        graph = one(graph).graph_module
+        assert changes == (written(graph) != before)
+
+
+def passes() -> list[private.ExportPass]:
+    """Those of operators, in their order."""
+    before, _ = _get_aten_to_edge_passes(private.EDGE_CONFIG)
+    inner = [getattr(one, "__wrapped__", one) for one in before]
+    return [one for one in inner if isinstance(one, private._OF_OPERATORS)]
+
+
+def written(module: torch.fx.GraphModule) -> list[str]:
+    """The calls of a graph. A call's number stands for what it gives."""
+    numbers = {node: number for number, node in enumerate(module.graph.nodes)}
+    return [
+        f"{node.target}{torch.fx.map_arg((node.args, node.kwargs), lambda given: f'%{numbers[given]}')}"
+        for node in module.graph.nodes
+        if node.op == "call_function"
+    ]
+
+
+def test_each_of_these_passes_does_nothing_else() -> None:
+    assert {type(one) for one in passes()} == set(private._OF_OPERATORS)
+    own = {name for one in private._OF_OPERATORS for name in vars(one) if not name.startswith("__")}
+    assert own <= {"call_operator", "call", "_abc_impl"}, (
+        "whether they call other operators is all that is asked"
+    )
 
 
 def test_it_is_the_installed_version() -> None:

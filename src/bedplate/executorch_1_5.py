@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 # Registers the operators of quantized embeddings in torch: `embedding_byte`, `embedding_4bit`.
 import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
@@ -39,7 +40,16 @@ from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec, Partitioner
 from executorch.exir.delegate import executorch_call_delegate
 from executorch.exir.lowered_backend_module import LoweredBackendModule
+from executorch.exir.pass_base import ExportPass, NodeMetadata, PassResult, ProxyValue
 from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.passes.normalize_transpose_pass import NormalizeTransposePass
+from executorch.exir.passes.remove_mixed_type_operators import RemoveMixedTypeOperators
+from executorch.exir.passes.replace_broken_ops_with_function_ops_pass import (
+    ReplaceBrokenOpsWithFunctionalOpsPass,
+)
+from executorch.exir.passes.scalar_to_tensor_pass import ScalarToTensorPass
+from executorch.exir.passes.sym_to_tensor_pass import SymToTensorPass
+from executorch.exir.program import _program
 from executorch.exir.program._program import _generate_edge_program, _remove_invalid_ops_for_not_decompose
 from executorch.exir.schema import (
     Bool,
@@ -142,10 +152,81 @@ def to_delegates(programs: Mapping[str, ExportedProgram], chosen: Partitioner) -
         for operator in kept:
             table.pop(operator, None)
         decomposed = program.run_decompositions(table)
-        edges[name] = _generate_edge_program(EDGE_CONFIG, decomposed, preserve_ops=kept)
+        with _idle_passes_left_out():
+            edges[name] = _generate_edge_program(EDGE_CONFIG, decomposed, preserve_ops=kept)
         whole.update(kept)
     manager = EdgeProgramManager(edges, None, EDGE_CONFIG, list(whole))
     return manager.to_backend(dict.fromkeys(programs, chosen))
+
+
+# These passes change calls of operators, and nothing else. To run one is to interpret the whole graph.
+_OF_OPERATORS = (
+    NormalizeTransposePass,
+    RemoveMixedTypeOperators,
+    ReplaceBrokenOpsWithFunctionalOpsPass,
+    ScalarToTensorPass,
+    SymToTensorPass,
+)
+
+
+@contextmanager
+def _idle_passes_left_out() -> Iterator[None]:
+    """In this context, a pass of operators runs only on a graph that it changes."""
+    all_passes = _program._get_aten_to_edge_passes
+
+    def needed_passes(config: EdgeCompileConfig) -> tuple[list[Any], list[Any]]:
+        before, after = all_passes(config)
+        inner = [getattr(one, "__wrapped__", one) for one in before]
+        return [_IfNeeded(one) if isinstance(one, _OF_OPERATORS) else one for one in inner], after
+
+    _program._get_aten_to_edge_passes = needed_passes
+    try:
+        yield
+    finally:
+        _program._get_aten_to_edge_passes = all_passes
+
+
+class _IfNeeded:
+    def __init__(self, of_operators: ExportPass) -> None:
+        self._pass = of_operators
+
+    def __call__(self, module: torch.fx.GraphModule) -> PassResult:
+        return self._pass(module) if changes_operators(self._pass, module) else PassResult(module, False)
+
+
+def changes_operators(one: ExportPass, module: torch.fx.GraphModule) -> bool:
+    """Whether a pass of operators makes other calls than those in a graph.
+
+    It is asked for each call, and does not compute: that is what takes time.
+    """
+    if any(isinstance(child, torch.fx.GraphModule) for child in module.children()):
+        return True  # of a condition or a loop: nobody looks into it here
+    made: list[tuple[Any, ...]] = []
+    one._fx = lambda _, *call: made.append(call[:3])
+    try:
+        for node in module.graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload):
+                made.clear()
+                args, kwargs = torch.fx.map_arg(
+                    (node.args, node.kwargs), lambda given: ProxyValue(given.meta.get("val"), given)
+                )
+                one.call_operator(node.target, args, kwargs, NodeMetadata(node.meta))
+                if len(made) != 1 or not _same(made[0], (node.target, args, kwargs)):
+                    return True
+    finally:
+        del one._fx
+    return False
+
+
+def _same(call: object, other: object) -> bool:
+    """True only for what is the same in type and value: a tensor of one number equals the number."""
+    if isinstance(call, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(call) == len(other) and all(map(_same, call, other))
+    if isinstance(call, dict) and isinstance(other, dict):
+        return call.keys() == other.keys() and all(_same(call[name], other[name]) for name in call)
+    if call is other:
+        return True
+    return type(call) is type(other) and not isinstance(call, (torch.Tensor, ProxyValue)) and call == other
 
 
 @contextmanager
