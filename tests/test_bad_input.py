@@ -25,6 +25,7 @@ import bedplate
 from bedplate.bundle import manifest
 from bedplate.errors import (
     AdapterError,
+    ArgumentError,
     BedplateError,
     BundleError,
     CalibrationError,
@@ -467,7 +468,7 @@ def test_requests_that_cannot_be_met(toy_bundle: bedplate.Bundle) -> None:
             session.logits([5] * 129)
         with refused(ContextFullError, "do not fit the context of 128", folder):
             session.generate("fox " * 300, max_tokens=1)
-        with refused(RunError, "token 320 is not in the vocabulary", folder):
+        with refused(ArgumentError, "token 320 is not in the vocabulary", folder):
             session.step([320])
         with refused(RunError, "there are no tokens", folder):
             session.generate("", max_tokens=1)

@@ -114,7 +114,7 @@ def test_a_text_that_is_certainly_too_long_is_not_tokenized(
 def test_what_does_not_fit_the_context_is_said_in_words_of_http(live: Live) -> None:
     said = ask(live.address, {"model": "all", "prompt": [5] * 5000}, path="/v1/completions")
     assert said.status == 400 and said.error["code"] == "context_length_exceeded"
-    assert said.error["message"] == "prompt: it has 5000 tokens, more than 40."
+    assert said.error["message"] == "prompt: it has 5000 tokens; this server takes at most 40."
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def check_length(model: Model, prompt: Prompt, most: int | None, *, param: str =
     most = context if most is None else min(most, context)
     if not isinstance(prompt, (str, Conversation)):
         if len(prompt) > most:
-            message = f"{param}: it has {len(prompt)} tokens, more than {most}."
+            message = f"{param}: it has {len(prompt)} tokens; this server takes at most {most}."
             raise ApiError(400, message, param=param, code="context_length_exceeded")
         return
     length = too_long(model.tokenizer, prompt, most)
