@@ -27,6 +27,8 @@ from bedplate.model.checkpoint import open_checkpoint
 from bedplate.model.families import FAMILIES
 from bedplate.model.stored import stored_linears
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, CONTEXT = 320, 160
 # Two blocks of keys and values, and more; many times a window of the toys.
 TOKENS = torch.randint(0, VOCABULARY, (150,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -120,7 +122,6 @@ def stock_runner() -> Iterator[StockRunner]:
     runner.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", test_families_run.PROGRAMS, ids="-".join)
 def test_executorchs_runner_writes_what_transformers_does(
     variant: tuple[str, str], stock_runner: StockRunner, unit_cache: Path, tmp_path: Path

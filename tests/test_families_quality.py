@@ -30,6 +30,8 @@ from bedplate.quantize.choice import Choice, choose_bits
 from bedplate.quantize.eager import quantize_decoder
 from bedplate.quantize.recipe import Goal, make_recipe
 
+pytestmark = pytest.mark.slow
+
 PROSE = (Path(__file__).parent / "data" / "prose.txt").read_text("utf-8")[:200]
 VOCABULARY, POSITIONS, BOS = 320, 64, 0
 OPTIONS: dict[str, Any] = {"recovery_rank": 4, "embedding": "float"}

@@ -21,6 +21,8 @@ from bedplate.bundle.values import Values
 from bedplate.model.checkpoint import open_checkpoint
 from bedplate.oracle import stock_program
 
+pytestmark = pytest.mark.slow
+
 TOKENS = [5, 17, 101, 3, 250, 77, 8, 8, 19, 300, 2, 45]
 
 

@@ -260,7 +260,9 @@ def rope_values(walk: Walk) -> Iterator[Any]:
     yield {FULL: {**theta, **TYPES["yarn"][0], "truncate": False}}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in FAMILIES]
+)
 def test_every_field(family: str, tmp_path: Path) -> None:
     walk = Walk(family, tmp_path)
     assert same(walk.expected, walk.mine)

@@ -20,6 +20,8 @@ from toy import save_toy_tokenizer
 import bedplate
 from bedplate.errors import UnsupportedError
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 320
 TOKENS = [
     3,

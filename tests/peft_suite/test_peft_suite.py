@@ -18,6 +18,8 @@ from toy import save_toy_model, toy_config
 from bedplate.errors import BedplateError
 from bedplate.runtime.weights import last_place
 
+pytestmark = pytest.mark.slow
+
 PARTS = 6
 # What a refusal may name, beside the fields that are set; PEFT sets modules_to_save by itself for some tasks.
 ALSO_NAMED = ("lm_head", "embed_tokens", "modules_to_save")

@@ -20,6 +20,8 @@ from pydantic_ai.providers.openai import OpenAIProvider
 
 import bedplate
 
+pytestmark = pytest.mark.slow
+
 TALK: list[Any] = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "the fox"},

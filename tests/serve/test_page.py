@@ -18,6 +18,8 @@ from bedplate.runtime.scheduler import Scheduler
 from bedplate.serve.keys import Keys
 from bedplate.serve.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = '<img src=x onerror="window.hacked = 1"> & <script>window.hacked = 1</script> it\'s $HOME `id`'
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import pytest
 from tab import Tab, expect, opened
+
+pytestmark = pytest.mark.slow
 
 
 def test_keyboard_alone(tab: Tab) -> None:
