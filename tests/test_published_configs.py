@@ -45,11 +45,13 @@ def test_a_published_config_is_what_transformers_makes_of_it(family: str, name: 
     save_toy(model, quiet(lambda: AutoConfig.from_pretrained(model)), spread=1.6)
     config.write_text(text)  # save_pretrained writes it in its own spelling
     save_toy_tokenizer(model, 320)
-    expected = theirs(model, TOKENS).numpy()
+    expected, exact = (theirs(model, TOKENS, dtype).numpy() for dtype in (torch.float32, torch.float64))
     bundle = bedplate.build(model, tmp_path / "toy.bundle", programs=False, quantize="none")
     with bedplate.Engine(bundle, kv="float32") as engine:
         found = engine.session().logits(TOKENS)
-    assert abs(found - expected).max() < 1e-4
+    # Two calculations in float32 may be as far apart as both lose together, which depends on the processor.
+    lost = abs(expected - exact).max()
+    assert abs(found - expected).max() < max(1e-4, 4 * lost) and lost < 2e-4
 
 
 def test_there_are_some_of_every_family() -> None:
