@@ -53,11 +53,10 @@ def _longest_in(data: dict[str, Any]) -> int | None:
     from tokenizers.pre_tokenizers import ByteLevel  # it takes a while, and is needed for long texts only
 
     model, normalizers = data["model"], _steps(data.get("normalizer"), "normalizers")
-    splitters = [step["type"] for step in _steps(data.get("pre_tokenizer"), "pretokenizers")]
+    steps = _steps(data.get("pre_tokenizer"), "pretokenizers")
+    splitters = {step["type"] for step in steps}
     known = model["vocab"] if isinstance(model["vocab"], dict) else {piece for piece, _ in model["vocab"]}
-    if not set(splitters) <= _LOOK_AT_ALL or any(
-        step.get("behavior") == "Removed" for step in _steps(data.get("pre_tokenizer"), "pretokenizers")
-    ):
+    if not splitters <= _LOOK_AT_ALL or any(step.get("behavior") == "Removed" for step in steps):
         return None
     # Else characters that are unknown may be dropped, or many of them become one token.
     if "ByteLevel" in splitters:
