@@ -87,26 +87,24 @@ constexpr int64_t code_bytes(Coding coding) { return coding == Coding::kFour ? k
 template <Coding C, int T>
 INLINE void group_sums(const uint8_t* codes, const int8_t* x, const InputGroup* group, Ints (&totals)[T]) {
     if constexpr (C == Coding::kFour) {
-        Sum4 found[T];
-        EACH (t, T) found[t].begin(group[t].start);
+        EACH (t, T) totals[t] = Sum4::begin(group[t].start);
         EACH (j, 4) {
             const Bytes both = load_as<Bytes>(codes + j * 64);
             const Bytes low = both & (int8_t)15;
             const Bytes high = (Bytes)((Shorts)both >> 4) & (int8_t)15;
             EACH (t, T) {
-                found[t].add(low, broadcast(x + t * kGroup + 8 * j));
-                found[t].add(high, broadcast(x + t * kGroup + 8 * j + 4));
+                totals[t] = Sum4::add(totals[t], low, broadcast(x + t * kGroup + 8 * j));
+                totals[t] = Sum4::add(totals[t], high, broadcast(x + t * kGroup + 8 * j + 4));
             }
         }
-        EACH (t, T) totals[t] = found[t].total();
+        EACH (t, T) totals[t] = Sum4::total(totals[t], group[t].start);
     } else {
-        Sum8 found[T];
-        EACH (t, T) found[t].begin(group[t].start);
+        EACH (t, T) totals[t] = Sum8::begin(group[t].start);
         EACH (j, 8) {
             const Bytes code = load_as<Bytes>(codes + j * 64);
-            EACH (t, T) found[t].add(code, broadcast(x + t * kGroup + 4 * j));
+            EACH (t, T) totals[t] = Sum8::add(totals[t], code, broadcast(x + t * kGroup + 4 * j));
         }
-        EACH (t, T) totals[t] = found[t].total();
+        EACH (t, T) totals[t] = Sum8::total(totals[t], group[t].start);
     }
 }
 

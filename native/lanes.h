@@ -205,72 +205,80 @@ INLINE void to_half(uint16_t* to, Floats x) {
 // total(); Sum8 takes codes of 8 bits, 128 more than the weight. `start` makes up for what the codes are too
 // large by: it is minus eight times the sum of all inputs.
 
+// Has x in a register now: GCC puts sums off until their last use, and keeps all that they add up in memory.
+#if defined(__AVX512F__)
+#define SETTLE(x) asm("" : "+v"(x))
+#elif defined(__AVX2__)
+#define SETTLE(x) asm("" : "+x"(x))
+#endif
+
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 struct Sum4 {
-    Ints sums;
-    INLINE void begin(int32_t start) { sums = splat(start); }
-    INLINE void add(Bytes codes, Bytes inputs) {
+    static INLINE Ints begin(int32_t start) { return splat(start); }
+    static INLINE Ints add(Ints sums, Bytes codes, Bytes inputs) {
 #if defined(__AVX512F__)
-        sums = (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)inputs);
+        return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)inputs);
 #else
-        sums = (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)inputs);
+        return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)inputs);
 #endif
     }
-    INLINE Ints total() const { return sums; }
+    static INLINE Ints total(Ints sums, int32_t) { return sums; }
 };
 struct Sum8 : Sum4 {
-    INLINE void begin(int32_t start) { sums = splat(start) << 4; }
+    static INLINE Ints begin(int32_t start) { return splat(start) << 4; }
 };
 #elif defined(__AVX2__)
+#if defined(__AVX512F__)
+INLINE Shorts pair_products(Bytes codes, Bytes inputs) {
+    return (Shorts)_mm512_maddubs_epi16((__m512i)codes, (__m512i)inputs);
+}
+INLINE Ints pair_sums(Shorts x) { return (Ints)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(1)); }
+INLINE Bytes with_sign(Bytes x, Bytes of) {
+    const __m512i inputs = (__m512i)x;
+    return (Bytes)_mm512_mask_sub_epi8(inputs, _mm512_movepi8_mask((__m512i)of), __m512i{}, inputs);
+}
+INLINE Bytes absolute(Bytes x) { return (Bytes)_mm512_abs_epi8((__m512i)x); }
+#else
+INLINE Shorts pair_products(Bytes codes, Bytes inputs) {
+    return (Shorts)_mm256_maddubs_epi16((__m256i)codes, (__m256i)inputs);
+}
+INLINE Ints pair_sums(Shorts x) { return (Ints)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(1)); }
+INLINE Bytes with_sign(Bytes x, Bytes of) { return (Bytes)_mm256_sign_epi8((__m256i)x, (__m256i)of); }
+INLINE Bytes absolute(Bytes x) { return (Bytes)_mm256_abs_epi8((__m256i)x); }
+#endif
 struct Sum4 {  // in 16 bits: 8 · 2 · 15 · 127 is below 2^15
-    Shorts sums{};
-    int32_t first;
-    INLINE void begin(int32_t start) { first = start; }
-    INLINE void add(Bytes codes, Bytes inputs) {
-#if defined(__AVX512F__)
-        sums += (Shorts)_mm512_maddubs_epi16((__m512i)codes, (__m512i)inputs);
-#else
-        sums += (Shorts)_mm256_maddubs_epi16((__m256i)codes, (__m256i)inputs);
-#endif
+    static INLINE Ints begin(int32_t) { return Ints{}; }
+    static INLINE Ints add(Ints sums, Bytes codes, Bytes inputs) {
+        Shorts more = (Shorts)sums + pair_products(codes, inputs);
+        SETTLE(more);
+        return (Ints)more;
     }
-    INLINE Ints total() const {
-#if defined(__AVX512F__)
-        return (Ints)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1)) + splat(first);
-#else
-        return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)) + splat(first);
-#endif
-    }
+    static INLINE Ints total(Ints sums, int32_t start) { return pair_sums((Shorts)sums) + splat(start); }
 };
 struct Sum8 {  // |weight| times the input with the weight's sign: 2 · 128 · 127 is below 2^15
-    Ints sums{};
-    INLINE void begin(int32_t) {}
-    INLINE void add(Bytes codes, Bytes inputs) {
+    static INLINE Ints begin(int32_t) { return Ints{}; }
+    static INLINE Ints add(Ints sums, Bytes codes, Bytes inputs) {
         const Bytes weights = codes ^ (int8_t)-128;
-#if defined(__AVX512F__)
-        const __m512i w = (__m512i)weights, x = (__m512i)inputs;
-        const __m512i signed_x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
-        const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), signed_x);
-        sums += (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-#else
-        const __m256i w = (__m256i)weights, x = (__m256i)inputs;
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-        sums += (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#endif
+        sums += pair_sums(pair_products(absolute(weights), with_sign(inputs, weights)));
+        SETTLE(sums);
+        return sums;
     }
-    INLINE Ints total() const { return sums; }
+    static INLINE Ints total(Ints sums, int32_t) { return sums; }
 };
 #elif defined(__ARM_FEATURE_DOTPROD)
 struct Sum4 {
-    Ints sums;
-    INLINE void begin(int32_t start) { sums = splat(start); }
-    INLINE void add(Bytes codes, Bytes inputs) { sums = (Ints)vdotq_s32(sums, codes, inputs); }
-    INLINE Ints total() const { return sums; }
+    static INLINE Ints begin(int32_t start) { return splat(start); }
+    static INLINE Ints add(Ints sums, Bytes codes, Bytes inputs) {
+        return (Ints)vdotq_s32(sums, codes, inputs);
+    }
+    static INLINE Ints total(Ints sums, int32_t) { return sums; }
 };
 struct Sum8 {
-    Ints sums{};
-    INLINE void begin(int32_t) {}
-    INLINE void add(Bytes codes, Bytes inputs) { sums = (Ints)vdotq_s32(sums, codes ^ (int8_t)-128, inputs); }
-    INLINE Ints total() const { return sums; }
+    static INLINE Ints begin(int32_t) { return Ints{}; }
+    static INLINE Ints add(Ints sums, Bytes codes, Bytes inputs) {
+        return (Ints)vdotq_s32(sums, codes ^ (int8_t)-128, inputs);
+    }
+    static INLINE Ints total(Ints sums, int32_t) { return sums; }
 };
 #else
 INLINE Ints four_products(Bytes a, Bytes b) {
@@ -282,15 +290,15 @@ INLINE Ints four_products(Bytes a, Bytes b) {
     return sums;
 }
 struct Sum4 {
-    Ints sums;
-    INLINE void begin(int32_t start) { sums = splat(start); }
-    INLINE void add(Bytes codes, Bytes inputs) { sums += four_products(codes, inputs); }
-    INLINE Ints total() const { return sums; }
+    static INLINE Ints begin(int32_t start) { return splat(start); }
+    static INLINE Ints add(Ints sums, Bytes codes, Bytes inputs) { return sums + four_products(codes, inputs); }
+    static INLINE Ints total(Ints sums, int32_t) { return sums; }
 };
 struct Sum8 {
-    Ints sums{};
-    INLINE void begin(int32_t) {}
-    INLINE void add(Bytes codes, Bytes inputs) { sums += four_products(codes ^ (int8_t)-128, inputs); }
-    INLINE Ints total() const { return sums; }
+    static INLINE Ints begin(int32_t) { return Ints{}; }
+    static INLINE Ints add(Ints sums, Bytes codes, Bytes inputs) {
+        return sums + four_products(codes ^ (int8_t)-128, inputs);
+    }
+    static INLINE Ints total(Ints sums, int32_t) { return sums; }
 };
 #endif
