@@ -485,7 +485,8 @@ void attend_some(const Heads& h, const float* q, const void* keys, const void* v
         state[g * state_floats] = top;
         state[g * state_floats + 1] = sum(sums);
     }
-    constexpr int kStrip = G > 2 || kLanes == 16 ? 4 : 8;  // vectors of head_dim at once
+    // Vectors of head_dim at once: their sums and a weight for each query fit into the registers.
+    constexpr int kStrip = kRegisters == 32 ? (G > 2 || kLanes == 16 ? 4 : 8) : G == 1 ? 8 : G == 4 ? 2 : 4;
     for (int64_t d = 0; d < dim; d += kStrip * kLanes) {
         const int64_t rest = dim - d;
         Floats acc[G][kStrip];
@@ -493,11 +494,11 @@ void attend_some(const Heads& h, const float* q, const void* keys, const void* v
             EACH (i, kStrip) acc[g][i] = Floats{};
         if (rest >= kStrip * kLanes) {
             for (int64_t p = positions.begin; p < count; ++p) {
-                Floats v[kStrip];
-                EACH (i, kStrip) v[i] = load_kv<kHalf>(values, p * dim + d + i * kLanes);
                 fetch_kv<kHalf>(then, p * dim + d, kStrip * kLanes);
-                EACH (g, G)
-                    EACH (i, kStrip) acc[g][i] = fma(splat(scores[g][p]), v[i], acc[g][i]);
+                EACH (i, kStrip) {
+                    const Floats v = load_kv<kHalf>(values, p * dim + d + i * kLanes);
+                    EACH (g, G) acc[g][i] = fma(splat(scores[g][p]), v, acc[g][i]);
+                }
             }
             EACH (g, G)
                 EACH (i, kStrip) store(state + g * state_floats + 2 + d + i * kLanes, acc[g][i]);

@@ -291,7 +291,9 @@ INLINE Ints four_products(Bytes a, Bytes b) {
 }
 struct Sum4 {
     static INLINE Ints begin(int32_t start) { return splat(start); }
-    static INLINE Ints add(Ints sums, Bytes codes, Bytes inputs) { return sums + four_products(codes, inputs); }
+    static INLINE Ints add(Ints sums, Bytes codes, Bytes inputs) {
+        return sums + four_products(codes, inputs);
+    }
     static INLINE Ints total(Ints sums, int32_t) { return sums; }
 };
 struct Sum8 {
