@@ -115,6 +115,7 @@ def adapters(path: str) -> dict[str, float]:
             session.step([token])
 
     use(None)
+    engine.session().generate("Hello", max_tokens=1)  # the tokenizer is the base's
     before = timing.resident_mb()
     times = [1e3 * timing.seconds(partial(engine.load, name)) for name in engine.bundle.adapters]
     for name in engine.bundle.adapters:

@@ -12,12 +12,12 @@ generation only leaves a note (`_dropped`) for who has `_state`.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from bedplate import _native
 from bedplate.errors import RunError
@@ -26,6 +26,9 @@ from bedplate.runtime.process import Process
 from bedplate.runtime.request import Event
 from bedplate.runtime.shares import Shares
 from bedplate.runtime.steps import Part, compute, groups
+
+if TYPE_CHECKING:
+    import asyncio
 
 AHEAD = 8  # events that a generation may be ahead of its caller
 _DRAFT_ROWS = 32  # a step of more rows has none for tokens that may be wrong
@@ -146,6 +149,8 @@ class Scheduler:
 
     async def take_async(self, generation: Generation) -> Event | Progress | None:
         """As `take`, for a task: it never drives."""
+        import asyncio  # who has no tasks does without it: it takes as long as a small model to load
+
         self._process.check()
         loop = asyncio.get_running_loop()
         while True:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -336,6 +335,8 @@ class Session:
         self, prompt: Prompt, max_tokens: int, logprobs: int | None, options: Options
     ) -> Generation:
         """In a thread, because it may load weights. If the task is cancelled, so is what the thread begins."""
+        import asyncio  # who has no tasks does without it
+
         begun: list[Generation] = []
         left = threading.Event()
 
