@@ -306,6 +306,14 @@ RESULT = {"type": "tool_result", "tool_use_id": "a"}
             "valid string",
         ),
         (
+            "responses",
+            {"input": [{"type": "function_call", "call_id": "c", "name": 5, "arguments": "{}"}]},
+            "input.0.name",
+            "valid string",
+        ),
+        ("responses", {"input": [{"type": "function_call", "name": "look"}]}, "input.0.call_id", "required"),
+        ("responses", {"input": [{"type": "item_reference"}]}, "input.0", "The type is message"),
+        (
             "messages",
             {"messages": [{"role": "user", "content": [{**TEXT, "citations": [1]}]}]},
             "messages.0.content.0.citations",

@@ -61,7 +61,7 @@ def _idle(live: Live) -> bool:
     ("fields", "param"),
     [
         ({"max_tokens": 61}, "max_tokens"),
-        ({"messages": [{"role": "user", "content": "fox " * 60}]}, "prompt"),
+        ({"messages": [{"role": "user", "content": "fox " * 60}]}, "messages"),
         ({"n": 3}, "n"),
         ({"messages": MESSAGES * 2049}, "messages"),
         ({"stop": ["x" * 1001]}, "stop"),
@@ -80,23 +80,32 @@ def test_what_is_too_much_is_refused_by_name(
 
 LONG = "fox " * 40_000
 LONG_MESSAGES = [{"role": "user", "content": LONG}]
+HELLO = {"role": "user", "content": "the fox"}
+FULL = {
+    "role": "user",
+    "content": "the fox " * 25,
+}  # perhaps not more than the context, until it is tokenized
 
 
 @pytest.mark.parametrize(
-    ("path", "fields"),
+    ("path", "fields", "called"),
     [
-        ("/v1/chat/completions", {"messages": LONG_MESSAGES}),
-        ("/v1/completions", {"prompt": LONG}),
-        ("/v1/completions", {"prompt": ["the fox", LONG], "echo": True, "max_tokens": 0, "stream": True}),
-        ("/v1/responses", {"input": LONG}),
-        ("/v1/messages", {"messages": LONG_MESSAGES, "max_tokens": 1}),
-        ("/v1/messages/count_tokens", {"messages": LONG_MESSAGES}),
-        ("/tokenize", {"prompt": LONG}),
-        ("/tokenize", {"messages": LONG_MESSAGES}),
+        ("/v1/chat/completions", {"messages": LONG_MESSAGES}, "messages"),
+        ("/v1/completions", {"prompt": LONG}, "prompt"),
+        (
+            "/v1/completions",
+            {"prompt": ["the fox", LONG], "echo": True, "max_tokens": 0, "stream": True},
+            "prompt",
+        ),
+        ("/v1/responses", {"input": LONG}, "input"),
+        ("/v1/messages", {"messages": LONG_MESSAGES, "max_tokens": 1}, "messages"),
+        ("/v1/messages/count_tokens", {"messages": LONG_MESSAGES}, "messages"),
+        ("/tokenize", {"prompt": LONG}, "prompt"),
+        ("/tokenize", {"messages": LONG_MESSAGES}, "messages"),
     ],
 )
 def test_a_text_that_is_certainly_too_long_is_not_tokenized(
-    live: Live, path: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    live: Live, path: str, fields: dict[str, Any], called: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = Tokenizer.encode
 
@@ -109,6 +118,30 @@ def test_a_text_that_is_certainly_too_long_is_not_tokenized(
     said = ask(live.address, {"model": "all", **fields}, path=path)
     assert said.status == 400 and "characters, so it has more than 40 tokens" in said.error["message"]
     assert said.error.get("code", "context_length_exceeded") == "context_length_exceeded"
+    where: str = said.error.get("param") or said.error["message"]
+    assert where.startswith(called)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "fields", "called"),
+    [
+        ("/v1/chat/completions", {"messages": [HELLO], "max_tokens": 500}, "max_tokens"),
+        (
+            "/v1/chat/completions",
+            {"messages": [HELLO], "max_completion_tokens": 500},
+            "max_completion_tokens",
+        ),
+        ("/v1/responses", {"input": "the fox", "max_output_tokens": 500}, "max_output_tokens"),
+        ("/v1/chat/completions", {"messages": [FULL]}, "messages"),
+        ("/v1/responses", {"input": [FULL]}, "input"),
+    ],
+)
+def test_an_error_names_the_field_that_was_sent(
+    live: Live, path: str, fields: dict[str, Any], called: str, stream: bool
+) -> None:
+    said = ask(live.address, {"model": "all", "stream": stream, **fields}, path=path)
+    assert (said.status, said.error["param"]) == (400, called)
 
 
 def test_what_does_not_fit_the_context_is_said_in_words_of_http(live: Live) -> None:

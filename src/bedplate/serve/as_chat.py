@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ValidationError
 
 from bedplate.serve.chat import ChatRequest
-from bedplate.serve.errors import ApiError
 from bedplate.serve.wire import Sampling, first_problem
 
 Json = dict[str, Any]
@@ -28,20 +25,6 @@ def chat_request(asked: Sampling, fields: Json) -> ChatRequest:
         return ChatRequest.model_validate({**sampling, **fields})
     except ValidationError as error:
         raise first_problem(error, {**sampling, **fields}) from None
-
-
-@contextmanager
-def named(names: Mapping[str, str]) -> Iterator[None]:
-    """What is wrong with a field of chat is told of the field that it was made from."""
-    try:
-        yield
-    except ApiError as error:
-        first, dot, rest = (error.param or "").partition(".")
-        name = names.get(first)
-        if name is not None:
-            error.message = error.message.replace(first, name)
-            error.param = name + dot + rest
-        raise
 
 
 def call(id: str, name: str, arguments: str) -> Json:

@@ -151,7 +151,7 @@ class Chat:
 def count(model: Model, request: ChatRequest, most: int | None) -> int:
     """The tokens that are read for an answer. ApiError: see `check_length`."""
     conversation = _read(model, request, _calling(model, request))
-    check_length(model, conversation, most)
+    check_length(model, conversation, most, param="messages")
     return len(model.tokenizer.encode_chat(conversation))
 
 

@@ -6,6 +6,7 @@ import logging
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from bedplate.errors import (
@@ -109,6 +110,25 @@ def api_error_of(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     return of_bedplate(error) if isinstance(error, BedplateError) else failed(error)
+
+
+@contextmanager
+def named(names: Mapping[str, str]) -> Iterator[None]:
+    """What is wrong with a field is told by the name that an API has for it.
+
+    names: by the names that chat has; `prompt` is what is read, whatever it is made of.
+    """
+    try:
+        yield
+    except (ApiError, BedplateError) as error:
+        said = api_error_of(error)
+        first, dot, rest = (said.param or "").partition(".")
+        name = names.get(first)
+        if name is not None:
+            said.param = name + dot + rest
+            if said.message.startswith(f"{first}{dot or ':'}"):
+                said.message = name + said.message.removeprefix(first)
+        raise said from error
 
 
 def failed(error: BaseException) -> ApiError:

@@ -25,4 +25,4 @@ def check_length(model: Model, prompt: Prompt, most: int | None, *, param: str =
     length = too_long(model.tokenizer, prompt, most)
     if length is not None:
         message = f"The prompt has {length} characters, so it has more than {most} tokens."
-        raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        raise ApiError(400, message, param=param, code="context_length_exceeded")

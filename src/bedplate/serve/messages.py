@@ -16,11 +16,10 @@ from bedplate.errors import BedplateError
 from bedplate.serve import stream
 from bedplate.serve.answers import timings, usage
 from bedplate.serve.api import GENERATES, JSON, OF_BODY, SSE, UNKNOWN_MODEL, Api
-from bedplate.serve.as_chat import named
 from bedplate.serve.catalog import Model
 from bedplate.serve.chat import Answer, Chat, Delta, count
 from bedplate.serve.described import AnthropicError, MessageBegun, TokenCount
-from bedplate.serve.errors import ApiError, api_error_of
+from bedplate.serve.errors import ApiError, api_error_of, named
 from bedplate.serve.limits import Place
 from bedplate.serve.messages_request import NAMES, Conversation, MessagesRequest, as_chat, counted
 from bedplate.serve.server import Server, body_of
@@ -33,10 +32,13 @@ Json = dict[str, Any]
 def routes(server: Server) -> list[Api]:
     async def answer(request: Request) -> Response:
         asked = await body_of(request, MessagesRequest)
-        return await answered(server, request, asked, _Told)
+        with named(NAMES):
+            return await answered(server, request, asked, _Told)
 
     async def tell_count(request: Request) -> Response:
-        return await _count(server, await body_of(request, Conversation))
+        asked = await body_of(request, Conversation)
+        with named(NAMES):
+            return await _count(server, asked)
 
     return [
         Api(
@@ -71,8 +73,7 @@ def _in_its_words(
     async def endpoint(request: Request) -> Response:
         id = f"req_{uuid.uuid4().hex}"
         try:
-            with named(NAMES):
-                response = await answer(request)
+            response = await answer(request)
         except (ApiError, BedplateError) as error:
             response = _refused(api_error_of(error), id)
         response.headers["request-id"] = id

@@ -16,7 +16,7 @@ from bedplate.serve.wire import Asking, Sampling, Strict
 
 Json = dict[str, Any]
 # What fields of chat are called here.
-NAMES = {"response_format": "output_config.format", "stop": "stop_sequences"}
+NAMES = {"prompt": "messages", "response_format": "output_config.format", "stop": "stop_sequences"}
 
 
 class CacheControl(Strict):

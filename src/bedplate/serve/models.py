@@ -94,5 +94,5 @@ def _encoded(model: Model, body: TokenizeRequest, most: int | None) -> list[int]
         return model.tokenizer.encode(body.prompt)
     messages = plain_messages(model.tokenizer, body.messages or ())
     conversation = prompt_of(model.tokenizer, messages, [])
-    check_length(model, conversation, most)
+    check_length(model, conversation, most, param="messages")
     return model.tokenizer.encode_chat(conversation)

@@ -19,7 +19,7 @@ from bedplate.serve.api import GENERATES, JSON, SSE, Api, post
 from bedplate.serve.catalog import Model
 from bedplate.serve.chat import Answer, Chat, ChatRequest, Delta
 from bedplate.serve.described import ChatCompletion
-from bedplate.serve.errors import ApiError
+from bedplate.serve.errors import ApiError, named
 from bedplate.serve.limits import Place
 from bedplate.serve.server import Server
 from bedplate.serve.told import Told, answered
@@ -45,7 +45,11 @@ class ChatCompletionRequest(ChatRequest, Accepted):
 
 def routes(server: Server) -> list[Api]:
     async def answer(request: Request, asked: ChatCompletionRequest) -> Response:
-        return await answered(server, request, asked, _Told)
+        names = {"prompt": "messages"}
+        if asked.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        with named(names):
+            return await answered(server, request, asked, _Told)
 
     return [
         post(

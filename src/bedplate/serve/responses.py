@@ -14,11 +14,10 @@ from starlette.responses import Response
 from bedplate.serve import logprobs, stream
 from bedplate.serve.answers import timings, usage
 from bedplate.serve.api import GENERATES, JSON, OF_BODY, SSE, Api
-from bedplate.serve.as_chat import named
 from bedplate.serve.catalog import Model
 from bedplate.serve.chat import Chat, Delta
 from bedplate.serve.described import ResponseBegun
-from bedplate.serve.errors import ApiError
+from bedplate.serve.errors import ApiError, named
 from bedplate.serve.limits import Place
 from bedplate.serve.responses_request import NAMES, ResponsesRequest, as_chat
 from bedplate.serve.server import Server, body_of
@@ -30,8 +29,8 @@ Json = dict[str, Any]
 
 def routes(server: Server) -> list[Api]:
     async def answer(request: Request) -> Response:
+        asked = await body_of(request, ResponsesRequest)
         with named(NAMES):
-            asked = await body_of(request, ResponsesRequest)
             return await answered(server, request, asked, _Told)
 
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from bedplate.serve.as_chat import call, chat_request, said
 from bedplate.serve.chat import MOST_MESSAGES, ChatRequest, joined
@@ -17,8 +17,10 @@ Json = dict[str, Any]
 Status = Literal["in_progress", "completed", "incomplete"]
 # What fields of chat are called here.
 NAMES = {
+    "prompt": "input",
     "messages": "input",
     "response_format": "text.format",
+    "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
 }
 
@@ -62,6 +64,22 @@ class FunctionCallOutput(Strict):
     output: str | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES)]
     id: str | None = None
     status: Status | None = None
+
+
+def _type_of(item: Any) -> Any:
+    return item.get("type", "message") if isinstance(item, dict) else "message"
+
+
+Item = Annotated[
+    Annotated[Message, Tag("message")]
+    | Annotated[FunctionCall, Tag("function_call")]
+    | Annotated[FunctionCallOutput, Tag("function_call_output")],
+    Discriminator(
+        _type_of,
+        custom_error_type="unknown_type",
+        custom_error_message="The type is message, function_call or function_call_output",
+    ),
+]
 
 
 class FunctionTool(Function):
@@ -109,12 +127,7 @@ class Streamed(Strict):
 class ResponsesRequest(Sampling, Accepted):
     """`/v1/responses`. max_tool_calls: of OpenAI's own tools, which are not here."""
 
-    input: (
-        str
-        | Annotated[
-            list[Message | FunctionCall | FunctionCallOutput], Field(min_length=1, max_length=MOST_MESSAGES)
-        ]
-    )
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
