@@ -5,7 +5,6 @@ A run has one process, or several workers (`pytest -n 2`); what takes long to ma
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,12 +107,6 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_configure() -> None:
-    """Workers do not take each other's cores, nor do the processes that tests start."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers > 1:
-        threads = max(1, len(os.sched_getaffinity(0)) // workers)
-        torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
     # Where tests run in the background, a shell has Ctrl-C ignored, also for the processes that tests start.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

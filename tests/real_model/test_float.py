@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from bedplate import Bundle, Engine
 
 pytestmark = pytest.mark.real_model
-STEPPED = 400  # the tokens before come in one step, those after one by one
+STEPPED = 560  # the tokens before come in one step, those after one by one
 
 
 @pytest.fixture(scope="module")

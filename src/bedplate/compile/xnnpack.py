@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -38,7 +39,7 @@ def lower(decoder: Decoder, *, max_chunk: int, symbol_of: Mapping[str, str]) -> 
     symbol_of: symbols of the decoder's constants by ExecuTorch's keys.
     """
     register_operators()
-    with quiet_exporter(), lean_delegates(symbol_of) as joined:
+    with quiet_exporter(), _rare_collection(), lean_delegates(symbol_of) as joined:
         edge = to_delegates({"forward": _export(decoder, max_chunk)}, partitioner())
         check_lowering(edge.exported_program().graph_module, n_layers=len(decoder.layers))
         # external_constants: weights outside of delegates get names instead of places in the file.
@@ -61,6 +62,19 @@ def _export(decoder: Decoder, max_chunk: int) -> ExportedProgram:
             dynamic_shapes=({1: length}, None, {0: rows}),
             strict=False,
         )
+
+
+@contextmanager
+def _rare_collection() -> Iterator[None]:
+    """In this context, Python rarely looks for cycles: a graph is a million objects, of which few go before its end.
+    Looking through them all again and again takes a tenth of the time.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @contextmanager
