@@ -239,15 +239,18 @@ def test_several_adapters_of_a_request(node: Node) -> None:
 
 
 def test_a_request_goes_where_its_adapter_is(node: Node) -> None:
-    """Also of more adapters than a replica keeps."""
+    """Also of more adapters than a replica keeps. Where the machine is busy, a replica can be asked too late how long
+    its queue is: then the other one has the request.
+    """
     names = ["own", *STORED]
-    homes: dict[str, set[str]] = {name: set() for name in names}
-    for _ in range(3):
+    homes: dict[str, Counter[str]] = {name: Counter() for name in names}
+    for _ in range(7):
         for name in names:
             replica, said = node.ask(name)
             assert said == node.expected(name, 6)
-            homes[name].add(replica)
-    assert all(len(home) == 1 for home in homes.values()), homes
+            homes[name][replica] += 1
+    # By chance, each name would have one with a probability of 1/8.
+    assert all(max(home.values()) >= 6 for home in homes.values()), homes
 
 
 def test_a_hot_adapter_spreads(node: Node) -> None:

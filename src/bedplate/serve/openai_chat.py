@@ -46,7 +46,7 @@ class ChatCompletionRequest(ChatRequest, Accepted):
 def routes(server: Server) -> list[Api]:
     async def answer(request: Request, asked: ChatCompletionRequest) -> Response:
         names = {"prompt": "messages"}
-        if asked.max_completion_tokens is not None:
+        if asked.max_tokens is None:
             names["max_tokens"] = "max_completion_tokens"
         with named(names):
             return await answered(server, request, asked, _Told)
