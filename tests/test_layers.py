@@ -115,6 +115,13 @@ def test_imports_no_torch(module: str) -> None:
     assert result.stdout == "False False\n"
 
 
+def test_a_session_imports_what_it_takes_long_to_import_only_where_it_is_used() -> None:
+    """Tasks, numpy and OpenSSL (which asyncio loads too) take as long as a small model, or 10 MB."""
+    code = "import sys, bedplate.runtime.engine; print({'asyncio', 'ssl', 'numpy'} & sys.modules.keys())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
+
+
 def test_adding_an_adapter_of_a_known_structure_and_running_it_import_neither_torch_nor_executorch(
     toy_bundle: bedplate.Bundle, toy_adapters: dict[str, Path], unit_cache: Path, tmp_path: Path
 ) -> None:
