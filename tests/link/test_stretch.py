@@ -68,7 +68,7 @@ def test_linked_program_equals_whole_graph_export_to_the_bit(
 
 @pytest.mark.parametrize(
     ("family", "variant"),
-    [("gemma3_text", "first"), ("cohere2", "first"), ("stablelm", "parallel, biases")],
+    [("gemma3_text", "first"), ("smollm3", "first"), ("cohere2", "first"), ("stablelm", "parallel, biases")],
 )
 def test_layers_of_several_kinds_and_parallel_layers(
     family: str, variant: str, unit_cache: Path, tmp_path: Path

@@ -81,10 +81,8 @@ def test_what_is_too_much_is_refused_by_name(
 LONG = "fox " * 40_000
 LONG_MESSAGES = [{"role": "user", "content": LONG}]
 HELLO = {"role": "user", "content": "the fox"}
-FULL = {
-    "role": "user",
-    "content": "the fox " * 25,
-}  # perhaps not more than the context, until it is tokenized
+# Perhaps not more than the context, until it is tokenized.
+FULL = {"role": "user", "content": "the fox " * 25}
 
 
 @pytest.mark.parametrize(

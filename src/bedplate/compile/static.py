@@ -17,7 +17,7 @@ from bedplate.compile.report import check_delegates
 from bedplate.compile.stand_in import fixed_buffers, stand_in_decoder
 from bedplate.compile.symbols import executorch_keys, symbolize
 from bedplate.compile.units import Lowered, StaticShapes, Structure
-from bedplate.compile.xnnpack import RawProgram, quiet_exporter
+from bedplate.compile.xnnpack import RawProgram, exporting
 from bedplate.executorch_1_5 import (
     EDGE_CONFIG,
     MemoryPlanningPass,
@@ -48,7 +48,7 @@ def lower_static(
 
     Without partitioners, all is left to ExecuTorch's own operators. `to_executorch()` gives the program.
     """
-    with quiet_exporter():
+    with exporting():
         return to_edge_transform_and_lower(
             _methods(decoder, shapes), partitioner=list(partitioners), compile_config=EDGE_CONFIG
         )
@@ -72,12 +72,12 @@ def compile_static(structure: Structure, shapes: StaticShapes) -> Lowered:
     decoder, constants = stand_in_decoder(structure, structure.spec.layers)
     fixed = fixed_constants(structure.spec, structure.max_context, structure.max_chunk)
     with lean_delegates(executorch_keys({**constants, **fixed})) as joined:
-        with quiet_exporter():
+        with exporting():
             edge = to_delegates(_methods(decoder, shapes), partitioner())
         # One delegate computes all layers. The head of a prefill is another: it reads one row.
         for method, delegates in ((PREFILL, 2), (DECODE, 1)):
             check_delegates(edge.exported_program(method).graph_module, _OUTSIDE, delegates)
-        with quiet_exporter():
+        with exporting():
             lowered = edge.to_executorch(
                 ExecutorchBackendConfig(
                     external_constants=True,

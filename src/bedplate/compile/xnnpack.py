@@ -39,7 +39,7 @@ def lower(decoder: Decoder, *, max_chunk: int, symbol_of: Mapping[str, str]) -> 
     symbol_of: symbols of the decoder's constants by ExecuTorch's keys.
     """
     register_operators()
-    with quiet_exporter(), _rare_collection(), lean_delegates(symbol_of) as joined:
+    with exporting(), lean_delegates(symbol_of) as joined:
         edge = to_delegates({"forward": _export(decoder, max_chunk)}, partitioner())
         check_lowering(edge.exported_program().graph_module, n_layers=len(decoder.layers))
         # external_constants: weights outside of delegates get names instead of places in the file.
@@ -65,28 +65,19 @@ def _export(decoder: Decoder, max_chunk: int) -> ExportedProgram:
 
 
 @contextmanager
-def _rare_collection() -> Iterator[None]:
-    """In this context, Python rarely looks for cycles: a graph is a million objects, of which few go before its end.
-    Looking through them all again and again takes a tenth of the time.
+def exporting() -> Iterator[None]:
+    """In this context, the exporter says nothing, and Python rarely looks for cycles: a graph is a million objects, of
+    which few go before its end. Looking through them all again and again takes a tenth of the time.
     """
-    before = gc.get_threshold()
-    gc.set_threshold(100_000, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-
-
-@contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """In this context, the exporter says nothing."""
     # The exporter's own warnings speak of its internals; what a user must know is raised by `report`.
     root = logging.getLogger()
-    level = root.level
+    level, thresholds = root.level, gc.get_threshold()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         root.setLevel(logging.ERROR)
+        gc.set_threshold(100_000, *thresholds[1:])
         try:
             yield
         finally:
+            gc.set_threshold(*thresholds)
             root.setLevel(level)
