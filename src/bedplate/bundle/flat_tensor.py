@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 SCALAR_TYPES = {"uint8": 0, "int8": 1, "int64": 4, "float16": 5, "float32": 6, "bfloat16": 15}
@@ -130,91 +132,99 @@ def decode(buffer: bytes, root: int) -> tuple[list[Segment], dict[str, tuple[int
 
 
 def _decode(reader: _Reader, root: int) -> tuple[list[Segment], dict[str, tuple[int, Layout | None]]]:
-    table = reader.table(root)
-    segments = [Segment(reader.u64(one, 0), reader.u64(one, 1)) for one in reader.tables(table, 1)]
-    entries: dict[str, tuple[int, Layout | None]] = {}
-    for one in reader.tables(table, 2):
-        key, index = reader.string(one, 0), reader.u32(one, 1)
-        if key in entries:
-            raise MalformedError(f"key {key} stands twice")
+    table = reader.tables([root])
+    ((stored,), (named,)) = (reader.vectors(table, slot, 4) for slot in (1, 2))
+    tables = reader.tables(reader.targets(stored))
+    segments = [*map(Segment, *(reader.numbers(_U64, tables.places(slot)) for slot in (0, 1)))]
+    tables = reader.tables(reader.targets(named))
+    keys, indices = reader.strings(tables, 0), reader.numbers(_U32, tables.places(1))
+    entries = dict(zip(keys, zip(indices, reader.layouts(tables, 2), strict=True), strict=True))
+    if len(entries) != len(keys):
+        raise MalformedError(f"key {Counter(keys).most_common(1)[0][0]} stands twice")
+    for key, index in zip(keys, indices, strict=True):
         if index >= len(segments):
             raise MalformedError(f"key {key}: segment {index} of {len(segments)}")
-        entries[key] = (index, reader.layout(one))
-    if version := reader.u32(table, 0):
-        raise MalformedError(f"version {version}, not 0")
+    if any(version := reader.numbers(_U32, table.places(0))):
+        raise MalformedError(f"version {version[0]}, not 0")
     return segments, entries
 
 
-_I8, _U8, _U16, _I32, _U32, _U64 = (
-    struct.Struct(kind).unpack_from for kind in ("<b", "<B", "<H", "<i", "<I", "<Q")
-)
-_Table = tuple[int, tuple[int, ...]]  # where it begins, and where its fields are from there on
+_I8, _U16, _I32, _U32, _U64 = (struct.Struct(kind).unpack_from for kind in ("<b", "<H", "<i", "<I", "<Q"))
+_Unpack = Callable[[bytes, int], tuple[int, ...]]
+
+
+class _Tables(NamedTuple):
+    """Tables of one kind: where each begins, and where its fields are from there on."""
+
+    starts: Sequence[int]
+    fields: Sequence[tuple[int, ...]]
+
+    def places(self, slot: int) -> list[int]:
+        """Where a field of each is; 0 where it has its default."""
+        return [
+            start + fields[slot] if slot < len(fields) and fields[slot] else 0
+            for start, fields in zip(self.starts, self.fields, strict=True)
+        ]
 
 
 class _Reader:
-    """Reads the fields of tables by their slots. struct.error: a field does not lie within the buffer."""
+    """Reads one field of many tables at a time: a file has a thousand. struct.error: it does not lie within the
+    buffer.
+    """
 
     def __init__(self, buffer: bytes) -> None:
         self._buffer = buffer
-        self._fields: dict[int, tuple[int, ...]] = {}  # by vtable, which tables of one form share
 
-    def table(self, start: int) -> _Table:
-        vtable = start - _I32(self._buffer, start)[0]
-        fields = self._fields.get(vtable)
-        if fields is None:
-            if vtable < 0:  # would count from the end
-                raise MalformedError(f"refers to byte {vtable}")
-            end = vtable + _U16(self._buffer, vtable)[0]
-            fields = tuple(_U16(self._buffer, position)[0] for position in range(vtable + 4, end, 2))
-            self._fields[vtable] = fields
-        return start, fields
+    def tables(self, starts: Sequence[int]) -> _Tables:
+        vtables = [start - _I32(self._buffer, start)[0] for start in starts]
+        fields = {vtable: self._fields(vtable) for vtable in {*vtables}}  # tables of one form share them
+        return _Tables(starts, [fields[vtable] for vtable in vtables])
 
-    @staticmethod
-    def field(table: _Table, slot: int) -> int:
-        """Where the field is; 0 where it has its default."""
-        start, fields = table
-        return start + fields[slot] if slot < len(fields) and fields[slot] else 0
+    def _fields(self, vtable: int) -> tuple[int, ...]:
+        if vtable < 0:  # would count from the end
+            raise MalformedError(f"refers to byte {vtable}")
+        end = vtable + _U16(self._buffer, vtable)[0]
+        return tuple(_U16(self._buffer, position)[0] for position in range(vtable + 4, end, 2))
 
-    def u32(self, table: _Table, slot: int) -> int:
-        position = self.field(table, slot)
-        return _U32(self._buffer, position)[0] if position else 0
+    def numbers(self, unpack: _Unpack, places: Sequence[int]) -> list[int]:
+        """The numbers at these places. 0: it has its default, 0."""
+        return [unpack(self._buffer, place)[0] if place else 0 for place in places]
 
-    def u64(self, table: _Table, slot: int) -> int:
-        position = self.field(table, slot)
-        return _U64(self._buffer, position)[0] if position else 0
+    def vectors(self, tables: _Tables, slot: int, stride: int) -> list[range]:
+        """Where the items of a vector of each table lie."""
+        return [*map(self._vector, tables.starts, tables.places(slot), repeat(slot), repeat(stride))]
 
-    def vector(self, table: _Table, slot: int, stride: int) -> range:
-        """Where the items of a vector lie."""
-        position = self.field(table, slot)
-        if not position:
-            raise MalformedError(f"the table at byte {table[0]} lacks its field {slot}")
-        start = position + _U32(self._buffer, position)[0] + 4
+    def _vector(self, table: int, place: int, slot: int, stride: int) -> range:
+        if not place:
+            raise MalformedError(f"the table at byte {table} lacks its field {slot}")
+        start = place + _U32(self._buffer, place)[0] + 4
         length = _U32(self._buffer, start - 4)[0]
         if start + length * stride > len(self._buffer):
             raise MalformedError(f"{length} items at byte {start - 4} reach beyond the end")
         return range(start, start + length * stride, stride)
 
-    def tables(self, table: _Table, slot: int) -> Iterator[_Table]:
-        """The tables of a vector."""
-        for position in self.vector(table, slot, 4):
-            yield self.table(position + _U32(self._buffer, position)[0])
+    def targets(self, references: Iterable[int]) -> list[int]:
+        """What the references at these places refer to."""
+        return [place + _U32(self._buffer, place)[0] for place in references]
 
-    def string(self, table: _Table, slot: int) -> str:
-        where = self.vector(table, slot, 1)
+    def strings(self, tables: _Tables, slot: int) -> list[str]:
         try:
-            return self._buffer[where.start : where.stop].decode("ascii")
+            return [str(self._buffer[at.start : at.stop], "ascii") for at in self.vectors(tables, slot, 1)]
         except UnicodeDecodeError as error:
-            raise MalformedError(f"the table at byte {table[0]}: its key is not text") from error
+            raise MalformedError("a key is not text") from error
 
-    def layout(self, entry: _Table) -> Layout | None:
-        position = self.field(entry, 2)
-        if not position:
-            return None
-        table = self.table(position + _U32(self._buffer, position)[0])
-        at = self.field(table, 0)
-        code = _I8(self._buffer, at)[0] if at else 0
-        shape = tuple(_I32(self._buffer, position)[0] for position in self.vector(table, 1, 4))
-        order = [_U8(self._buffer, position)[0] for position in self.vector(table, 2, 1)]
-        if code not in _DTYPES or order != list(range(len(shape))) or any(size < 0 for size in shape):
-            raise MalformedError(f"a layout of type {code}, sizes {shape}, order {order}")
-        return Layout(dtype=_DTYPES[code], shape=shape)
+    def layouts(self, tables: _Tables, slot: int) -> list[Layout | None]:
+        places = tables.places(slot)
+        found = iter(self._layouts(self.tables(self.targets(filter(None, places)))))
+        return [next(found) if place else None for place in places]
+
+    def _layouts(self, tables: _Tables) -> Iterator[Layout]:
+        codes = self.numbers(_I8, tables.places(0))
+        for code, sizes, order in zip(
+            codes, self.vectors(tables, 1, 4), self.vectors(tables, 2, 1), strict=True
+        ):
+            shape = tuple(_I32(self._buffer, place)[0] for place in sizes)
+            dims = [*self._buffer[order.start : order.stop]]
+            if code not in _DTYPES or dims != [*range(len(shape))] or any(size < 0 for size in shape):
+                raise MalformedError(f"a layout of type {code}, sizes {shape}, order {dims}")
+            yield Layout(dtype=_DTYPES[code], shape=shape)

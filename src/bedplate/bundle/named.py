@@ -9,7 +9,7 @@ from typing import NamedTuple
 from bedplate.bundle.manifest import ConstantInfo
 from bedplate.bundle.ptd import Entry, read_ptd
 from bedplate.errors import BundleError
-from bedplate.hashing import sha256_of
+from bedplate.hashing import LONG_CHUNK, sha256_of
 from bedplate.names import CODES, DIAGONAL, SCALES, nbytes_of, parts_of, way_of
 
 
@@ -66,11 +66,15 @@ class NamedConstants:
         self.path, self._beside = path, beside
         self._entries = read_ptd(path).entries
         self._infos = {info.name: info for info in infos}
-        joined = {name: parts for name in self._infos if len(parts := parts_of(name)) > 1}
-        self._holders = {part: name for name, parts in joined.items() for part in parts}
-        self._joined = {
-            name: tuple(part.removesuffix(CODES) for part in parts) for name, parts in joined.items()
-        }
+        self._holders = dict[
+            str, str
+        ]()  # of a constant, or of codes: what holds them, by each name that they have
+        self._joined = dict[str, tuple[str, ...]]()
+        for name in self._infos:
+            parts = tuple(part.removesuffix(CODES) for part in parts_of(name))
+            self._holders.update(dict.fromkeys(parts, name))
+            if len(parts) > 1:
+                self._joined[name] = parts
         self._read: set[str] = set()
         self._file = path.open("rb", buffering=0)
 
@@ -82,7 +86,7 @@ class NamedConstants:
 
     def check(self, sha256: str) -> None:
         """BundleError: the open file has another SHA-256."""
-        if sha256_of(self._file) != sha256:
+        if sha256_of(self._file, LONG_CHUNK) != sha256:
             hint = "the file was changed or damaged: restore it from a copy, or add the adapter again"
             raise BundleError("its SHA-256 is not the one in bundle.json", where=self.path, hint=hint)
 
@@ -94,15 +98,15 @@ class NamedConstants:
 
     def has(self, name: str) -> bool:
         """True if there is a constant of this name, or a matrix of codes and scales."""
-        return self._holder(name) in self._infos
+        return name in self._holders
 
     def joined_with(self, name: str) -> tuple[str, ...]:
         """The names of everything that is in one constant with `name`, in its order."""
-        return self._joined.get(self._holder(name)) or (name,)
+        return self._joined.get(self._holders.get(name, name)) or (name,)
 
     def before_on_diagonal(self, name: str) -> tuple[str, ...]:
         """The matrices that come before `name` on the diagonal that joins them. None, if it is not joined so."""
-        if way_of(self._holder(name)) != DIAGONAL:
+        if way_of(self._holders.get(name, name)) != DIAGONAL:
             return ()
         names = self.joined_with(name)
         return names[: names.index(name)]
@@ -122,7 +126,7 @@ class NamedConstants:
 
     def floats(self, name: str, count: int) -> Source:
         """Where `count` float32 numbers are: the whole constant that holds `name`."""
-        info = self._info(self._holder(name))
+        info = self._info(self._holders.get(name, name))
         if info.dtype != "float32" or info.nbytes != 4 * count:
             raise self._wrong(
                 name, f"it has {info.nbytes} bytes of {info.dtype}, not {count} float32 numbers"
@@ -138,7 +142,7 @@ class NamedConstants:
 
     def matrix(self, name: str) -> Part:
         """The matrix that holds `name`, of floats or of codes and scales."""
-        holder = self._holder(name)
+        holder = self._holders.get(name, name)
         codes = self._info(holder)
         if len(codes.shape) != 2 or codes.dtype not in _BITS or 0 in codes.shape:
             raise self._wrong(
@@ -157,13 +161,6 @@ class NamedConstants:
         in_groups = scales.dtype == "bfloat16" or per_row > 1
         group = columns // per_row if in_groups else 0
         return Part(rows, columns, _BITS[codes.dtype], group, self._source(codes), self._source(scales))
-
-    def _holder(self, name: str) -> str:
-        """The constant that holds `name`, or its codes. `name` itself, if there is none."""
-        codes = name + CODES
-        if codes in self._infos:
-            return codes
-        return self._holders.get(codes) or self._holders.get(name) or name
 
     def _info(self, name: str) -> ConstantInfo:
         info = self._infos.get(name)

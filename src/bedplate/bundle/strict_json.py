@@ -13,6 +13,7 @@ import functools
 import json
 import types
 from collections.abc import Callable, Collection, Iterator
+from itertools import chain
 from operator import call
 from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -86,12 +87,13 @@ def _decoder(kind: Any) -> Callable[[Any], Any]:
         return lambda value: value
     if dataclasses.is_dataclass(kind):
         return _fields_decoder(kind)
-    if isinstance(kind, type) and issubclass(kind, tuple):
+    if _is_row(kind):
         return _row_decoder(kind)
     if origin is dict:
         return functools.partial(_decode_dict, _decoder(arguments[1]))
     if origin is tuple:
-        return functools.partial(_decode_list, _decoder(arguments[0]))
+        one = functools.partial(_decode_list, _decoder(arguments[0]))
+        return _rows_decoder(arguments[0], one) if _is_row(arguments[0]) else one
     if origin in (types.UnionType, Union):  # only `X | None` is used
         inner = _decoder(arguments[0])
         return lambda value: None if value is None else inner(value)
@@ -160,6 +162,47 @@ def _row_decoder(kind: Any) -> Callable[[Any], Any]:
             raise
 
     return decode_row
+
+
+def _is_row(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, tuple)
+
+
+def _rows_decoder(kind: Any, one_by_one: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Decodes rows column by column, which takes a third of the time. one_by_one: finds what is wrong."""
+    columns = [_column_decoder(hint) for hint in get_type_hints(kind).values()]
+
+    def decode_rows(value: Any) -> Any:
+        if (
+            type(value) is not list
+            or not {*map(type, value)} <= {list}
+            or {*map(len, value)} != {len(columns)}
+        ):
+            return one_by_one(value)
+        try:
+            found = map(call, columns, zip(*value, strict=True))
+            return tuple(map(functools.partial(tuple.__new__, kind), zip(*found, strict=True)))
+        except _WrongError:
+            return one_by_one(value)
+
+    return decode_rows
+
+
+def _column_decoder(kind: Any) -> Callable[[Any], Any]:
+    """The function that decodes many values of a kind. _WrongError: one does not fit."""
+    decode_one, plain = _decoder(kind), {str, int, bool}
+    own = {*get_args(kind)} if get_origin(kind) in (types.UnionType, Union) else {kind}
+    if own <= plain | {types.NoneType}:
+        return lambda values: values if {*map(type, values)} <= own else [*map(decode_one, values)]
+    if get_origin(kind) is tuple and get_args(kind)[0] in plain:
+        return functools.partial(_decode_lists, get_args(kind)[0], decode_one)
+    return lambda values: [*map(decode_one, values)]
+
+
+def _decode_lists(kind: type, decode_one: Callable[[Any], Any], values: Any) -> Any:
+    if {*map(type, values)} <= {list} and {*map(type, chain.from_iterable(values))} <= {kind}:
+        return map(tuple, values)
+    return [*map(decode_one, values)]
 
 
 def _refuse_fields(wanted: Collection[str], found: Collection[str]) -> NoReturn:
