@@ -122,6 +122,17 @@ def test_a_session_imports_what_it_takes_long_to_import_only_where_it_is_used() 
     assert result.stdout == "set()\n"
 
 
+def test_a_command_imports_nothing_of_the_others(toy_bundle: bedplate.Bundle) -> None:
+    code = f"""
+import sys
+from bedplate.cli.main import app
+app(["list", {str(toy_bundle.path)!r}, "--json"], standalone_mode=False)
+others = {{"making", "running", "serving"}}
+sys.exit(not others.isdisjoint(name.rpartition(".")[2] for name in sys.modules if name.startswith("bedplate.cli.")))
+"""
+    subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True)
+
+
 def test_adding_an_adapter_of_a_known_structure_and_running_it_import_neither_torch_nor_executorch(
     toy_bundle: bedplate.Bundle, toy_adapters: dict[str, Path], unit_cache: Path, tmp_path: Path
 ) -> None:

@@ -167,6 +167,12 @@ def test_what_is_not_a_document_is_refused(data: bytes) -> None:
             lambda f: f["constants"][0][3].append(2.5),
             "x.json.constants[0].shape[2]: expected int, found 2.5",
         ),
+        (
+            ADAPTER,
+            lambda f: f["constants"].append([*f["constants"][0][:5], 7, 32]),
+            "x.json.constants[1].scales: expected str, found 7",
+        ),
+        (ADAPTER, lambda f: f.update(constants={}), "x.json.constants: expected list, found {}"),
         (ADAPTER, lambda f: f["ranks"].update(x=None), "x.json.ranks.x: expected int, found None"),
     ],
 )
@@ -175,6 +181,15 @@ def test_a_field_that_does_not_fit_is_named(document: Any, edit: Any, says: str)
         manifest.load(type(document), edited(document, edit), "x.json")
     assert says in str(caught.value)
     assert caught.value.hint
+
+
+def test_rows_decode_together_as_each_does_alone() -> None:
+    other = CONSTANT._replace(name="norm", shape=(), scales=None, nbytes=1)
+    rows = json.loads(strict_json.dump({"rows": [CONSTANT, other, CONSTANT]}))["rows"]
+    found = strict_json.decode(tuple[ConstantInfo, ...], rows, "rows")
+    assert found == tuple(strict_json.decode(ConstantInfo, row, "row") for row in rows)
+    assert {type(row) for row in found} == {ConstantInfo} and {type(row.shape) for row in found} == {tuple}
+    assert strict_json.decode(tuple[ConstantInfo, ...], [], "rows") == ()
 
 
 @pytest.mark.parametrize("whose", ["the base's", "an adapter's"])

@@ -389,6 +389,21 @@ def test_a_damaged_file_is_named(command: Command, copy: Path) -> None:
     assert command("verify", copy).code == 0
 
 
+def test_an_adapter_is_not_added_to_a_damaged_base(
+    command: Command, copy: Path, toy_adapters: dict[str, Path]
+) -> None:
+    """It looks at no other adapter: that would take longer with each."""
+    opened = bedplate.Bundle.open(copy)
+    flip(opened.adapters["all2"].weights, opened.adapters["all2"].info.constants[0].key)
+    adapter = next(iter(toy_adapters.values()))
+    assert command("add", copy, adapter, "--name", "beside", "--no-programs").code == 0
+    flip(opened.foundation, opened.foundation_info.constants[0].key)
+    before = (copy / "bundle.json").read_bytes()
+    result = command("add", copy, adapter, "--name", "late", "--no-programs")
+    failed(result, str(opened.foundation), "SHA-256", "--force")
+    assert (copy / "bundle.json").read_bytes() == before and not (copy / "adapters/late").exists()
+
+
 def test_verify_refuses_other_bytes_under_a_key(command: Command, copy: Path) -> None:
     """Also where every hash and digest fits."""
     opened = bedplate.Bundle.open(copy)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 
 from bedplate.cli import serving
@@ -43,7 +42,7 @@ def container(pod: Json) -> Json:
 def options(container: Json) -> Json:
     """What the command line makes of its arguments. They are refused if it does not know them."""
     assert container["command"] == ["bedplate"] and container["args"][0] == "serve"
-    serve = typer.main.get_command(command_line).commands["serve"]  # type: ignore[attr-defined]
+    serve = command_line.get_command(None, "serve")
     with serve.make_context("serve", container["args"][1:]) as context:
         parsed: Json = context.params
     return parsed

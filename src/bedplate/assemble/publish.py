@@ -21,7 +21,7 @@ from bedplate.bundle.store import AdapterFacts, Bundle
 from bedplate.bundle.values import Values
 from bedplate.compile.units import Structure
 from bedplate.constants import Constant
-from bedplate.errors import AdapterError
+from bedplate.errors import AdapterError, BedplateError
 from bedplate.link.linker import link
 from bedplate.model.adapter import Adapter
 from bedplate.model.adapter.text import AdapterText
@@ -39,13 +39,15 @@ SMALL_RANK = 16
 
 
 class Publisher:
-    """Adds adapters to one bundle. What measures their effect is loaded from the start, unless they may have none.
+    """Adds adapters to one bundle. From the start, its base is checked, and what measures their effect is loaded,
+    unless they may have none.
 
     spec: of the bundle's model.
     """
 
     def __init__(self, bundle: Bundle, spec: ModelSpec, adding: Adding) -> None:
         self._bundle, self._spec, self._adding = bundle, spec, adding
+        self._checking = Background(bundle.check_base)
         self._loading = None if adding.allow_noop else Background(partial(_load, bundle, spec))
         tokenizer = bundle.manifest.tokenizer
         wanted = Wanted(
@@ -63,16 +65,25 @@ class Publisher:
     def publish(self, adapters: Mapping[str, tuple[Adapter, AdapterText]], scheme: AdapterScheme) -> None:
         """Pack adapters, and add them by their names: all or none.
 
-        Raises AdapterError, UnsupportedError, NameTakenError, LoweringError. After an error, the bundle is as it was.
+        Raises AdapterError, UnsupportedError, NameTakenError, LoweringError; BundleError: the base is damaged. After
+        an error, the bundle is as it was.
         """
+        try:
+            self._publish(adapters, scheme)
+        except BedplateError:
+            self._checking.result()  # a damaged base is the reason of other errors
+            raise
+
+    def _publish(self, adapters: Mapping[str, tuple[Adapter, AdapterText]], scheme: AdapterScheme) -> None:
         packer = _Packer(self._bundle, self._spec, scheme, self._adding, self._templates)
         sources = {name: adapter.path for name, (adapter, _) in adapters.items()}
         self._bundle.add_adapters(
             {name: partial(packer.write, name, *ready) for name, ready in adapters.items()},
-            check=partial(self._check_effect, sources),
+            check=partial(self._check, sources),
         )
 
-    def _check_effect(self, sources: Mapping[str, Path], drafts: Bundle) -> None:
+    def _check(self, sources: Mapping[str, Path], drafts: Bundle) -> None:
+        self._checking.result()
         if self._loading is None:
             return
         if idle := without_effect(self._loading.result(), drafts, self._spec):

@@ -96,6 +96,10 @@ class Bundle:
             raise BundleError("its SHA-256 is not the one in bundle.json", where=path, hint=hint)
         return manifest.load(FoundationInfo, data, str(path))
 
+    def check_base(self) -> None:
+        """BundleError: a file of the base has another SHA-256 than the manifest lists. Adapters are not looked at."""
+        integrity.check_files(self.path, self.manifest.files, hashes=True)
+
     @property
     def base_program(self) -> Path | None:
         """None: the bundle was built without programs."""

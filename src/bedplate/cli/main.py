@@ -3,40 +3,63 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from bedplate.cli import making, running, serving, showing
 from bedplate.cli.output import prepare_output, reported_errors
 
-app = typer.Typer(
+# Where each command stands. A module is imported, and its options are read, when one of its commands is wanted.
+COMMANDS = {
+    "build": "making.build",
+    "add": "making.add",
+    "merge": "making.merge",
+    "remove": "making.remove",
+    "export": "making.export",
+    "list": "showing.list_adapters",
+    "inspect": "showing.inspect",
+    "verify": "showing.verify",
+    "eval": "showing.evaluate",
+    "bench": "showing.bench",
+    "run": "running.run",
+    "chat": "running.chat",
+    "serve": "serving.serve",
+    "cache": "making.cache",
+}
+
+
+class _Commands(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*COMMANDS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        # A name that is not known is compared with all that are.
+        for name in (cmd_name,) if cmd_name in COMMANDS else COMMANDS:
+            self.commands.setdefault(name, _read(name))
+        return self.commands.get(cmd_name)
+
+
+def _read(name: str) -> Any:
+    module, _, function = COMMANDS[name].partition(".")
+    found = getattr(import_module(f"bedplate.cli.{module}"), function)
+    one = (
+        found if isinstance(found, typer.Typer) else typer.Typer(add_completion=False, rich_markup_mode=None)
+    )
+    if one is not found:
+        one.command(name)(found)
+    command: Any = typer.main.get_command(one)
+    command.name = name
+    return command
+
+
+app = _Commands(
     name="bedplate",
     help="One quantized foundation, many LoRA adapters, stock ExecuTorch files.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text, whatever reads it
 )
-cache = typer.Typer(
-    help="Show or remove the compiled units on this machine.", no_args_is_help=True, rich_markup_mode=None
-)
-app.add_typer(cache, name="cache")
-
-app.command("build")(making.build)
-app.command("add")(making.add)
-app.command("merge")(making.merge)
-app.command("remove")(making.remove)
-app.command("export")(making.export)
-app.command("list")(showing.list_adapters)
-app.command("inspect")(showing.inspect)
-app.command("verify")(showing.verify)
-app.command("eval")(showing.evaluate)
-app.command("bench")(showing.bench)
-app.command("run")(running.run)
-app.command("chat")(running.chat)
-app.command("serve")(serving.serve)
-cache.command("list")(making.cache_list)
-cache.command("clear")(making.cache_clear)
 
 
 def main() -> None:

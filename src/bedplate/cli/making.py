@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from bedplate import api
-from bedplate.background import Background
 from bedplate.bundle import store
 from bedplate.cli.options import BundlePath
 from bedplate.cli.output import print_json, print_table, progress_bars, size, stderr
@@ -196,8 +194,9 @@ def add(
 ) -> None:
     """Add LoRA adapters to a bundle. If one of several does not fit, none is added."""
     start = time.perf_counter()
-    Background(lambda: import_module("bedplate.assemble.add"))  # while the files of the bundle are hashed
-    opened = api.Bundle.open(bundle)
+    opened = api.Bundle.open(
+        bundle, check=False
+    )  # the files of the base are checked while the adapters are packed
     with progress_bars() as bars:
         entries = opened.add_all(
             _named(adapters, name or []),
@@ -330,23 +329,33 @@ def export(
     stderr.print(f"wrote {out}: {size(out.stat().st_size)}")
 
 
+cache = typer.Typer(
+    help="Show or remove the compiled units on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+@cache.command("list")
 def cache_list(
     unit_cache: CacheFolder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """List the compiled units on this machine."""
-    cache = api.open_cache(unit_cache)
-    entries = cache.entries()
+    found = api.open_cache(unit_cache)
+    entries = found.entries()
     if as_json:
         print_json([{"kind": e.kind, "fingerprint": e.fingerprint, "bytes": e.nbytes} for e in entries])
         return
     print_table(
-        str(cache.folder or "no units are kept, because there is no home folder"),
+        str(found.folder or "no units are kept, because there is no home folder"),
         ["kind", "fingerprint", ">bytes"],
         [[e.kind, e.fingerprint, f"{e.nbytes:,}"] for e in entries],
     )
 
 
+@cache.command("clear")
 def cache_clear(unit_cache: CacheFolder = None) -> None:
     """Remove the compiled units on this machine."""
     stderr.print(f"freed {size(api.open_cache(unit_cache).clear())}")

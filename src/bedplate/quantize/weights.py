@@ -6,6 +6,7 @@ torchao itself is imported for `hqq` alone: it takes longer to import than torch
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,8 +60,9 @@ def quantize_weight(weight: Matrix, scheme: Scheme) -> QuantizedWeight:
     group_size = scheme.group_size or columns
     codes = torch.empty(rows, columns, dtype=torch.int8)
     scales = torch.empty(rows, columns // group_size)
-    for block in row_blocks(weight):
-        codes[block], scales[block] = _quantize_block(weight[block].float(), scheme, group_size)
+    with _one_thread():
+        for block in row_blocks(weight):
+            codes[block], scales[block] = _quantize_block(weight[block].float(), scheme, group_size)
     return QuantizedWeight(
         codes=codes,
         scales=scales,
@@ -81,10 +83,11 @@ def quantize_with_offsets(
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.int8)
     scales, offsets = (torch.empty(rows, columns // group_size) for _ in range(2))
-    for block in row_blocks(weight):
-        codes[block], scales[block], offsets[block] = _offset_block(
-            weight[block].float(), group_size, importance
-        )
+    with _one_thread():
+        for block in row_blocks(weight):
+            codes[block], scales[block], offsets[block] = _offset_block(
+                weight[block].float(), group_size, importance
+            )
     return QuantizedWeight(codes=codes, scales=scales, bits=4, group_size=group_size), offsets
 
 
@@ -126,6 +129,17 @@ def _cover(
 
 def _codes(groups: Tensor, start: Tensor, scale: Tensor) -> Tensor:
     return (groups - start).div_(scale).round_().clamp_(-8, 7)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch computes in one thread: for a block, it takes longer to share the work than to do it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def row_blocks(matrix: Matrix) -> Iterator[slice]:
