@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from bedplate.bundle.store import Bundle
+from bedplate.errors import RunError
 from bedplate.runtime.engine import Engine
 from bedplate.runtime.session import Session
 
@@ -114,3 +117,55 @@ def test_memory_waits_for_no_load(toy_bundle: Bundle, monkeypatch: pytest.Monkey
         assert engine.memory().foundation == 0
         asked.set()
         thread.join()
+
+
+@pytest.mark.parametrize("call", ["step", "logits"])
+def test_a_generation_does_not_wait_for_a_long_text(toy_bundle: Bundle, call: str) -> None:
+    text = [(7 * at) % 300 + 5 for at in range(250)]
+    with Engine(toy_bundle, threads=2, cache_bytes=0) as engine:
+        alone = getattr(engine.session("all8"), call)(text)
+    with Engine(toy_bundle, threads=2, cache_bytes=0, max_step_rows=1) as engine:
+        found, long, running = [], engine.session("all8"), engine.session().events([5], max_tokens=200)
+        next(running)
+        reading = threading.Thread(target=lambda: found.append(getattr(long, call)(text)))
+        reading.start()
+        while not long.tokens:
+            time.sleep(0.0001)
+        for _ in range(3):
+            next(running)
+        so_far = len(long.tokens)
+        long_reset = threading.Thread(target=long.reset)
+        long_reset.start()  # it waits until the call has ended
+        reading.join()
+        long_reset.join()
+        assert 0 < so_far < len(text)
+        assert long.tokens == ()
+    np.testing.assert_array_equal(found[0], alone)
+
+
+def test_a_handler_of_a_signal_cannot_change_what_a_call_changes(toy_bundle: Bundle) -> None:
+    """It runs in the thread of the call, which would wait for itself."""
+    said: list[str] = []
+
+    def handle(*_: object) -> None:
+        try:
+            session.reset()
+        except RunError as error:
+            said.append(str(error))
+
+    with Engine(toy_bundle, threads=1, cache_bytes=0) as engine:
+        session = engine.session()
+        text = [5] * 250
+        alone = session.step(text)
+        session.reset()
+        before = signal.signal(signal.SIGALRM, handle)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+            while not said:
+                session.reset()
+                logits = session.step(text)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert "a session is used within a" in said[0]
+        np.testing.assert_array_equal(logits, alone)

@@ -93,7 +93,8 @@ class Engine:
         cached keys and values are dropped first, then adapters that no session uses. After that, calls are refused.
 
     max_step_rows: how many tokens one step of generations computes, those of all sessions together. Fewer make
-        others wait less while a long prompt is read, more read it faster.
+        others wait less while a long prompt is read, more read it faster. While generations run, other calls compute
+        no more at a time.
     lookup: whether generations look for what comes next in their own text, and in earlier answers of the same adapters
         and the same salt, to compute several tokens in one step. The text is the same.
 

@@ -4,7 +4,7 @@ There is no thread for it: who waits for an event drives. That thread computes s
 has something to say, while the others wait. So a generation that is alone pays nothing, and none runs for a caller who
 does not ask, but for a few events ahead. Tasks of asyncio must not wait: a thread drives for them.
 
-Two locks: `turn` is held while sessions change: for one step of generations, or for a call of `step` or `logits`.
+Two locks: `turn` is held while sessions change: for one step of generations, or of a call of `step` or `logits`.
 `_state` is held for moments: it guards the list of generations, and what they have to say. Who has it never waits
 for `turn`. Python can run a signal's handler, or forget an iterator, in the midst of anything: what then cancels a
 generation only leaves a note (`_dropped`) for who has `_state`.
@@ -60,18 +60,18 @@ class Scheduler:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """While it is held, no session changes but by who holds it. RunError: a mask function asks for it."""
-        me = threading.get_ident()
-        self._check_outside(me)
+        self.check_outside()
         with self._gate, self._turn:
-            self._in_turn = me
+            self._in_turn = threading.get_ident()
             try:
                 yield
             finally:
                 self._in_turn = None
 
-    def _check_outside(self, thread: int) -> None:
+    def check_outside(self) -> None:
+        """RunError: this thread has the turn, so a mask function calls. Or the process was forked."""
         self._process.check()  # before anything waits for a lock that nobody may give up
-        if self._in_turn == thread:
+        if self._in_turn == threading.get_ident():
             hint = "a mask function can only cancel: do this before the generation, or after it"
             raise RunError("a session is used within a step", hint=hint)
 
@@ -79,6 +79,10 @@ class Scheduler:
     def running(self) -> int:
         """How many generations it has."""
         return len(self._active)
+
+    def rows_of_a_call(self, most: int) -> int:
+        """How many rows a call may compute in one turn, of `most`. Generations wait for no more than for a step."""
+        return min(most, self._most) if self._active else most
 
     def begin(self, generation: Generation) -> None:
         """From now on steps compute it."""
@@ -122,7 +126,7 @@ class Scheduler:
         Any error that ended the generation.
         """
         me = threading.get_ident()
-        self._check_outside(me)
+        self.check_outside()
         while True:
             woken = None
             try:

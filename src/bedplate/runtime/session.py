@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing, contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, cast, overload
@@ -15,7 +15,7 @@ from bedplate.errors import ArgumentError, ContextFullError, RunError
 from bedplate.runtime import arguments, session_file
 from bedplate.runtime.events import Events, asynchronous
 from bedplate.runtime.generation import Generation, Request, texts
-from bedplate.runtime.held import Held
+from bedplate.runtime.held import Held, State
 from bedplate.runtime.lengths import too_long
 from bedplate.runtime.lookup import Habits, Lookup
 from bedplate.runtime.messages import Conversation, Message
@@ -23,7 +23,7 @@ from bedplate.runtime.request import Event, Options, Statistics, TokenLogprobs, 
 from bedplate.runtime.sampling import Sampler
 from bedplate.runtime.scheduler import Scheduler
 from bedplate.runtime.scoring import scored
-from bedplate.runtime.steps import Part, chunks, compute, groups, packed
+from bedplate.runtime.steps import Part, compute, groups, packed
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.runtime.weights import Limits, Weights
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_Before = tuple[Held, State]  # what is held, and what it held
 Prompt = str | Sequence[Message] | Sequence[int] | Conversation
 _SHORTEN = "shorten the text, reset the session, or give the engine a larger max_context"
 _LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions take much memory
@@ -66,6 +67,7 @@ class Session:
         self._host = host
         self._adapters = adapters
         self._held = held
+        self._changing = threading.RLock()  # see `_alone`
         self._running: Generation | None = None
         self.last: Statistics | None = None
 
@@ -114,7 +116,7 @@ class Session:
         adapters = arguments.adapters(adapter, scale)
         self._host.check(adapters)
         begins_with_base = self._begins_with_base(adapters)  # which may load them
-        with self._host.scheduler.turn():
+        with _alone([self]), self._host.scheduler.turn():
             if adapters != self._adapters:
                 if begins_with_base:
                     self.cancel()
@@ -133,7 +135,7 @@ class Session:
         """Another session that has come as far as this one. From there, each goes on alone. What they have in common
         takes memory once.
         """
-        with self._host.scheduler.turn():
+        with _alone([self]), self._host.scheduler.turn():
             other = Session(self._host, self._adapters, self._held.fork())
         self._host.adopt(other)
         return other
@@ -145,7 +147,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget the conversation and free its memory."""
-        with self._host.scheduler.turn():
+        with _alone([self]), self._host.scheduler.turn():
             self._reset()
 
     def _reset(self) -> None:
@@ -169,25 +171,31 @@ class Session:
     @staticmethod
     def step_together(parts: Sequence[tuple[Session, Sequence[int]]]) -> NDArray[np.float32]:
         """Append tokens to sessions of one engine, see `Engine.step`."""
-        for session, _ in parts:
-            session._load()  # before others have to wait
-        with parts[0][0]._host.scheduler.turn():
-            return Session._step_together(parts)
-
-    @staticmethod
-    def _step_together(parts: Sequence[tuple[Session, Sequence[int]]]) -> NDArray[np.float32]:
         import numpy as np
 
-        # All parts are checked and loaded before any session changes.
+        sessions = [session for session, _ in parts]
+        for session in sessions:
+            session._load()  # before others have to wait
+        host = sessions[0]._host
+        with _alone(sessions):
+            with host.scheduler.turn():
+                appended, before = Session._begin_step(parts)
+            with _restored_after_errors(before):
+                logits = _append(appended, host.scheduler, host.limits.max_rows)
+        width = max(map(len, logits.values()))
+        return np.stack([_widened(logits[id(part.held)], width) for part in appended])
+
+    @staticmethod
+    def _begin_step(parts: Sequence[tuple[Session, Sequence[int]]]) -> tuple[list[Part], list[_Before]]:
+        """What is to be computed, and what the sessions held. All is checked before any session changes."""
         wanted = [(session, _ids(token_ids)) for session, token_ids in parts]
         for session, ids in wanted:
             session._check_room(len(session._held.tokens) + len(ids))
         loaded = [session._held.weights_for(session._load(), ids) for session, ids in wanted]
         for (_, ids), weights in zip(wanted, loaded, strict=True):
             _check_known(ids, weights)
-        before = [session._held.state for session, _ in wanted]
-        host = parts[0][0]._host
-        try:
+        before = [(session._held, session._held.state) for session, _ in wanted]
+        with _restored_after_errors(before):
             texts = [
                 session._held.extend(weights, ids, len(session._held.tokens) + len(ids))
                 for (session, ids), weights in zip(wanted, loaded, strict=True)
@@ -195,17 +203,11 @@ class Session:
             _reserve([(session, len(text)) for (session, _), text in zip(wanted, texts, strict=True)])
             for session, _ in wanted:
                 session.cancel()
-            appended = [
-                Part(session._held, weights, text, wanted=1)
-                for (session, _), weights, text in zip(wanted, loaded, texts, strict=True)
-            ]
-            logits = _append(appended, host.limits.max_rows)
-            width = max(map(len, logits.values()))
-            return np.stack([_widened(logits[id(session._held)], width) for session, _ in wanted])
-        except BaseException:
-            for (session, _), state in zip(wanted, before, strict=True):
-                session._held.restore(state)
-            raise
+        appended = [
+            Part(session._held, weights, text, wanted=1)
+            for (session, _), weights, text in zip(wanted, loaded, texts, strict=True)
+        ]
+        return appended, before
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits at every position of a new text, float32 [T, vocab], as of `step`. The session then holds this text
@@ -218,21 +220,23 @@ class Session:
         ids = _ids(token_ids)
         self._check_room(len(ids))
         self._load()  # before others have to wait
-        with self._host.scheduler.turn():
-            weights, before = self._load().for_text(ids), self._held.state
-            _check_known(ids, weights)
-            try:
-                self._held.clear(weights, len(ids))
-                _reserve([(self, len(ids))])
-                self.cancel()
-                rows = []
-                for chunk in chunks(ids, _LOGITS_ROWS):
-                    rows.append(compute([Part(self._held, weights, chunk, wanted=len(chunk))]).array)
-                    self._held.append(weights, chunk)
-                return np.concatenate(rows)
-            except BaseException:
-                self._held.restore(before)
-                raise
+        scheduler, rows = self._host.scheduler, list[Any]()
+        with _alone([self]):
+            with scheduler.turn():
+                weights, held = self._load().for_text(ids), self._held
+                _check_known(ids, weights)
+                before = [(held, held.state)]
+                with _restored_after_errors(before):
+                    held.clear(weights, len(ids))
+                    _reserve([(self, len(ids))])
+                    self.cancel()
+            with _restored_after_errors(before):
+                whole = Part(held, weights, ids, wanted=len(ids))
+                for step in packed([whole], lambda: scheduler.rows_of_a_call(_LOGITS_ROWS)):
+                    with scheduler.turn():
+                        rows.append(compute(step).array)
+                        held.append(weights, step[0].tokens)
+        return np.concatenate(rows)
 
     def logprobs(self, token_ids: Sequence[int], *, top: int = 0) -> Iterator[TokenLogprobs]:
         """How likely a text is: the logarithms of the probabilities of its tokens, but of the first, which nothing
@@ -380,15 +384,11 @@ class Session:
             lookup=self._lookup(weights, ids),
         )
         stats = Statistics(prompt_tokens=len(ids), seed=sampler.seed)
-        with self._host.scheduler.turn():
-            before = self._held.state
-            try:
+        with _alone([self]), self._host.scheduler.turn():
+            with _restored_after_errors([(self._held, self._held.state)]):
                 # The last token is computed in any case: its logits are what is asked for.
                 stats.reused_tokens = self._held.begin(weights, ids, len(ids))
                 _reserve([(self, len(ids) - stats.reused_tokens)])
-            except BaseException:
-                self._held.restore(before)
-                raise
             self.cancel()
             generation = Generation(request, self._held, stats)
             self._running, self.last = generation, stats
@@ -457,16 +457,42 @@ def _widened(logits: NDArray[np.float32], width: int) -> NDArray[np.float32]:
     return np.pad(logits, (0, width - len(logits)), constant_values=-np.inf)
 
 
-def _append(parts: Sequence[Part], most: int) -> dict[int, NDArray[np.float32]]:
-    """Compute parts in steps of at most `most` rows, and hold their tokens. Returns the logits of the last token of
-    each, by the id of what holds it.
+@contextmanager
+def _alone(sessions: Sequence[Session]) -> Iterator[None]:
+    """Meanwhile, only this call changes the sessions, in one turn or in several. Generations that run go on, until it
+    ends them. RunError: it is within such a call, as the handler of a signal can be.
+    """
+    sessions[0]._host.scheduler.check_outside()  # before it waits for who waits for this thread
+    if any(session._changing._is_owned() for session in sessions):  # type: ignore[attr-defined]
+        hint = "a signal's handler can only cancel: do this before the call, or after it"
+        raise RunError("a session is used within a call that changes it", hint=hint)
+    with ExitStack() as stack:
+        for session in sorted(sessions, key=id):  # in one order, or two calls could wait for each other
+            stack.enter_context(session._changing)
+        yield
+
+
+@contextmanager
+def _restored_after_errors(before: Sequence[_Before]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for held, state in before:
+            held.restore(state)
+        raise
+
+
+def _append(parts: Sequence[Part], scheduler: Scheduler, most: int) -> dict[int, NDArray[np.float32]]:
+    """Compute parts in steps of at most `most` rows, and hold their tokens. Others have turns between the steps.
+    Returns the logits of the last token of each, by the id of what holds it.
     """
     found: dict[int, NDArray[np.float32]] = {}
     for group in groups(parts, lambda part: part):
-        for step in packed(group, most):
-            logits = compute(step).array
-            for part in step:
-                part.held.append(part.weights, part.tokens)
+        for step in packed(group, lambda: scheduler.rows_of_a_call(most)):
+            with scheduler.turn():
+                logits = compute(step).array
+                for part in step:
+                    part.held.append(part.weights, part.tokens)
             found |= zip((id(part.held) for part in step if part.wanted), logits, strict=True)
     return found
 

@@ -54,12 +54,14 @@ def groups(items: Iterable[_T], part_of: Callable[[_T], Part]) -> Iterator[list[
     yield from found.values()
 
 
-def packed(parts: Sequence[Part], most: int) -> Iterator[list[Part]]:
+def packed(parts: Sequence[Part], most: Callable[[], int]) -> Iterator[list[Part]]:
     """Parts that fit together, cut and put into steps of at most `most` rows, in order. Each one's tokens follow those
     of the cut before, once these are held.
+
+    most: is asked before each step.
     """
     step: list[Part] = []
-    room = most
+    room = most()
     for part in parts:
         rest = part.tokens
         while rest:
@@ -69,7 +71,7 @@ def packed(parts: Sequence[Part], most: int) -> Iterator[list[Part]]:
             room -= len(piece)
             if not room:
                 yield step
-                step, room = [], most
+                step, room = [], most()
     if step:
         yield step
 
