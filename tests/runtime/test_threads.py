@@ -119,28 +119,50 @@ def test_memory_waits_for_no_load(toy_bundle: Bundle, monkeypatch: pytest.Monkey
         thread.join()
 
 
-@pytest.mark.parametrize("call", ["step", "logits"])
+TEXT_OF_MANY_STEPS = [(7 * at) % 300 + 5 for at in range(250)]
+
+
+@pytest.mark.parametrize("call", ["step", "logits", "logprobs"])
 def test_a_generation_does_not_wait_for_a_long_text(toy_bundle: Bundle, call: str) -> None:
-    text = [(7 * at) % 300 + 5 for at in range(250)]
+    def compute(session: Session) -> object:
+        found = getattr(session, call)(TEXT_OF_MANY_STEPS)
+        return [one.logprob for one in found] if call == "logprobs" else found
+
     with Engine(toy_bundle, threads=2, cache_bytes=0) as engine:
-        alone = getattr(engine.session("all8"), call)(text)
+        alone = compute(engine.session("all8"))
     with Engine(toy_bundle, threads=2, cache_bytes=0, max_step_rows=1) as engine:
-        found, long, running = [], engine.session("all8"), engine.session().events([5], max_tokens=200)
-        next(running)
-        reading = threading.Thread(target=lambda: found.append(getattr(long, call)(text)))
+        ended = threading.Event()
+
+        def generate() -> None:
+            while not ended.is_set():
+                engine.session().generate([5], max_tokens=200)
+
+        other = threading.Thread(target=generate)
+        other.start()
+        try:
+            while not engine.running:
+                time.sleep(0.0001)
+            before = engine._scheduler.steps
+            found = compute(engine.session("all8"))
+            beside = engine._scheduler.steps - before
+        finally:
+            ended.set()
+            other.join()
+    assert beside > 3, "all of it was one turn"
+    np.testing.assert_array_equal(found, alone)
+
+
+def test_what_changes_a_session_waits_for_a_call_that_does(toy_bundle: Bundle) -> None:
+    with Engine(toy_bundle, threads=1, cache_bytes=0, max_step_rows=1) as engine:
+        running, session = engine.session().events([5], max_tokens=200), engine.session()
+        next(running)  # so the call takes many turns
+        reading = threading.Thread(target=session.step, args=(TEXT_OF_MANY_STEPS,))
         reading.start()
-        while not long.tokens:
+        while not session.tokens:
             time.sleep(0.0001)
-        for _ in range(3):
-            next(running)
-        so_far = len(long.tokens)
-        long_reset = threading.Thread(target=long.reset)
-        long_reset.start()  # it waits until the call has ended
+        other = session.fork()
+        assert other.tokens == tuple(TEXT_OF_MANY_STEPS)
         reading.join()
-        long_reset.join()
-        assert 0 < so_far < len(text)
-        assert long.tokens == ()
-    np.testing.assert_array_equal(found[0], alone)
 
 
 def test_a_handler_of_a_signal_cannot_change_what_a_call_changes(toy_bundle: Bundle) -> None:

@@ -55,18 +55,32 @@ class Scheduler:
         self._gate, self._turn = threading.Lock(), threading.Lock()
         self._tasks: set[Generation] = set()  # that tasks wait for
         self._wanted = threading.Condition(self._state)  # the thread
+        self._drives = 0  # steps of who drove
+        self._gives_way = threading.Condition(self._state)  # who waits for the next of them
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """While it is held, no session changes but by who holds it. RunError: a mask function asks for it."""
+    def turn(self, *, again: bool = False) -> Iterator[None]:
+        """While it is held, no session changes but by who holds it. RunError: a mask function asks for it.
+
+        again: the caller has just had it, so who drives comes first.
+        """
         self.check_outside()
+        if again:
+            self._give_way()
         with self._gate, self._turn:
             self._in_turn = threading.get_ident()
             try:
                 yield
             finally:
                 self._in_turn = None
+
+    def _give_way(self) -> None:
+        """Return when who drives has computed a step, or nobody drives."""
+        with self._state:
+            before = self._drives
+            while self._driver is not None and self._drives == before:
+                self._gives_way.wait()
 
     def check_outside(self) -> None:
         """RunError: this thread has the turn, so a mask function calls. Or the process was forked."""
@@ -238,11 +252,15 @@ class Scheduler:
                     self._step()
                 finally:
                     self._in_turn = None
+            with self._state:
+                self._drives += 1
+                self._gives_way.notify_all()
 
     def _leave(self) -> None:
         """Who drove does no longer: another one who waits has to. The caller holds `_state`."""
         self._driver = None
         self._wanted.notify_all()
+        self._gives_way.notify_all()
         if not self._tasks_want():
             for generation in self._wakes:
                 if generation not in self._tasks:

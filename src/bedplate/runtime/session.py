@@ -233,7 +233,7 @@ class Session:
             with _restored_after_errors(before):
                 whole = Part(held, weights, ids, wanted=len(ids))
                 for step in packed([whole], lambda: scheduler.rows_of_a_call(_LOGITS_ROWS)):
-                    with scheduler.turn():
+                    with scheduler.turn(again=bool(rows)):
                         rows.append(compute(step).array)
                         held.append(weights, step[0].tokens)
         return np.concatenate(rows)
@@ -251,7 +251,7 @@ class Session:
         weights = self._load().for_text(ids)
         _check_known(ids, weights)
         scheduler, held = self._host.scheduler, Held(self._held.salt)
-        return scored(held, weights, ids, top, turn=scheduler.turn, reserve=self._host.reserve)
+        return scored(held, weights, ids, top, scheduler=scheduler, reserve=self._host.reserve)
 
     @overload
     def generate(
@@ -487,12 +487,14 @@ def _append(parts: Sequence[Part], scheduler: Scheduler, most: int) -> dict[int,
     Returns the logits of the last token of each, by the id of what holds it.
     """
     found: dict[int, NDArray[np.float32]] = {}
+    again = False
     for group in groups(parts, lambda part: part):
         for step in packed(group, lambda: scheduler.rows_of_a_call(most)):
-            with scheduler.turn():
+            with scheduler.turn(again=again):
                 logits = compute(step).array
                 for part in step:
                     part.held.append(part.weights, part.tokens)
+            again = True
             found |= zip((id(part.held) for part in step if part.wanted), logits, strict=True)
     return found
 

@@ -74,9 +74,3 @@ def packed(parts: Sequence[Part], most: Callable[[], int]) -> Iterator[list[Part
                 step, room = [], most()
     if step:
         yield step
-
-
-def chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
-    """Pieces of at most `size` items."""
-    for at in range(0, len(items), size):
-        yield items[at : at + size]
