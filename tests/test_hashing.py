@@ -19,7 +19,7 @@ def test_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -
     expected = hashlib.sha256(data).hexdigest()
     with (tmp_path / "a").open("rb", buffering=0) as file:
         assert hashing.sha256_of(file) == expected
-    monkeypatch.setattr(hashing, "LONG_CHUNK", 700)
+    monkeypatch.setattr(hashing, "_LONG_CHUNK", 700)
     assert hashing.sha256_file(tmp_path / "a") == expected
 
 

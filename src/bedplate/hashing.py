@@ -12,13 +12,13 @@ from io import FileIO
 from pathlib import Path
 
 _CHUNK = 1 << 18  # of a file: what stays in a core's cache
-LONG_CHUNK = 1 << 22  # while another thread has the GIL, each chunk waits for it
+_LONG_CHUNK = 1 << 22  # while another thread has the GIL, each chunk waits for it
 _OWN = "_sha2" if sys.version_info >= (3, 12) else "_sha256"
 
 
 def sha256_file(path: Path) -> str:
     with path.open("rb", buffering=0) as file:
-        return sha256_of(file, LONG_CHUNK)
+        return sha256_of(file, _LONG_CHUNK)
 
 
 def sha256_of(file: FileIO, chunk_size: int | None = None) -> str:

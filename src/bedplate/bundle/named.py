@@ -9,7 +9,7 @@ from typing import NamedTuple
 from bedplate.bundle.manifest import ConstantInfo
 from bedplate.bundle.ptd import Entry, read_ptd
 from bedplate.errors import BundleError
-from bedplate.hashing import LONG_CHUNK, sha256_of
+from bedplate.hashing import sha256_of
 from bedplate.names import CODES, DIAGONAL, SCALES, nbytes_of, parts_of, way_of
 
 
@@ -86,7 +86,7 @@ class NamedConstants:
 
     def check(self, sha256: str) -> None:
         """BundleError: the open file has another SHA-256."""
-        if sha256_of(self._file, LONG_CHUNK) != sha256:
+        if sha256_of(self._file) != sha256:
             hint = "the file was changed or damaged: restore it from a copy, or add the adapter again"
             raise BundleError("its SHA-256 is not the one in bundle.json", where=self.path, hint=hint)
 

@@ -154,14 +154,12 @@ def load_adapter(base: Weights, bundle: Bundle, name: str, spec: ModelSpec) -> W
             foundation = stack.enter_context(NamedConstants(bundle.foundation, info.shared))
         named = (*info.constants, *info.shared)
         constants = stack.enter_context(NamedConstants(file, named, beside=foundation))
-        checking = Background(partial(constants.check, sha256))  # it mostly needs no GIL
-        stack.callback(checking.wait)
         stack.enter_context(_fitting(file))
         reader = AdapterReader(constants, spec, info)
         parts = reader.parts()
         constants.check_all_read()
-        adapter = _native.Adapter(**parts, readers=base.decoder.threads)
-        checking.result()
+        read = partial(_native.Adapter, **parts, readers=max(1, base.decoder.threads - 1))
+        adapter = _beside(read, partial(constants.check, sha256))
         base.decoder.check(adapter)
     # What the file of constants does not say, how they are named and which layers they are for, `adapter.json` does.
     content = base.content._replace(adapter=digest(constants=sha256, info=said))
