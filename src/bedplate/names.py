@@ -25,7 +25,8 @@ DIAGONAL: Way = "&"
 KEY_IN_PROGRAM = re.compile(rb"(?:\x40\0\0\0|\x46\0\0\0scale_)([0-9a-f]{64})\0")
 
 _LINEAR = re.compile(r"(?<=\.)[qkv]_proj(?=\.)")
-_JOINED = re.compile(r"(?<=\.)[qkv]_proj(?:([+&])[qkv]_proj)+(?=\.)")
+# No more than three: of a name from a stranger, each part could be as long as the name.
+_JOINED = re.compile(r"(?<=\.)[qkv]_proj(?:([+&])[qkv]_proj){1,2}(?=\.)")
 _ITEM_BITS = {"float32": 32, "int64": 64, "bfloat16": 16, "int8": 8, "uint8": 8, "int4": 4}
 
 

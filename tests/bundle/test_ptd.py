@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bedplate.bundle import flat_tensor
 from bedplate.bundle.flat_tensor import Layout
 from bedplate.bundle.ptd import ALIGNMENT, read_ptd, write_ptd
 from bedplate.constants import TENSOR, Constant
@@ -194,6 +195,33 @@ SCALAR_NAMES = {"float32": "FLOAT", "int8": "CHAR", "uint8": "BYTE", "int64": "L
 
 
 @executorch_warns
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ({"k" * 1025: (0, None)}, "a vector of 1025 items, where no more than 1024 are known"),
+        ({"k": (0, Layout("int8", (1,) * 17))}, "a vector of 17 items, where no more than 16 are known"),
+    ],
+)
+def test_what_many_references_could_share_is_short(
+    entries: dict[str, tuple[int, Layout | None]], says: str
+) -> None:
+    """A thousand references to a million bytes would take a thousand million."""
+    index = flat_tensor.encode([flat_tensor.Segment(0, 1)], entries)
+    with pytest.raises(flat_tensor.MalformedError, match=says):
+        flat_tensor.decode(index, *struct.unpack_from("<I", index))
+
+
+def test_an_index_larger_than_any_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.ptd"
+    head = bytearray(GOLDEN.read_bytes())
+    struct.pack_into("<QQ", head, 24, 1 << 40, 1 << 41)
+    path.write_bytes(head)
+    with path.open("r+b") as file:
+        file.truncate(1 << 42)  # of which nothing is on disk
+    with pytest.raises(BundleError, match="its index ends at byte"):
+        read_ptd(path)
+
+
 def test_executorch_reads_the_same(tmp_path: Path) -> None:
     from executorch.exir._serialize._cord import Cord
     from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
@@ -147,6 +148,18 @@ def test_create_where_something_is(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no such folder"):
         create_bundle(tmp_path / "none" / "a.bundle", write_base)
     assert tree(tmp_path) == before
+
+
+def test_a_manifest_that_is_none_is_not_read(tmp_path: Path) -> None:
+    """A pipe would be waited for, and a large file would take all memory."""
+    os.mkfifo(tmp_path / "bundle.json")
+    with pytest.raises(BundleError, match="not a regular file"):
+        Bundle.open(tmp_path)
+    (tmp_path / "bundle.json").unlink()
+    with (tmp_path / "bundle.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(BundleError, match="it has 1099511627776 bytes, more than 67108864"):
+        Bundle.open(tmp_path)
 
 
 def test_replace_a_bundle_even_a_damaged_one(bundle: Bundle, tmp_path: Path) -> None:

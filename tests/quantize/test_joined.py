@@ -103,3 +103,9 @@ def test_a_stream_is_joined_as_its_parts_come_by() -> None:
     assert list(joined([q, k, v], [q.name])) == [q, k, v]
     with pytest.raises(AssertionError, match="parts are missing"):
         list(joined([q, k], wanted))
+
+
+def test_more_than_three_are_not_joined() -> None:
+    """A name from a stranger could have a million parts, each as long as the rest of it."""
+    name = "layers.0.self_attn.q_proj+k_proj+v_proj+q_proj.weight"
+    assert parts_of(name) == (name,)

@@ -137,7 +137,9 @@ def test_a_generation_does_not_wait_for_a_long_text(toy_bundle: Bundle, call: st
             while not ended.is_set():
                 engine.session().generate([5], max_tokens=200)
 
-        idle = engine.session().events([5], max_tokens=200)  # so there is always one that runs: pieces are short
+        idle = engine.session().events(
+            [5], max_tokens=200
+        )  # so there is always one that runs: pieces are short
         next(idle)
         other = threading.Thread(target=generate)
         other.start()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from bedplate.bundle import manifest
+from bedplate.bundle import manifest, strict_json
 from bedplate.bundle.manifest import AdapterInfo, AdapterRecord, ConstantInfo
 from bedplate.errors import BundleError
 
@@ -96,8 +96,8 @@ class AdapterEntry:
         return self.decode_info(self.read_info_bytes())
 
     def read_info_bytes(self) -> bytes:
-        """The bytes of `adapter.json`."""
-        return (self.folder / manifest.ADAPTER_INFO).read_bytes()
+        """The bytes of `adapter.json`. BundleError: it is larger than any is."""
+        return strict_json.read(self.folder / manifest.ADAPTER_INFO)
 
     def decode_info(self, data: bytes) -> AdapterInfo:
         """What the bytes of `adapter.json` say. BundleError: see `read_info`."""

@@ -24,6 +24,12 @@ _ITEM_BYTES = {"uint8": 1, "int8": 1, "int64": 8, "float16": 2, "float32": 4, "b
 _DTYPES = {code: name for name, code in SCALAR_TYPES.items()}
 
 
+# A file may refer to the same bytes many times. So what one reference can make of them is bounded.
+_LONGEST_KEY = 1 << 10
+_MOST_DIMS = 16  # as ExecuTorch's
+_MOST_FIELDS = 3  # of a table, from its first on: what is used here
+
+
 class MalformedError(Exception):
     """The bytes are not an index; says where it stopped making sense."""
 
@@ -183,16 +189,19 @@ class _Reader:
     def _fields(self, vtable: int) -> tuple[int, ...]:
         if vtable < 0:  # would count from the end
             raise MalformedError(f"refers to byte {vtable}")
-        end = vtable + _U16(self._buffer, vtable)[0]
+        end = vtable + min(_U16(self._buffer, vtable)[0], 4 + 2 * _MOST_FIELDS)
         return tuple(_U16(self._buffer, position)[0] for position in range(vtable + 4, end, 2))
 
     def numbers(self, unpack: _Unpack, places: Sequence[int]) -> list[int]:
         """The numbers at these places. 0: it has its default, 0."""
         return [unpack(self._buffer, place)[0] if place else 0 for place in places]
 
-    def vectors(self, tables: _Tables, slot: int, stride: int) -> list[range]:
-        """Where the items of a vector of each table lie."""
-        return [*map(self._vector, tables.starts, tables.places(slot), repeat(slot), repeat(stride))]
+    def vectors(self, tables: _Tables, slot: int, stride: int, most: int | None = None) -> list[range]:
+        """Where the items of a vector of each table lie. most: how many it may have."""
+        found = [*map(self._vector, tables.starts, tables.places(slot), repeat(slot), repeat(stride))]
+        if most is not None and (longest := max(map(len, found), default=0)) > most:
+            raise MalformedError(f"a vector of {longest} items, where no more than {most} are known")
+        return found
 
     def _vector(self, table: int, place: int, slot: int, stride: int) -> range:
         if not place:
@@ -209,7 +218,10 @@ class _Reader:
 
     def strings(self, tables: _Tables, slot: int) -> list[str]:
         try:
-            return [str(self._buffer[at.start : at.stop], "ascii") for at in self.vectors(tables, slot, 1)]
+            return [
+                str(self._buffer[at.start : at.stop], "ascii")
+                for at in self.vectors(tables, slot, 1, _LONGEST_KEY)
+            ]
         except UnicodeDecodeError as error:
             raise MalformedError("a key is not text") from error
 
@@ -221,7 +233,7 @@ class _Reader:
     def _layouts(self, tables: _Tables) -> Iterator[Layout]:
         codes = self.numbers(_I8, tables.places(0))
         for code, sizes, order in zip(
-            codes, self.vectors(tables, 1, 4), self.vectors(tables, 2, 1), strict=True
+            codes, self.vectors(tables, 1, 4, _MOST_DIMS), self.vectors(tables, 2, 1, _MOST_DIMS), strict=True
         ):
             shape = tuple(_I32(self._buffer, place)[0] for place in sizes)
             dims = [*self._buffer[order.start : order.stop]]

@@ -66,9 +66,8 @@ class NamedConstants:
         self.path, self._beside = path, beside
         self._entries = read_ptd(path).entries
         self._infos = {info.name: info for info in infos}
-        self._holders = dict[
-            str, str
-        ]()  # of a constant, or of codes: what holds them, by each name that they have
+        # Of a constant, or of codes: what holds them, by each name that they have.
+        self._holders = dict[str, str]()
         self._joined = dict[str, tuple[str, ...]]()
         for name in self._infos:
             parts = tuple(part.removesuffix(CODES) for part in parts_of(name))

@@ -42,6 +42,7 @@ ALIGNMENT = 128
 _HEADER = struct.Struct("<4sIQQQQ8x")
 _HEADER_OFFSET = 8
 _HEADER_LENGTH = 40  # the zeros are not counted
+_LARGEST_INDEX = 1 << 24  # of some 70,000 constants; it takes thirty times as much memory to read
 
 
 class Entry(NamedTuple):
@@ -186,6 +187,10 @@ def _read_index(file: IO[bytes], file_bytes: int) -> dict[str, Entry]:
         raise flat_tensor.MalformedError(
             f"its header tells of {start + data_bytes} bytes, of which the index has {offset + index_bytes}; "
             f"the file has {file_bytes}"
+        )
+    if offset + index_bytes > _LARGEST_INDEX:
+        raise flat_tensor.MalformedError(
+            f"its index ends at byte {offset + index_bytes}, after {_LARGEST_INDEX}"
         )
     file.seek(0)
     segments, entries = flat_tensor.decode(file.read(offset + index_bytes), root)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
-from bedplate.bundle import files, integrity, manifest
+from bedplate.bundle import files, integrity, manifest, strict_json
 from bedplate.bundle.entries import AdapterEntry, AdapterFacts, BundleFacts, ChatSettings, check_foundation
 from bedplate.bundle.manifest import AdapterRecord, FoundationInfo, Manifest, TokenizerInfo
 from bedplate.errors import (
@@ -90,7 +90,7 @@ class Bundle:
     def foundation_info(self) -> FoundationInfo:
         """The content of `foundation.json`. BundleError: it is not the file that the manifest lists."""
         path = self.path / manifest.FOUNDATION_INFO
-        data = path.read_bytes()
+        data = strict_json.read(path)
         if sha256_of_few(data) != self.manifest.files[manifest.FOUNDATION_INFO].sha256:
             hint = "the bundle was replaced or damaged: run bedplate verify BUNDLE, and open it again"
             raise BundleError("its SHA-256 is not the one in bundle.json", where=path, hint=hint)
@@ -357,7 +357,7 @@ def _write_manifest(folder: Path, document: Manifest) -> None:
 
 def _manifest_bytes(path: Path) -> bytes:
     try:
-        return (path / manifest.MANIFEST).read_bytes()
+        return strict_json.read(path / manifest.MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
         hint = f"build one first: bedplate build MODEL -o {path}"
         raise NotFoundError("not a bundle: it has no bundle.json", where=path, hint=hint) from error

@@ -11,14 +11,17 @@ import contextlib
 import dataclasses
 import functools
 import json
+import stat
 import types
 from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from operator import call
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from bedplate.errors import BundleError
 
+_LARGEST = 1 << 26  # of some 300,000 constants; to decode it takes ten times as much memory
 _T = TypeVar("_T")
 
 
@@ -35,6 +38,16 @@ def _compact(value: Any) -> str:
 
 def _fields(value: Any) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def read(path: Path) -> bytes:
+    """The bytes of such a file. BundleError: it is no regular file, or is larger than any that a bundle has."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise BundleError("it is not a regular file", where=path, hint=DAMAGED)
+    if found.st_size > _LARGEST:
+        raise BundleError(f"it has {found.st_size} bytes, more than {_LARGEST}", where=path, hint=DAMAGED)
+    return path.read_bytes()
 
 
 def load(data: bytes, where: str) -> dict[str, Any]:
@@ -173,11 +186,8 @@ def _rows_decoder(kind: Any, one_by_one: Callable[[Any], Any]) -> Callable[[Any]
     columns = [_column_decoder(hint) for hint in get_type_hints(kind).values()]
 
     def decode_rows(value: Any) -> Any:
-        if (
-            type(value) is not list
-            or not {*map(type, value)} <= {list}
-            or {*map(len, value)} != {len(columns)}
-        ):
+        are_rows = type(value) is list and {*map(type, value)} <= {list}
+        if not are_rows or {*map(len, value)} != {len(columns)}:
             return one_by_one(value)
         try:
             found = map(call, columns, zip(*value, strict=True))

@@ -44,12 +44,11 @@ class _Commands(TyperGroup):
 def _read(name: str) -> Any:
     module, _, function = COMMANDS[name].partition(".")
     found = getattr(import_module(f"bedplate.cli.{module}"), function)
-    one = (
-        found if isinstance(found, typer.Typer) else typer.Typer(add_completion=False, rich_markup_mode=None)
-    )
-    if one is not found:
-        one.command(name)(found)
-    command: Any = typer.main.get_command(one)
+    if not isinstance(found, typer.Typer):
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(name)(found)
+        found = alone
+    command: Any = typer.main.get_command(found)
     command.name = name
     return command
 
