@@ -31,6 +31,8 @@ class AddOptions(TypedDict, total=False):
         text. Default: False.
     programs: if False, the adapter gets no program for ExecuTorch. It never gets one if the base has none. Default:
         True.
+    check_base: hash the files of the base meanwhile, and refuse if one is damaged. Of use if the bundle was opened
+        with `check=False`. Default: False.
     unit_cache: folder of compiled units. None, the default: the user's cache folder.
     reporter: gets reports of the progress. Default: nobody does.
     """
@@ -38,6 +40,7 @@ class AddOptions(TypedDict, total=False):
     exact_rank: bool
     allow_noop: bool
     programs: bool
+    check_base: bool
     unit_cache: str | Path | None
     reporter: Reporter
 
@@ -47,6 +50,7 @@ def _adding(
     exact_rank: bool = False,
     allow_noop: bool = False,
     programs: bool = True,
+    check_base: bool = False,
     unit_cache: str | Path | None = None,
     reporter: Reporter = SILENT,
 ) -> Adding:
@@ -54,7 +58,12 @@ def _adding(
 
     cache = open_cache(unit_cache, reporter)
     return Adding(
-        exact_rank=exact_rank, allow_noop=allow_noop, programs=programs, cache=cache, reporter=reporter
+        exact_rank=exact_rank,
+        allow_noop=allow_noop,
+        programs=programs,
+        check_base=check_base,
+        cache=cache,
+        reporter=reporter,
     )
 
 

@@ -15,11 +15,13 @@ class Adding:
     exact_rank: compile for the adapter's own rank, even if there are units of a higher rank.
     allow_noop: also add an adapter that changes nothing. Without it, base and adapters run on a short text.
     programs: add the programs too that the base has. If False, nothing is compiled, and ExecuTorch is not needed.
+    check_base: hash the files of the base meanwhile. A damaged one is an error.
     cache: of the units.
     """
 
     exact_rank: bool
     allow_noop: bool
     programs: bool
+    check_base: bool
     cache: UnitCache
     reporter: Reporter

@@ -36,7 +36,14 @@ def pack(bundle: Path, source: Path, name: str, staging: Path) -> None:
     )
     files.write(staging / manifest.MANIFEST, manifest.dump(document))
     # Whoever asked compares it with the base: that needs the foundation, which it has in memory.
-    adding = Adding(exact_rank=False, allow_noop=True, programs=False, cache=UnitCache(None), reporter=SILENT)
+    adding = Adding(
+        exact_rank=False,
+        allow_noop=True,
+        programs=False,
+        check_base=False,
+        cache=UnitCache(None),
+        reporter=SILENT,
+    )
     add_adapters(Bundle.open(staging, check=False), {name: source}, quantize=None, adding=adding)
 
 

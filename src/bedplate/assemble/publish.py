@@ -39,15 +39,15 @@ SMALL_RANK = 16
 
 
 class Publisher:
-    """Adds adapters to one bundle. From the start, its base is checked, and what measures their effect is loaded,
-    unless they may have none.
+    """Adds adapters to one bundle. From the start, its base is checked, if that is wanted, and what measures their
+    effect is loaded, unless they may have none.
 
     spec: of the bundle's model.
     """
 
     def __init__(self, bundle: Bundle, spec: ModelSpec, adding: Adding) -> None:
         self._bundle, self._spec, self._adding = bundle, spec, adding
-        self._checking = Background(bundle.check_base)
+        self._checking = Background(bundle.check_base) if adding.check_base else None
         self._loading = None if adding.allow_noop else Background(partial(_load, bundle, spec))
         tokenizer = bundle.manifest.tokenizer
         wanted = Wanted(
@@ -71,8 +71,12 @@ class Publisher:
         try:
             self._publish(adapters, scheme)
         except BedplateError:
-            self._checking.result()  # a damaged base is the reason of other errors
+            self._check_base()  # a damaged one is the reason of other errors
             raise
+
+    def _check_base(self) -> None:
+        if self._checking is not None:
+            self._checking.result()
 
     def _publish(self, adapters: Mapping[str, tuple[Adapter, AdapterText]], scheme: AdapterScheme) -> None:
         packer = _Packer(self._bundle, self._spec, scheme, self._adding, self._templates)
@@ -83,7 +87,7 @@ class Publisher:
         )
 
     def _check(self, sources: Mapping[str, Path], drafts: Bundle) -> None:
-        self._checking.result()
+        self._check_base()
         if self._loading is None:
             return
         if idle := without_effect(self._loading.result(), drafts, self._spec):

@@ -37,7 +37,8 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         # A name that is not known is compared with all that are.
         for name in (cmd_name,) if cmd_name in COMMANDS else COMMANDS:
-            self.commands.setdefault(name, _read(name))
+            if name not in self.commands:
+                self.commands[name] = _read(name)
         return self.commands.get(cmd_name)
 
 

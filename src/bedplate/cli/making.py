@@ -194,11 +194,11 @@ def add(
 ) -> None:
     """Add LoRA adapters to a bundle. If one of several does not fit, none is added."""
     start = time.perf_counter()
-    # The files of the base are checked while the adapters are packed.
     opened = api.Bundle.open(bundle, check=False)
     with progress_bars() as bars:
         entries = opened.add_all(
             _named(adapters, name or []),
+            check_base=True,
             quantize=quantize,
             exact_rank=exact_rank,
             allow_noop=allow_noop,
