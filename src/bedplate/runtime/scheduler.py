@@ -25,7 +25,7 @@ from bedplate.runtime.generation import Generation, Progress
 from bedplate.runtime.process import Process
 from bedplate.runtime.request import Event
 from bedplate.runtime.shares import Shares
-from bedplate.runtime.steps import Part, compute, groups
+from bedplate.runtime.steps import Part, compute, groups, packed
 
 if TYPE_CHECKING:
     import asyncio
@@ -94,9 +94,24 @@ class Scheduler:
         """How many generations it has."""
         return len(self._active)
 
-    def rows_of_a_call(self, most: int) -> int:
-        """How many rows a call may compute in one turn, of `most`. Generations wait for no more than for a step."""
-        return min(most, self._most) if self._active else most
+    def in_turns(self, parts: Sequence[Part], most: int) -> Iterator[tuple[list[Part], _native.Logits]]:
+        """Compute parts, and hold their tokens: cut into pieces of at most `most` rows, each in a turn. While
+        generations run, pieces are no larger than their steps, and who drives has a step between two.
+
+        Yields the pieces with the logits that are wanted. RunError: there is no memory.
+        """
+        again = False
+        for group in groups(parts, lambda part: part):
+            for piece in packed(group, lambda: min(most, self._most) if self._active else most):
+                with self.turn(again=again):
+                    for held, _, tokens, _ in piece:
+                        count = len(held.tokens)
+                        self._reserve([(held.computing, count, count + len(tokens))])
+                    logits = compute(piece)
+                    for held, weights, tokens, _ in piece:
+                        held.append(weights, tokens)
+                again = True
+                yield piece, logits
 
     def begin(self, generation: Generation) -> None:
         """From now on steps compute it."""

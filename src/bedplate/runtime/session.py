@@ -23,7 +23,7 @@ from bedplate.runtime.request import Event, Options, Statistics, TokenLogprobs, 
 from bedplate.runtime.sampling import Sampler
 from bedplate.runtime.scheduler import Scheduler
 from bedplate.runtime.scoring import scored
-from bedplate.runtime.steps import Part, compute, groups, packed
+from bedplate.runtime.steps import LOGITS_ROWS, Part
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.runtime.weights import Limits, Weights
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 _Before = tuple[Held, State]  # what is held, and what it held
 Prompt = str | Sequence[Message] | Sequence[int] | Conversation
 _SHORTEN = "shorten the text, reset the session, or give the engine a larger max_context"
-_LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions take much memory
 
 
 class Host(NamedTuple):
@@ -181,7 +180,9 @@ class Session:
             with host.scheduler.turn():
                 appended, before = Session._begin_step(parts)
             with _restored_after_errors(before):
-                logits = _append(appended, host.scheduler, host.limits.max_rows)
+                logits: dict[int, NDArray[np.float32]] = {}  # of the last tokens, by what holds them
+                for piece, found in host.scheduler.in_turns(appended, host.limits.max_rows):
+                    logits |= zip((id(part.held) for part in piece if part.wanted), found.array, strict=True)
         width = max(map(len, logits.values()))
         return np.stack([_widened(logits[id(part.held)], width) for part in appended])
 
@@ -220,7 +221,7 @@ class Session:
         ids = _ids(token_ids)
         self._check_room(len(ids))
         self._load()  # before others have to wait
-        scheduler, rows = self._host.scheduler, list[Any]()
+        scheduler = self._host.scheduler
         with _alone([self]):
             with scheduler.turn():
                 weights, held = self._load().for_text(ids), self._held
@@ -232,10 +233,7 @@ class Session:
                     self.cancel()
             with _restored_after_errors(before):
                 whole = Part(held, weights, ids, wanted=len(ids))
-                for step in packed([whole], lambda: scheduler.rows_of_a_call(_LOGITS_ROWS)):
-                    with scheduler.turn(again=bool(rows)):
-                        rows.append(compute(step).array)
-                        held.append(weights, step[0].tokens)
+                rows = [logits.array for _, logits in scheduler.in_turns([whole], LOGITS_ROWS)]
         return np.concatenate(rows)
 
     def logprobs(self, token_ids: Sequence[int], *, top: int = 0) -> Iterator[TokenLogprobs]:
@@ -251,7 +249,7 @@ class Session:
         weights = self._load().for_text(ids)
         _check_known(ids, weights)
         scheduler, held = self._host.scheduler, Held(self._held.salt)
-        return scored(held, weights, ids, top, scheduler=scheduler, reserve=self._host.reserve)
+        return scored(held, weights, ids, top, scheduler=scheduler)
 
     @overload
     def generate(
@@ -480,23 +478,6 @@ def _restored_after_errors(before: Sequence[_Before]) -> Iterator[None]:
         for held, state in before:
             held.restore(state)
         raise
-
-
-def _append(parts: Sequence[Part], scheduler: Scheduler, most: int) -> dict[int, NDArray[np.float32]]:
-    """Compute parts in steps of at most `most` rows, and hold their tokens. Others have turns between the steps.
-    Returns the logits of the last token of each, by the id of what holds it.
-    """
-    found: dict[int, NDArray[np.float32]] = {}
-    again = False
-    for group in groups(parts, lambda part: part):
-        for step in packed(group, lambda: scheduler.rows_of_a_call(most)):
-            with scheduler.turn(again=again):
-                logits = compute(step).array
-                for part in step:
-                    part.held.append(part.weights, part.tokens)
-            again = True
-            found |= zip((id(part.held) for part in step if part.wanted), logits, strict=True)
-    return found
 
 
 def _reserve(parts: Sequence[tuple[Session, int]]) -> None:

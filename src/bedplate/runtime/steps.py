@@ -10,6 +10,7 @@ from bedplate.errors import RunError
 from bedplate.runtime.held import Held
 from bedplate.runtime.weights import Weights
 
+LOGITS_ROWS = 64  # whose logits are computed at once: those of many positions take much memory
 _T = TypeVar("_T")
 
 
