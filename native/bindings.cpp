@@ -396,6 +396,7 @@ NB_MODULE(_native, m) {
     bind_adapter(m);
     bind_kv(m);
     bind_decoder(m);
+    bind_packing(m);
     bind_sampling(m);
     m.def("return_memory", [] {
 #ifdef __GLIBC__

@@ -5,6 +5,7 @@
 
 namespace bedplate {
 
+void bind_packing(nanobind::module_& m);
 void bind_sampling(nanobind::module_& m);
 
 }  // namespace bedplate

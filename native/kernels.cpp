@@ -564,6 +564,7 @@ void join(const Heads& h, const float* states, int64_t count, float* weights, fl
     }
 }
 
+#include "covers.h"
 #include "masses.h"
 
 }  // namespace
@@ -587,6 +588,8 @@ const Kernels kernels{NAME(BEDPLATE_ISA),
                       join,
                       maxima,
                       masses,
-                      weights_of_block};
+                      weights_of_block,
+                      cover_groups,
+                      square};
 
 }  // namespace bedplate::BEDPLATE_ISA

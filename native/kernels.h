@@ -98,6 +98,13 @@ struct Candidates {
     float top, scale;
 };
 
+// A group of each of 16 rows of weights that are to be quantized.
+struct Groups {
+    const float* values;      // [count, 16]: those of a column side by side
+    const float* importance;  // [count]
+    int64_t count;
+};
+
 struct Kernels {
     const char* name;
     // One row of `columns` floats in groups that are `side` apart, the last one filled up with zeros.
@@ -140,6 +147,11 @@ struct Kernels {
     void (*masses)(const Candidates&, Range blocks, float least, float* sums);
     // The kMassBlock weights of a block; 0 beyond the last value.
     void (*weights)(const Candidates&, int64_t block, float* found);
+    // 4-bit codes [count, 16] of groups, and the scales (bfloat16) and offsets [16] of the least squared
+    // error, weighted by importance: values ≈ scale · codes + offset.
+    void (*cover_groups)(const Groups&, int8_t* codes, float* scales, float* offsets);
+    // Σ x².
+    double (*square)(const float* x, int64_t count);
 };
 
 }  // namespace bedplate

@@ -31,7 +31,17 @@ typedef int8_t FewBytes __attribute__((vector_size(kLanes)));
 
 INLINE Floats splat(float x) { return x - Floats{}; }
 INLINE Ints splat(int32_t x) { return x - Ints{}; }
+// b where one is no number, as the instructions have it: GCC compares and blends where it does not see that.
+#if defined(__AVX512F__)
+INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+INLINE Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+#elif defined(__AVX2__)
+INLINE Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+INLINE Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+#else
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+#endif
 INLINE Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterator
 
 import pytest
 
-from bedplate.background import Background
+from bedplate.background import Background, ahead
 
 
 def test_returns_what_the_call_returned() -> None:
@@ -36,3 +38,45 @@ def test_raises_what_the_call_raised_when_it_is_asked_for() -> None:
     call.wait()
     with pytest.raises(ValueError, match="no"):
         call.result()
+
+
+def test_an_item_is_made_while_the_one_before_is_used() -> None:
+    made = [threading.Event() for _ in range(3)]
+
+    def items() -> Iterator[int]:
+        for number, event in enumerate(made):
+            event.set()
+            yield number
+
+    coming = ahead(items())
+    assert next(coming) == 0
+    assert made[1].wait(10)
+    assert list(coming) == [1, 2]
+
+
+def test_an_error_comes_in_the_place_of_its_item() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("no")
+
+    coming = ahead(items())
+    assert next(coming) == 1
+    with pytest.raises(ValueError, match="no"):
+        next(coming)
+
+
+def test_who_stops_waits_for_what_was_begun() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 1
+        begun.set()
+        time.sleep(0.05)
+        ended.set()
+        yield 2
+
+    coming = ahead(items())
+    next(coming)
+    assert begun.wait(10)
+    coming.close()
+    assert ended.is_set()

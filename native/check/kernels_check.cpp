@@ -227,7 +227,41 @@ void check_masses(const Kernels& kernels) {
     expect("one is no number", kernels, kernels.maxima(values.data(), 1000, maxima.data()), 0.0, 0.0);
 }
 
+// A foundation is named by its bytes, so these too are the bits that any set gives.
+constexpr std::uint32_t kBitsOfCovers = 1166417341;
+
+void check_covers(const Kernels& kernels) {
+    std::mt19937 drawn(3);
+    constexpr std::int64_t kCount = 40;
+    std::vector<float> values(kCount * kBlock), importance(kCount);
+    for (auto& x : values) x = static_cast<float>(drawn() % 65536) / 4096.0f - 9.0f;
+    for (auto& x : importance) x = static_cast<float>(drawn() % 256 + 1) / 256.0f;
+    std::vector<std::int8_t> codes(values.size());
+    float scales[kBlock], offsets[kBlock];
+    kernels.cover_groups({values.data(), importance.data(), kCount}, codes.data(), scales, offsets);
+    std::uint32_t bits = 0;
+    for (std::size_t r = 0; r < kBlock; ++r) {
+        double error = 0, weight = 0;
+        for (std::size_t i = 0; i < kCount; ++i) {
+            const std::size_t at = i * kBlock + r;
+            const double off = double(values[at]) - (double(scales[r]) * codes[at] + double(offsets[r]));
+            error += off * off * double(importance[i]);
+            weight += double(importance[i]);
+            bits = bits * 31 + static_cast<std::uint8_t>(codes[at]);
+        }
+        // No worse than codes over the whole range, 16, with the error of what is rounded evenly.
+        expect("error of codes", kernels, std::max(error / weight, 0.1), 0.1, 0.0);
+        for (const float number : {scales[r], offsets[r]}) {
+            std::uint32_t one;
+            std::memcpy(&one, &number, 4);
+            bits = bits * 31 + one;
+        }
+    }
+    expect("the bits of covers", kernels, bits, kBitsOfCovers, 0.0);
+}
+
 void check(const Kernels& kernels) {
+    check_covers(kernels);
     check_masses(kernels);
     for (const std::int64_t rows : {1, 16, 40})
         for (const std::int64_t columns : {32, 96, 288}) {

@@ -249,6 +249,25 @@ class Sampler:
     def chances(self, logits: Logits, row: int = 0, mask: object = None) -> list[float]:
         """The chance of each token to be chosen. It takes a pass over the row for each: for tests."""
 
+def quantize_with_offsets(
+    *,
+    values: NDArray[np.float32],
+    group: int,
+    importance: NDArray[np.float32] | None = None,
+    codes: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    offsets: NDArray[np.float32],
+) -> None:
+    """Writes 4-bit codes [rows, columns] of values [rows, columns], with scales and offsets [rows, columns / group] of
+    the least squared error, weighted by importance [columns]. The same bits with every instruction set.
+    NativeError: shapes do not fit.
+    """
+
+def squares(values: NDArray[np.float32], found: NDArray[np.float32]) -> None:
+    """Writes Σ x² of each row of values [rows, columns], summed in float64, to found [rows].
+    NativeError: shapes do not fit.
+    """
+
 class Decoder:
     """A model. ropes: of each rotary embedding, frequencies [head_dim / 2], those of long texts (empty: the same), and
     the scale. embedding None: its rows are the head's. threads compute its steps, readers read it. meter: of its

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
@@ -35,3 +36,15 @@ class Background(Generic[_T]):
         if self._error is not None:
             raise self._error
         return self._results[0]
+
+
+def ahead(items: Iterable[_T]) -> Generator[_T]:
+    """The same items. Each is made in a thread of its own while the one before is used; its error comes then."""
+    iterator, end = iter(items), object()
+    coming = Background(partial(next, iterator, end))
+    try:
+        while (item := coming.result()) is not end:
+            coming = Background(partial(next, iterator, end))
+            yield item
+    finally:
+        coming.wait()

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 
+from bedplate.cycles import rarely_sought
+
 _TALKERS = ("torchao", "torch.utils._pytree")
 _SETTINGS = {
     # OpenMP's threads look for each other without end otherwise, and a core that has other work makes a build take
@@ -30,7 +32,7 @@ def import_modules(names: Iterable[str]) -> None:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), _unless_set(_SETTINGS):
+        with warnings.catch_warnings(), _unless_set(_SETTINGS), rarely_sought():
             warnings.simplefilter("ignore")
             for name in names:
                 import_module(name)

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bedplate.assemble.report import Reporter, load_torch, load_torchao
 from bedplate.assemble.templates import Templates, Wanted
-from bedplate.background import Background
+from bedplate.background import Background, ahead
 from bedplate.bundle import files, manifest
 from bedplate.bundle.ptd import write_ptd
 from bedplate.bundle.store import Bundle, BundleFacts, check_free, create_bundle
 from bedplate.compile.cache import UnitCache
 from bedplate.compile.units import StaticShapes, Structure
 from bedplate.constants import Constant
+from bedplate.cycles import rarely_sought
 from bedplate.errors import UnsupportedError
 from bedplate.link.linker import link
 from bedplate.model.config import check_exists
@@ -41,6 +43,7 @@ DEFAULT_CONTEXT = 2048
 MAX_CONTEXT = 2**20
 
 
+@rarely_sought()
 def build_bundle(
     model: Path,
     out: Path,
@@ -108,8 +111,9 @@ def build_bundle(
     def write(folder: Path) -> BundleFacts:
         source = Background(partial(fingerprint, checkpoint))
         made = templates.get(structure)
-        packed = _foundation(checkpoint, structure, schemes, measured.statistics, reporter)
-        constants = write_ptd(folder / manifest.FOUNDATION, joined(packed, together))
+        # What comes next is quantized while this is hashed and written.
+        packed = ahead(_foundation(checkpoint, structure, schemes, measured.statistics, reporter))
+        constants = write_ptd(folder / manifest.FOUNDATION, joined(chain.from_iterable(packed), together))
         keys = {constant.name: constant.key for constant in constants}
         for kind, template in made.items():
             assert template.joined() == together, "what is joined follows from the recipe"
@@ -187,7 +191,8 @@ def _foundation(
     schemes: Mapping[str, Scheme],
     statistics: Statistics,
     reporter: Reporter,
-) -> Iterator[Constant]:
+) -> Iterator[list[Constant]]:
+    """The constants, those of one tensor or of linears of one input at a time."""
     from bedplate.model.checkpoint import checked_matrix, checked_tensor, tied_names
     from bedplate.quantize.correction import quantize_corrected
     from bedplate.quantize.foundation import fixed_constants, pack_corrected, pack_tensor, row_norms
@@ -203,7 +208,7 @@ def _foundation(
             continue
         reporter.progress("quantize and pack", done, len(names))
         value = checked_matrix(checkpoint, name)
-        yield from pack_tensor(tied_names(name, checkpoint.spec), value, schemes)
+        yield list(pack_tensor(tied_names(name, checkpoint.spec), value, schemes))
         done += 1
     for place, paths in together.items():
         reporter.progress("quantize and pack", done, len(names))
@@ -214,11 +219,11 @@ def _foundation(
             rank=corrections[paths[0].split(".", 2)[2]],
             rms=statistics.get(place),
         )
-        yield from pack_corrected(place, corrected)
-        yield from (row_norms(path, weights[path]) for path in corrected.weights)
+        norms = [row_norms(path, weights[path]) for path in corrected.weights]
+        yield [*pack_corrected(place, corrected), *norms]
         done += len(paths)
     reporter.progress("quantize and pack", done, len(names))
-    yield from fixed_constants(structure.spec, structure.max_context, structure.max_chunk).values()
+    yield list(fixed_constants(structure.spec, structure.max_context, structure.max_chunk).values())
 
 
 def _with_bias(model: nn.Module) -> set[str]:

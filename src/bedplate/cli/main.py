@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
 from typing import Any
@@ -70,3 +71,4 @@ def main() -> None:
             app()
         finally:
             sys.stdout.flush()  # here, where a full disk is still reported
+            gc.freeze()  # the process ends: to look for cycles among torch's objects takes a second

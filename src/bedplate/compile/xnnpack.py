@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from bedplate.compile.delegate_graph import lean_delegates
 from bedplate.compile.report import check_lowering
+from bedplate.cycles import rarely_sought
 from bedplate.executorch_1_5 import emitted, forget_weights, partitioner, to_delegates
 from bedplate.model.decoder import Decoder, register_operators
 
@@ -66,18 +66,14 @@ def _export(decoder: Decoder, max_chunk: int) -> ExportedProgram:
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """In this context, the exporter says nothing, and Python rarely looks for cycles: a graph is a million objects, of
-    which few go before its end. Looking through them all again and again takes a tenth of the time.
-    """
+    """In this context, the exporter says nothing, and Python rarely looks for cycles: a graph is a million objects."""
     # The exporter's own warnings speak of its internals; what a user must know is raised by `report`.
     root = logging.getLogger()
-    level, thresholds = root.level, gc.get_threshold()
-    with warnings.catch_warnings():
+    level = root.level
+    with warnings.catch_warnings(), rarely_sought():
         warnings.simplefilter("ignore")
         root.setLevel(logging.ERROR)
-        gc.set_threshold(100_000, *thresholds[1:])
         try:
             yield
         finally:
-            gc.set_threshold(*thresholds)
             root.setLevel(level)

@@ -57,5 +57,5 @@ def written(tokenizer: Tokenizer) -> bytes:
     if merges and not any(" " in part for merge in merges for part in merge):
         data["model"]["merges"] = [" ".join(merge) for merge in merges]
     if isinstance(vocabulary, dict):
-        data["model"]["vocab"] = dict(sorted(vocabulary.items()))
+        data["model"]["vocab"] = {token: vocabulary[token] for token in sorted(vocabulary)}
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bedplate import _native
 from bedplate.constants import Constant
 from bedplate.model.masks import window_mask
 from bedplate.model.parts import Cap, RMSNorm, Rope, Scale, activation, query_factors, scaled
@@ -52,13 +53,10 @@ def _floats(value: Tensor | Matrix) -> NDArray[np.float32]:
 
 
 def row_norms(path: str, weight: Matrix) -> Constant:
-    """The squared lengths of the rows of a linear's weight, [rows, columns], before it was quantized: DoRA needs them.
-
-    In numpy, whose sums do not depend on the number of threads.
-    """
+    """The squared lengths of the rows of a linear's weight [rows, columns], before quantization: DoRA needs them."""
     squares = np.empty(weight.shape[0], np.float32)
     for block in row_blocks(weight):
-        squares[block] = np.square(weight[block].double().numpy()).sum(axis=1)
+        _native.squares(weight[block].float().contiguous().numpy(), squares[block])
     return pack_float(f"{path}.{ROW_NORMS}", squares, is_tensor=False)[0]
 
 

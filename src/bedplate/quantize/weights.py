@@ -13,12 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bedplate import _native
 from bedplate.errors import RecipeError
 from bedplate.quantize.recipe import Scheme
 
 _BLOCK_NUMBERS = 1 << 17
-# Shares of a group's range that its codes may cover: cutting the ends off makes the steps between finer.
-_RANGES = (1.0, 0.94, 0.88, 0.82, 0.76)
 
 
 class Matrix(Protocol):
@@ -83,52 +82,19 @@ def quantize_with_offsets(
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.int8)
     scales, offsets = (torch.empty(rows, columns // group_size) for _ in range(2))
-    with _one_thread():
-        for block in row_blocks(weight):
-            codes[block], scales[block], offsets[block] = _offset_block(
-                weight[block].float(), group_size, importance
-            )
-    return QuantizedWeight(codes=codes, scales=scales, bits=4, group_size=group_size), offsets
-
-
-def _offset_block(
-    weight: Tensor, group_size: int, importance: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups = weight.reshape(len(weight), -1, group_size)
     weights = None
     if importance is not None:
-        weights = importance.clamp_min(importance.mean() * 1e-6).view(groups.shape[1:])
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    covers = (_cover(groups, weights, (high + low) / 2, (high - low) / 2 * share) for share in _RANGES)
-    *best, least = next(covers)
-    for *found, error in covers:
-        better = error < least
-        best = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
-        least = torch.where(better, error, least)
-    start, scale, offset = best
-    codes = _codes(groups, start, scale).to(torch.int8)
-    return codes.view(weight.shape), scale.squeeze(-1), offset.squeeze(-1)
-
-
-def _cover(
-    groups: Tensor, weights: Tensor | None, middle: Tensor, half: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of codes that cover middle ± half from end to end: what code 0 stands for as they are chosen, their scales, the
-    offsets of least error, and this error. weights: of the columns; None: all are 1.
-    """
-    scale = (half / 7.5).clamp_min(torch.finfo(torch.float32).tiny * 16).to(torch.bfloat16).float()
-    start = middle + scale / 2  # code -8 lies at the lower end, code 7 at the upper
-    left = groups - _codes(groups, start, scale).mul_(scale)
-    missed = left - start
-    if weights is None:
-        offset = start + missed.sum(-1, keepdim=True) / groups.shape[-1]
-        return start, scale, offset, left.sub_(offset).square_().sum(-1, keepdim=True)
-    offset = start + missed.mul_(weights).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
-    return start, scale, offset, left.sub_(offset).square_().mul_(weights).sum(-1, keepdim=True)
-
-
-def _codes(groups: Tensor, start: Tensor, scale: Tensor) -> Tensor:
-    return (groups - start).div_(scale).round_().clamp_(-8, 7)
+        weights = importance.clamp_min(importance.mean() * 1e-6).numpy()
+    for block in row_blocks(weight):
+        _native.quantize_with_offsets(
+            values=weight[block].float().contiguous().numpy(),
+            group=group_size,
+            importance=weights,
+            codes=codes[block].numpy(),
+            scales=scales[block].numpy(),
+            offsets=offsets[block].numpy(),
+        )
+    return QuantizedWeight(codes=codes, scales=scales, bits=4, group_size=group_size), offsets
 
 
 @contextmanager
