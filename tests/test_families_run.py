@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,17 @@ import numpy as np
 import pytest
 import torch
 from eager import eager_decoder, eager_logits
-from families import LENGTH, TOYS, make_toy, save_adapter, save_toy, theirs, variants, with_peft
+from families import (
+    LENGTH,
+    TOYS,
+    make_toy,
+    save_adapter,
+    save_toy,
+    theirs,
+    toy_fields,
+    variants,
+    with_peft,
+)
 from peft import LoraConfig
 from toy import keys_in_programs, save_toy_tokenizer
 
@@ -22,6 +33,7 @@ from bedplate.bundle.ptd import read_ptd
 from bedplate.errors import UnsupportedError
 from bedplate.executorch_1_5 import deserialize_pte_binary
 from bedplate.model.checkpoint import open_checkpoint
+from bedplate.model.config import spec_from_config
 from bedplate.model.decoder import Decoder
 from bedplate.model.families import FAMILIES, glm4
 from bedplate.model.stored import stored_linears
@@ -43,12 +55,24 @@ def save(folder: Path, family: str, variant: str = "first", **changes: Any) -> P
     return folder
 
 
-def save_with_adapter(folder: Path, family: str, variant: str = "first") -> tuple[Path, Path]:
+def save_with_adapter(folder: Path, family: str, variant: str = "first", **changes: Any) -> tuple[Path, Path]:
     """A toy of widths that few bits can have, and an adapter of all its linears."""
-    model = save(folder / "model", family, variant, intermediate_size=64, shared_intermediate_size=64)
+    widths = {"intermediate_size": 64, "shared_intermediate_size": 64}
+    model = save(folder / "model", family, variant, **widths, **changes)
     linears = [name.rpartition(".")[2] for name in stored_linears(open_checkpoint(model).spec)]
     config = LoraConfig(r=4, lora_alpha=8, target_modules=linears, task_type="CAUSAL_LM")
     return model, save_adapter(folder / "adapter", model, config)
+
+
+def few_layers(family: str, variant: str) -> dict[str, Any]:
+    """Changes of a toy's config that leave the first layers of it, so many that there is one of each kind."""
+    config = json.loads(make_toy(family, variant).to_json_string())
+    layers = spec_from_config(config, where=Path(family)).layers
+    count = next(n for n in range(1, len(layers) + 1) if set(layers[:n]) == set(layers))
+    lists = {
+        name: value[:count] for name, value in toy_fields(family, variant).items() if type(value) is list
+    }
+    return {"num_hidden_layers": count, **lists}
 
 
 def logits(bundle: bedplate.Bundle, adapter: str | None = None) -> np.ndarray:
@@ -214,6 +238,7 @@ def test_windows_in_a_text_of_many_steps(unit_cache: Path, tmp_path: Path) -> No
     np.testing.assert_allclose(program.step(text, 0), expected[-1], rtol=0, atol=1e-4)
 
 
+# Of one layer of each kind: how programs of many layers are linked, those in float and link/test_stretch.py show.
 # With corrections, which 4 bits have, a program takes half as long again to lower.
 IN_4_BITS = ("gemma3_text", "qwen3")
 # And those of an adapter as long as those of its base: here are all forms of layers that its branches can stand in.
@@ -226,7 +251,7 @@ def test_programs_in_few_bits_compute_what_the_eager_model_does(
     variant: tuple[str, str], unit_cache: Path, tmp_path: Path
 ) -> None:
     """Of the base, and of an adapter of all linears in 8 bits on the same foundation."""
-    model, adapter = save_with_adapter(tmp_path, *variant)
+    model, adapter = save_with_adapter(tmp_path, *variant, **few_layers(*variant))
     recipe = "8da4w" if variant[0] in IN_4_BITS else "8da8w"
     bundle = bedplate.build(model, tmp_path / "toy.bundle", quantize=recipe, unit_cache=unit_cache)
     foundation = keys_in_programs(bundle)

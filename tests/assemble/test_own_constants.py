@@ -64,19 +64,28 @@ def test_norms_and_tables_of_its_own_take_the_place_of_the_bases_in_the_program(
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"quantize": "none"}, {}, {"overrides": {"layers.1.*": "8da8w"}}],
+    ("options", "copies"),
+    [
+        ({"quantize": "none"}, [(0, 2), (1, 3), (0, 1)]),
+        ({}, [(0, 2), (1, 3), (0, 1)]),
+        ({"overrides": {"layers.1.*": "8da8w"}}, [(0, 2), (1, 2)]),  # lowered as a whole
+    ],
     ids=["float", "4 bits", "both"],
 )
 def test_replicated_layers_have_a_program(
-    options: dict[str, object], build_toy: BuildToy, toy_model: Path, unit_cache: Path, tmp_path: Path
+    options: dict[str, object],
+    copies: list[tuple[int, int]],
+    build_toy: BuildToy,
+    toy_model: Path,
+    unit_cache: Path,
+    tmp_path: Path,
 ) -> None:
     """Which names the base's constants in several layers."""
-    config = lora(layer_replication=[(0, 2), (1, 3), (0, 1)], modules_to_save=["norm"])
+    config = lora(layer_replication=copies, modules_to_save=["norm"])
     adapter = save_trained(tmp_path / "adapter", toy_model, config)
     bundle = build_toy(**options)
     entry = bundle.add(adapter, name="a", unit_cache=unit_cache)
-    assert entry.info.layers == (0, 1, 1, 2, 0)
+    assert entry.info.layers == tuple(layer for first, end in copies for layer in range(first, end))
     assert {use.name: use.from_foundation for use in sharing(bundle).programs}["a"] > 0
     ours, stock = logits(bundle, "a"), stock_program(bundle, "a").logits(TOKENS)
     expected = with_peft(toy_model, adapter, TOKENS).numpy()

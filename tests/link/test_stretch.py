@@ -9,7 +9,7 @@ import torch
 from eager import eager_decoder
 from families import make_toy, save_toy
 from stock import StockProgram, export_whole
-from toy import BuildToy, save_adapter, save_toy_model, save_toy_tokenizer, toy_config
+from toy import BuildToy, save_toy_model, save_toy_tokenizer, toy_config
 
 import bedplate
 from bedplate import Bundle
@@ -30,40 +30,26 @@ pytestmark = pytest.mark.slow
 TOKENS = [5, 17, 101, 3, 250, 77, 8, 8, 19, 300, 2, 45]
 
 
-@pytest.fixture(scope="module")
-def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("deep") / "model"
-    save_toy_model(folder, toy_config(num_hidden_layers=4), seed=4)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def deep_bundle(
-    build_toy: BuildToy,
-    deep_model: Path,
-    toy_bundle: Bundle,
-    tmp_path_factory: pytest.TempPathFactory,
-    unit_cache: Path,
-) -> tuple[Bundle, Path]:
+def test_a_deep_program_equals_whole_graph_export_to_the_bit(build_toy: BuildToy, tmp_path: Path) -> None:
     """Of four layers; its units are those of the toy bundle, which has three."""
-    bundle = build_toy(deep_model)
-    adapter = save_adapter(tmp_path_factory.mktemp("deep_adapter"), deep_model, seed=5)
-    bundle.add(adapter, name="float", quantize="none", unit_cache=unit_cache)
-    bundle.add(adapter, name="8bit", quantize="8w", unit_cache=unit_cache)
-    return bundle, adapter
+    model = tmp_path / "model"
+    save_toy_model(model, toy_config(num_hidden_layers=4), seed=4)
+    bundle = build_toy(model)
+    check_linked(bundle, None, eager_decoder(model, bundle), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["base", "float", "8bit"])
-def test_linked_program_equals_whole_graph_export_to_the_bit(
-    name: str, deep_bundle: tuple[Bundle, Path], deep_model: Path, tmp_path: Path
+@pytest.mark.parametrize(("name", "scheme"), [("all", "none"), ("all8", "8w")])
+def test_a_program_with_an_adapter_equals_whole_graph_export_to_the_bit(
+    name: str,
+    scheme: AdapterScheme,
+    toy_bundle: Bundle,
+    toy_model: Path,
+    toy_adapters: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
-    bundle, adapter = deep_bundle
-    decoder = (
-        eager_decoder(deep_model, bundle)
-        if name == "base"
-        else eager_decoder(deep_model, bundle, adapter, "8w" if name == "8bit" else "none")
+    check_linked(
+        toy_bundle, name, eager_decoder(toy_model, toy_bundle, toy_adapters["all"], scheme), tmp_path
     )
-    check_linked(bundle, None if name == "base" else name, decoder, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -102,15 +88,12 @@ def check_linked(bundle: Bundle, name: str | None, decoder: Decoder, folder: Pat
     assert torch.equal(linked.run("logits", torch.tensor([TOKENS]), torch.tensor([0])), everywhere)
 
 
-@pytest.mark.parametrize("quantize", ["8w"])
 def test_stretched_units_name_what_the_whole_graph_names(
-    quantize: AdapterScheme | None, deep_bundle: tuple[Bundle, Path], unit_cache: Path
+    toy_bundle: Bundle, toy_adapters: dict[str, Path], unit_cache: Path
 ) -> None:
     """Symbol by symbol, and the constants that a structure fixes by key and bytes."""
-    bundle, adapter = deep_bundle
-    spec = read_spec(bundle)
-    ranks = read_adapter(adapter, spec).ranks if quantize else {}
-    structure = adapter_structure(bundle, spec, ranks, quantize or "none")
+    spec = read_spec(toy_bundle)
+    structure = adapter_structure(toy_bundle, spec, read_adapter(toy_adapters["all"], spec).ranks, "8w")
     units = lowered_units(structure, UnitCache(unit_cache))
     linked = template_of(stretch(units, structure.unit_of_layer), {})
     whole = template_of(compile_structure(structure, spec.layers), {})

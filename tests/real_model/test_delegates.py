@@ -52,7 +52,7 @@ def qkv(decoder: Decoder, index: int, x: Tensor, cos: Tensor, sin: Tensor) -> li
     return [v.view(1, -1, spec.n_kv_heads, spec.head_dim), q, k]
 
 
-def test_each_delegate_computes_what_its_modules_compute(
+def test_delegates_compute_what_their_modules_compute(
     quantized_bundle: Bundle, smollm2: Path, prose: list[int], tmp_path: Path
 ) -> None:
     decoder = eager_decoder(smollm2, quantized_bundle)
@@ -61,7 +61,8 @@ def test_each_delegate_computes_what_its_modules_compute(
     n_layers = decoder.spec.n_layers
     heads = (1, len(tokens), decoder.spec.n_heads, decoder.spec.head_dim)
     worst: dict[str, float] = {}
-    for index in range(n_layers + 2):
+    # The first two and the last three differ; those between are linked of one, and every third is enough.
+    for index in sorted({0, 1, *range(2, n_layers, 3), n_layers - 1, n_layers, n_layers + 1}):
         with torch.no_grad():
             if index == 0:
                 inputs, expected = [streams[0], cos, sin], qkv(decoder, 0, streams[0], cos, sin)
