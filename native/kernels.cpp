@@ -15,6 +15,7 @@ namespace {
 constexpr int kParts = kBlock / kLanes;  // of a block's rows, one after the other
 constexpr int kRowsAtOnce = kRegisters == 32 ? 8 : 4;
 constexpr int64_t kNear = 1024, kFar = 4096;  // bytes between asking for weights and their use
+constexpr int64_t kSum = 64;  // products that are summed as one: in a single sum the error grows with columns
 
 // --- Inputs in groups
 
@@ -153,12 +154,19 @@ INLINE void float_tile(const Weights& w, const Inputs& x, int64_t row, int64_t b
     const float* weights = w.floats + block * w.columns * kBlock + part * kLanes;
     const float* inputs = x.floats + row * x.stride;
     Floats acc[T];
-    EACH (t, T) acc[t] = Floats{};
-    for (int64_t c = 0; c < w.columns; ++c) {
+    const auto add = [&](int64_t c) __attribute__((always_inline)) {
         const Floats column = load(weights + c * kBlock);
         EACH (t, T) acc[t] = fma(column, splat(inputs[t * x.stride + c]), acc[t]);
+    };
+    EACH (t, T) y[t] = Floats{};
+    for (int64_t c = 0; c < w.columns;) {
+        const int64_t end = c + kSum < w.columns ? c + kSum : w.columns;
+        EACH (t, T) acc[t] = Floats{};
+        for (; c + 4 <= end; c += 4)  // a CPU guesses the end of so few turns
+            EACH (j, 4) add(c + j);
+        for (; c < end; ++c) add(c);
+        EACH (t, T) y[t] += acc[t];
     }
-    EACH (t, T) y[t] = acc[t];
 }
 
 // Writes part `part` of a row's outputs of one block of weights.
@@ -355,8 +363,12 @@ INLINE Floats exponential(Floats x) {
     return exp2(capped * splat(1.44269504f));
 }
 INLINE Floats sigmoid(Floats x) { return splat(1.0f) / (splat(1.0f) + exponential(-x)); }
-INLINE Floats capped(Floats x, float cap) {  // cap · tanh(x / cap)
-    return splat(cap) * (splat(1.0f) - splat(2.0f) / (exponential(x * splat(2.0f / cap)) + splat(1.0f)));
+// cap · tanh(x / cap), by e^y - 1 with y = 2 |x| / cap: from e^y, a small x would lose its last places.
+INLINE Floats capped(Floats x, float cap) {
+    const Floats power = absolute(x) * splat(2.88539008f / cap), most = splat(126.0f);
+    const Floats more = exp2_less_one(power > most ? most : power);
+    const Floats y = splat(cap) * (more / (more + splat(2.0f)));
+    return x < Floats{} ? -y : y;
 }
 
 template <Activation A>

@@ -99,23 +99,35 @@ INLINE Floats rounded(Floats x) {
     return (x + magic) - magic;
 }
 
-// 2^x, relative error below 2e-7; 0 below -126, and x up to 126.
-INLINE Floats exp2(Floats x) {
-    const Floats clamped = larger(x, splat(-126.0f));
+// 2^x of |x| up to 126 as whole · (1 + f · p).
+struct Power {
+    Floats whole, f, p;
+};
+INLINE Power power_of(Floats x) {
     const Floats magic = splat(12582912.0f);
-    const Floats shifted = clamped + magic;  // the nearest integer is in the low bits
-    const Floats f = clamped - (shifted - magic);
-    Floats p = splat(1.52527338e-5f);  // ln(2)^k / k!, k = 7 … 0
+    const Floats shifted = x + magic;  // the nearest integer is in the low bits
+    const Floats f = x - (shifted - magic);
+    Floats p = splat(1.52527338e-5f);  // ln(2)^k / k!, k = 7 … 1
     p = fma(p, f, splat(1.54035304e-4f));
     p = fma(p, f, splat(1.33335581e-3f));
     p = fma(p, f, splat(9.61812911e-3f));
     p = fma(p, f, splat(5.55041087e-2f));
     p = fma(p, f, splat(2.40226507e-1f));
     p = fma(p, f, splat(6.93147181e-1f));
-    p = fma(p, f, splat(1.0f));
-    const Ints power = (((Ints)shifted - (Ints)magic) + 127) << 23;
-    const Floats y = p * (Floats)power;
+    return {(Floats)((((Ints)shifted - (Ints)magic) + 127) << 23), f, p};
+}
+
+// 2^x, relative error below 2e-7; 0 below -126, and x up to 126.
+INLINE Floats exp2(Floats x) {
+    const Power power = power_of(larger(x, splat(-126.0f)));
+    const Floats y = fma(power.p, power.f, splat(1.0f)) * power.whole;
     return x < splat(-126.0f) ? Floats{} : y;
+}
+
+// 2^x - 1, x from 0 to 126, relative error below 3e-7 for small x, too.
+INLINE Floats exp2_less_one(Floats x) {
+    const Power power = power_of(x);
+    return fma(power.p * power.f, power.whole, power.whole - splat(1.0f));
 }
 
 // --- Numbers of fewer bits

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.overrides import TorchFunctionMode
 from toy import save_with_random_b
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
@@ -344,9 +345,21 @@ def randomize(model: Any, seed: int, spread: float | None = None) -> None:
     model.tie_weights()
 
 
+class Exact(TorchFunctionMode):
+    """Doubles stay doubles: transformers takes norms and softmax in float32 otherwise."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(args[0] if args else None, torch.Tensor) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in args):
+                return args[0]
+            kwargs = {name: value for name, value in kwargs.items() if value is not torch.float32}
+        return func(*args, **kwargs)
+
+
 def theirs(folder: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Logits [T, V] of transformers."""
-    with torch.no_grad():
+    """Logits [T, V] of transformers; of float64, without any rounding to float32 but that of angles."""
+    with torch.no_grad(), Exact():
         return theirs_of(folder, dtype)(torch.tensor([tokens])).logits[0]  # type: ignore[no-any-return]
 
 

@@ -92,6 +92,25 @@ def test_a_bundle_computes_what_transformers_does(variant: tuple[str, str], tmp_
     np.testing.assert_allclose(logits(bundle), expected(model, variant)[9:], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("spread", [5.0, 12.0])
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
+def test_large_weights_lose_no_more_than_in_transformers(family: str, spread: float, tmp_path: Path) -> None:
+    """Scores of hundreds make much of how float32 rounds: some logits of Gemma are known to 1e-2 only, whoever
+    computes them. What can be asked for is to be as near to the exact ones as transformers is.
+    """
+    model, text = tmp_path / "model", (TOKENS * 3)[:64]
+    config = make_toy(family, vocab_size=VOCABULARY, intermediate_size=4096)  # sums of many terms
+    save_toy(model, config, spread=spread)
+    save_toy_tokenizer(model, VOCABULARY)
+    exact = theirs(model, text, torch.float64).numpy()
+    bundle = bedplate.build(model, tmp_path / "toy.bundle", programs=False, quantize="none")
+    with bedplate.Engine(bundle, kv="float32") as engine:
+        found = engine.session().logits(text)
+    ours, transformers = (abs(one - exact).max(axis=1) for one in (found, theirs(model, text).numpy()))
+    # Both round as often, in another order: 0.8 to 1.2 was measured. Which has the largest error is chance.
+    assert np.median(ours) < 2 * np.median(transformers)
+
+
 def expected(model: Path, variant: tuple[str, str]) -> np.ndarray:
     """Of transformers: the logits of each position when it is the last one."""
     if "longrope" not in variant[1]:

@@ -133,6 +133,26 @@ def test_the_gate_of_numbers_of_any_size(size: float) -> None:
         assert_close(run(model.decoder(), LONG[:20]), model.logits(LONG[:20]), 2e-5 if size < 100 else 2e-4)
 
 
+def test_a_cap_keeps_what_is_far_below_it() -> None:
+    """Capped scores and logits are mostly small: each is as exact as a float is."""
+    random = Random(20)
+    model = random.model(layers=1)
+    model.head.values[...] *= np.float32(10) ** random.draw.integers(-8, 3, (model.head.rows, 1))
+    free, capped = (
+        run(replace(model, rules=Rules(logit_cap=cap)).decoder(), LONG[:20]).astype(np.float64)
+        for cap in (0.0, 50.0)
+    )
+    assert np.abs(free).min() < 1e-8 and np.abs(free).max() > 300
+    np.testing.assert_allclose(capped, 50 * np.tanh(free / 50), rtol=4e-7)
+
+
+def test_a_cap_does_not_hide_what_is_no_number() -> None:
+    model = Random(21).model(layers=1, rules=Rules(logit_cap=50.0))
+    model.head.values[7] = np.nan
+    got = run(model.decoder(), LONG[:5])
+    assert np.isnan(got[:, 7]).all() and np.isnan(got).sum() == len(got)
+
+
 FREQUENCIES = [1.0, 0.3, 0.01, 0.0, 2.5, 0.125, 1e-6, 0.7]
 # At position 199 an angle of 2.5 a step is known to 2e-5 in float32.
 TURNED = 1e-4

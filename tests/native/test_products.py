@@ -2,7 +2,8 @@
 
 The head of a model whose layers add nothing is such a product: of the normed rows of the embedding. Those hold
 integers, and in each 32 columns one of ±127, so each is its own code, and all that is left between the two sides is
-the rounding of float32 sums: half a unit in the last place, 2^-24, of the sum of absolute values for each addition.
+the rounding of float32 sums: half a unit in the last place, 2^-24, of the sum of absolute values for each addition
+that a term goes through.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bedplate import _native
 pytestmark = pytest.mark.usefixtures("instruction_set")
 
 ROUNDING = 2.0**-24
+RUN = 64  # products of floats that are summed as one
 MOST_INPUTS = 19  # rows of inputs of one step: more than any tile has, and not a multiple of one
 
 
@@ -66,9 +68,10 @@ def assert_product(head: Linear, inputs: np.ndarray, decoder: _native.Decoder | 
     x = inputs[tokens].astype(np.float64)
     x /= np.sqrt((x**2).mean(axis=1, keepdims=True) + model.rules.norm_eps)
     expected = head.apply(x)
-    additions = (
-        head.columns if head.bits == 32 else -(-head.columns // GROUP) * (1 if head.offsets is None else 2)
-    )
+    if head.bits == 32:
+        additions = min(head.columns, RUN) + -(-head.columns // RUN)
+    else:
+        additions = -(-head.columns // GROUP) * (1 if head.offsets is None else 2)
     size = np.abs(x) @ np.abs(head.dense()).T + (0 if head.bias is None else np.abs(head.bias))
     if head.offsets is not None:  # which may cancel what they are added to
         size += np.abs(x) @ np.abs(head.offsets.dense(head.columns)).T * 2
@@ -91,6 +94,20 @@ def test_any_shape(data: st.DataObject, kind: Kind, rows: int, seed: int) -> Non
     random, columns = Random(seed), fitting_columns(kind, data.draw)
     head = random.linear(rows, columns, kind, bias=data.draw(st.booleans(), "bias"))
     assert_product(head, integers(random.draw, MOST_INPUTS, columns))
+
+
+@pytest.mark.parametrize("columns", [1024, 4095])
+def test_the_error_of_a_sum_of_floats_hardly_grows_with_its_terms(columns: int) -> None:
+    """In one sum of 4,095 it would be 20 units: each term is added to all those before it."""
+    random = Random(columns)
+    head, inputs = random.linear(64, columns), integers(random.draw, MOST_INPUTS, columns)
+    model = product_model(head, inputs)
+    decoder = model.decoder()
+    got = decoder.step([(t, 0, decoder.kv(half=False), None, 1.0, True) for t in range(MOST_INPUTS)]).array
+    x = inputs.astype(np.float64)
+    expected = head.apply(x / np.sqrt((x**2).mean(axis=1, keepdims=True)))
+    assert np.sqrt(((got - expected) ** 2).mean()) < 5 * ROUNDING * expected.std()
+    assert_product(head, inputs, decoder)
 
 
 @settings(max_examples=40)
