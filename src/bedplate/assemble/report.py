@@ -9,7 +9,7 @@ from bedplate.errors import UnsupportedError
 
 
 class Reporter(Protocol):
-    """Gets reports from a command while it works."""
+    """Gets reports from a command while it works, one after the other. Some come from a thread of its own."""
 
     def progress(self, stage: str, done: int, total: int | None) -> None:
         """`done` of `total` steps of a stage are done. total: None if it is not known."""
