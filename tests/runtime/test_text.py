@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from unittest import mock
 
-from hypothesis import example, given
+import pytest
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 
+from bedplate.runtime import text
 from bedplate.runtime.text import StopFilter, TextStream
 
 
@@ -27,6 +31,43 @@ def test_bytes_that_are_no_text_come_out_as_the_decoder_has_them(data: bytes) ->
     stream = TextStream(decode_bytes)
     pieces = [stream.push(byte) for byte in data]
     assert "".join(pieces) + stream.finish() == decode_bytes(data)
+
+
+BYTES_AND_WORDS = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+
+
+def decode_fallback(ids: Sequence[int]) -> str:
+    """As sentencepiece does, whose tokens are bytes or texts: one byte amiss spoils its neighbours."""
+    return str(BYTES_AND_WORDS.decode([f"<0x{i:02X}>" if i < 256 else "café"[: i - 255] for i in ids]))
+
+
+@settings(max_examples=300)
+@given(st.lists(st.one_of(st.integers(0, 259), st.sampled_from([*"語é€".encode(), 0xFF, 0xE4])), max_size=40))
+@example([0xFF, *"語語語語語".encode(), 257, *"語".encode()])
+@example([*"語語語語語".encode()] * 2)
+def test_what_waits_long_comes_as_if_all_were_decoded_each_time(ids: list[int]) -> None:
+    def pieces() -> list[str]:
+        stream = TextStream(decode_fallback)
+        return [*map(stream.push, ids), stream.finish()]
+
+    with mock.patch.object(text, "_MOST", len(ids)):
+        expected = pieces()
+    assert pieces() == expected
+
+
+@pytest.mark.parametrize("decode", [decode_bytes, decode_fallback])
+def test_a_long_run_of_bytes_that_are_no_text_costs_no_more_a_token(decode: Callable[..., str]) -> None:
+    decoded = 0
+
+    def counted(ids: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return decode(ids)
+
+    stream = TextStream(counted)
+    assert "".join(stream.push(0xFF) for _ in range(2000)) == ""
+    assert decoded < 20 * 2000
+    assert "".join([stream.push(ord("a")), stream.finish()]) == decode([*[0xFF] * 2000, ord("a")])
 
 
 def test_a_character_comes_with_its_last_byte() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders make of bytes that are not a whole character yet
+# A character has at most four bytes. Where more tokens wait, their bytes are no text, and the last ones tell whether
+# that goes on: to decode all of them with each token would take ever longer.
+_MOST = 8
 
 
 class TextStream:
@@ -15,9 +18,8 @@ class TextStream:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], silent: Container[int] = ()) -> None:
         self._decode, self._silent = decode, silent
-        self._ids: list[
-            int
-        ] = []  # from the last piece's first token on, so that its decoder sees what precedes
+        # From the last piece's first token on, so that its decoder sees what precedes.
+        self._ids: list[int] = []
         self._done = 0  # how many of them are in pieces already
 
     def push(self, token: int) -> str:
@@ -25,6 +27,8 @@ class TextStream:
         if token in self._silent:
             return ""
         self._ids.append(token)
+        if len(self._ids) - self._done > _MOST and self._decode(self._ids[-_MOST:]).endswith(_UNFINISHED):
+            return ""
         piece = self._rest()
         if piece.endswith(_UNFINISHED):
             return ""
