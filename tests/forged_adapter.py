@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bedplate.api import Bundle
+from bedplate.bundle.facts import AdapterFacts
 from bedplate.bundle.manifest import ADAPTER_WEIGHTS, AdapterInfo
 from bedplate.bundle.ptd import write_ptd
-from bedplate.bundle.store import AdapterFacts
 from bedplate.constants import Constant
 from bedplate.quantize.options import AdapterScheme
 from bedplate.quantize.rows import pack_branch

@@ -12,8 +12,9 @@ import pytest
 from toy_bundle import MODEL, adapter_writer, program, write_base
 
 from bedplate.bundle import files
+from bedplate.bundle.facts import BundleFacts
 from bedplate.bundle.ptd import write_ptd
-from bedplate.bundle.store import Bundle, BundleFacts, create_bundle
+from bedplate.bundle.store import Bundle, create_bundle
 from bedplate.constants import Constant
 
 

@@ -14,10 +14,11 @@ import pytest
 from forged import describe, flip, settle
 from toy_bundle import adapter_writer, program, write_base
 
+from bedplate.bundle.facts import BundleFacts
 from bedplate.bundle.manifest import ConstantInfo
 from bedplate.bundle.proof import check_keys
 from bedplate.bundle.ptd import read_ptd, write_ptd
-from bedplate.bundle.store import Bundle, BundleFacts, create_bundle
+from bedplate.bundle.store import Bundle, create_bundle
 from bedplate.constants import Constant
 from bedplate.errors import BundleError
 from bedplate.names import DIAGONAL, ROWS, Way, joined_name

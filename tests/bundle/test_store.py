@@ -16,9 +16,10 @@ import pytest
 from toy_bundle import FOUNDATION, MODEL, NORM, adapter_writer, constant, program, write_base
 
 from bedplate.bundle import files, manifest
+from bedplate.bundle.facts import AdapterFacts, BundleFacts
 from bedplate.bundle.manifest import Manifest
 from bedplate.bundle.ptd import write_ptd
-from bedplate.bundle.store import AdapterFacts, Bundle, BundleFacts, create_bundle, remove_adapter
+from bedplate.bundle.store import Bundle, create_bundle, remove_adapter
 from bedplate.constants import Constant
 from bedplate.errors import AdapterError, BundleError, LoweringError, NameTakenError, NotFoundError
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bedplate.bundle.facts import AdapterFacts, BundleFacts
 from bedplate.bundle.manifest import AdapterInfo
 from bedplate.bundle.ptd import write_ptd
-from bedplate.bundle.store import AdapterFacts, Bundle, BundleFacts
+from bedplate.bundle.store import Bundle
 from bedplate.constants import Constant
 
 MODEL = {

@@ -25,7 +25,7 @@ from starlette.types import Message
 
 import bedplate
 from bedplate.errors import BedplateError
-from bedplate.runtime.engine import resident_bytes
+from bedplate.runtime.activity import resident_bytes
 from bedplate.runtime.template_guard import Templates
 from bedplate.serve import guard
 from bedplate.serve.answers import Choice

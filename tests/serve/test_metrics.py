@@ -15,7 +15,8 @@ from scraped import Got, Scraped, get, scrape
 
 import bedplate
 from bedplate.errors import BundleError, RunError
-from bedplate.runtime.engine import Engine, MemoryUse
+from bedplate.runtime.activity import MemoryUse
+from bedplate.runtime.engine import Engine
 from bedplate.serve.catalog import Base, Model
 from bedplate.serve.limits import Places
 from bedplate.serve.metrics import Metrics

@@ -13,8 +13,9 @@ from bedplate.assemble.report import Reporter, load_torch, load_torchao
 from bedplate.assemble.templates import Templates, Wanted
 from bedplate.background import Background, ahead
 from bedplate.bundle import files, manifest
+from bedplate.bundle.facts import BundleFacts
 from bedplate.bundle.ptd import write_ptd
-from bedplate.bundle.store import Bundle, BundleFacts, check_free, create_bundle
+from bedplate.bundle.store import Bundle, check_free, create_bundle
 from bedplate.compile.cache import UnitCache
 from bedplate.compile.units import StaticShapes, Structure
 from bedplate.constants import Constant

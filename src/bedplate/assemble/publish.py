@@ -15,9 +15,10 @@ from bedplate.assemble.bundle_structure import adapter_structure, static_shapes
 from bedplate.assemble.templates import Templates, Wanted
 from bedplate.background import Background
 from bedplate.bundle import files, manifest
+from bedplate.bundle.facts import AdapterFacts
 from bedplate.bundle.named import NamedConstants
 from bedplate.bundle.ptd import describe, write_ptd
-from bedplate.bundle.store import AdapterFacts, Bundle
+from bedplate.bundle.store import Bundle
 from bedplate.bundle.values import Values
 from bedplate.compile.units import Structure
 from bedplate.constants import Constant

@@ -1,4 +1,4 @@
-"""The parts of an open bundle, and the facts that its writers give."""
+"""The parts of an open bundle."""
 
 from __future__ import annotations
 
@@ -6,31 +6,11 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from bedplate.bundle import manifest, strict_json
-from bedplate.bundle.manifest import AdapterInfo, AdapterRecord, ConstantInfo
+from bedplate.bundle.manifest import AdapterInfo, AdapterRecord
 from bedplate.errors import BundleError
-
-
-@dataclass(frozen=True, kw_only=True)
-class BundleFacts:
-    """The facts that the writer of a bundle's files gives. Sizes and hashes are measured. See Manifest."""
-
-    model: dict[str, Any]
-    recipe: dict[str, Any]
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
-    special_tokens: dict[str, str]
-    constants: tuple[ConstantInfo, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterFacts:
-    """The facts that the writer of an adapter's files gives. special_tokens: see AdapterRecord."""
-
-    info: AdapterInfo
-    special_tokens: dict[str, str] | None
 
 
 class ChatSettings(NamedTuple):

@@ -12,10 +12,10 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from bedplate.bundle import files, integrity, manifest, strict_json
-from bedplate.bundle.entries import AdapterEntry, AdapterFacts, BundleFacts, ChatSettings, check_foundation
+from bedplate.bundle.entries import AdapterEntry, ChatSettings, check_foundation
 from bedplate.bundle.manifest import AdapterRecord, FoundationInfo, Manifest, TokenizerInfo
 from bedplate.errors import (
     AdapterError,
@@ -26,11 +26,12 @@ from bedplate.errors import (
 )
 from bedplate.hashing import sha256_of_few
 
+if TYPE_CHECKING:
+    from bedplate.bundle.facts import AdapterFacts, BundleFacts
+
 __all__ = [
     "AdapterEntry",
-    "AdapterFacts",
     "Bundle",
-    "BundleFacts",
     "ChatSettings",
     "check_free",
     "create_bundle",

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from bedplate.bundle.store import Bundle
 from bedplate.errors import RunError
-from bedplate.runtime import arguments, session_file
+from bedplate.runtime import arguments
 from bedplate.runtime.cores import usable_cores
 from bedplate.runtime.fixed import Fixed
 from bedplate.runtime.held import Held
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from bedplate.runtime.activity import Activity, MemoryUse
     from bedplate.runtime.template_guard import Templates
 
 _MOST_THREADS = 1024  # no processor has more; of a number out of all reason the system would make what it can
@@ -37,47 +36,6 @@ _MOST_THREADS = 1024  # no processor has more; of a number out of all reason the
 MAX_ROWS = 256
 STEP_ROWS = 48  # of generations: who asks while a prompt is read waits for a step of so many
 CACHE_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryUse:
-    """Memory in bytes.
-
-    process: resident memory of the process.  foundation: its weights, 0 if they are not loaded.  adapters: by name,
-    the weights of each loaded adapter.  kv: keys and values of all sessions, shared ones once.  cache: those that only
-    the cache holds.
-    """
-
-    process: int
-    foundation: int
-    adapters: dict[str, int]
-    kv: int
-    cache: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Running:
-    """A generation that goes on.
-
-    adapters: by name, each with its scale; empty: the base.  read_tokens: of the prompt, with those that were known.
-    """
-
-    adapters: dict[str, float]
-    prompt_tokens: int
-    read_tokens: int
-    generated_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Activity:
-    """What an engine computes.
-
-    steps: of generations, so far.  rows: their tokens, all together.  running: generations that go on.
-    """
-
-    steps: int
-    rows: int
-    running: list[Running]
 
 
 class Engine:
@@ -222,6 +180,8 @@ class Engine:
         NotFoundError: there is no such file, or an adapter is not in the bundle.  RunError: the file is damaged, or
         another foundation, another adapter or another form of keys and values computed it.
         """
+        from bedplate.runtime import session_file
+
         host = self._host()
         saved = session_file.load(path, host.load, host.reserve, self.limits.max_context)
         session = Session(host, saved.adapters, saved.held)
@@ -306,6 +266,8 @@ class Engine:
 
     def memory(self) -> MemoryUse:
         """How much memory is in use now. You can ask at any time: it waits for no step and no load."""
+        from bedplate.runtime.activity import MemoryUse, resident_bytes
+
         self._loaded.process.check()
         base = self._loaded.base
         cache = 0 if base is None else base.cache.own_nbytes
@@ -319,6 +281,8 @@ class Engine:
 
     def activity(self) -> Activity:
         """What is computed now. You can ask at any time: it waits for nothing."""
+        from bedplate.runtime.activity import Activity, Running
+
         going = [(session, running) for session in self._sessions if (running := session.running) is not None]
         return Activity(
             steps=self._scheduler.steps,
@@ -360,8 +324,3 @@ def _thread_count(threads: int | None) -> int:
             f"threads is {count}", hint=f"give at most {_MOST_THREADS}; one for each physical core is best"
         )
     return count
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, cast, overlo
 
 from bedplate import _native
 from bedplate.errors import ArgumentError, ContextFullError, RunError
-from bedplate.runtime import arguments, session_file
+from bedplate.runtime import arguments
 from bedplate.runtime.events import Events, asynchronous
 from bedplate.runtime.generation import Generation, Request, texts
 from bedplate.runtime.held import Held, State
@@ -141,6 +141,8 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Write the session to a file, for `Engine.load_session`. The file is there as a whole or not at all."""
+        from bedplate.runtime import session_file
+
         other = self.fork()  # which nothing changes meanwhile
         session_file.save(path, other._held, other._load(), other._adapters)
 

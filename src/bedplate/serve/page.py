@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from bedplate.runtime.engine import Running, resident_bytes
+from bedplate.runtime.activity import Running, resident_bytes
 from bedplate.serve.api import get
 from bedplate.serve.catalog import Base
 from bedplate.serve.described import Said

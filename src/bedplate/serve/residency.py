@@ -11,7 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 
 from bedplate.bundle.entries import AdapterEntry
 from bedplate.errors import BedplateError
-from bedplate.runtime.engine import MemoryUse
+from bedplate.runtime.activity import MemoryUse
 from bedplate.serve.catalog import Base, Model
 
 _MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
