@@ -13,9 +13,9 @@ from executorch.extension.pybindings.portable_lib import _load_for_executorch
 from torch import Tensor
 from torch.export import Dim
 
-from bedplate.cycles import rarely_sought
 from bedplate.executorch_1_5 import partitioner
 from bedplate.model.decoder import Decoder
+from bedplate.quiet import rare_collections
 
 
 class StockProgram:
@@ -57,7 +57,7 @@ def export_whole(decoder: Decoder, path: Path, *, max_chunk: int) -> None:
 
     inputs = (torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     length = Dim("length", min=1, max=max_chunk)
-    with torch.no_grad(), rarely_sought():
+    with torch.no_grad(), rare_collections():
         exported = torch.export.export(AllRows(), inputs, dynamic_shapes=({1: length}, None), strict=False)
         edge = to_edge_transform_and_lower(
             exported,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+
+from bedplate.quiet import rare_collections
 
 IMPORT = """
 import os
@@ -37,3 +40,30 @@ def test_where_a_matrix_lies_changes_no_product() -> None:
         moved = torch.zeros(16 + len(matrix))[offset : offset + len(matrix)].copy_(matrix)
         products.add((row @ moved.view(96, 64).T).numpy().tobytes())
     assert len(products) == 1
+
+
+def test_rarely_inside_and_as_before_afterwards() -> None:
+    before = gc.get_threshold()
+    with rare_collections():
+        assert gc.get_threshold()[0] > before[0]
+    assert gc.get_threshold() == before
+
+
+def test_contexts_that_overlap_leave_what_was_before() -> None:
+    before = gc.get_threshold()
+    first, second = rare_collections(), rare_collections()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert gc.get_threshold() == before
+
+
+def test_a_caller_who_wants_it_more_rarely_keeps_that() -> None:
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(10**6, *before[1:])
+        with rare_collections():
+            assert gc.get_threshold()[0] == 10**6
+    finally:
+        gc.set_threshold(*before)

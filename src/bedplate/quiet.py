@@ -1,10 +1,11 @@
 """Import what builds programs: without its log, which tells of CUDA libraries that are not there and not wanted, with
-threads that sleep while they wait, and with sums that do not depend on where a tensor lies.
+threads that sleep while they wait, with sums that do not depend on where a tensor lies, and few looks for cycles.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -12,9 +13,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 
-from bedplate.cycles import rarely_sought
-
 _TALKERS = ("torchao", "torch.utils._pytree")
+_RARELY = 100_000  # objects made between two looks for cycles
 _SETTINGS = {
     # OpenMP's threads look for each other without end otherwise, and a core that has other work makes a build take
     # fifty times as long.
@@ -32,7 +32,7 @@ def import_modules(names: Iterable[str]) -> None:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), _unless_set(_SETTINGS), rarely_sought():
+        with warnings.catch_warnings(), _unless_set(_SETTINGS), rare_collections():
             warnings.simplefilter("ignore")
             for name in names:
                 import_module(name)
@@ -53,3 +53,19 @@ def _unless_set(settings: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name in missing:
             del os.environ[name]
+
+
+@contextlib.contextmanager
+def rare_collections() -> Iterator[None]:
+    """In this context, Python rarely looks for cycles. Where a million objects are made that stay, looking through all
+    of them again and again takes a tenth of the time.
+    """
+    thresholds = gc.get_threshold()
+    if thresholds[0] >= _RARELY:  # another thread, or the caller, restores what was before
+        yield
+        return
+    gc.set_threshold(_RARELY, *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)

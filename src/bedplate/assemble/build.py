@@ -19,12 +19,12 @@ from bedplate.bundle.store import Bundle, check_free, create_bundle
 from bedplate.compile.cache import UnitCache
 from bedplate.compile.units import StaticShapes, Structure
 from bedplate.constants import Constant
-from bedplate.cycles import rarely_sought
 from bedplate.errors import UnsupportedError
 from bedplate.link.linker import link
 from bedplate.model.config import check_exists
 from bedplate.quantize.joined import joined, joined_names
 from bedplate.quantize.recipe import Goal, Recipe, Scheme
+from bedplate.quiet import rare_collections
 from bedplate.runtime.loading import check_native
 from bedplate.spec import ModelSpec, corrected_together
 
@@ -44,7 +44,7 @@ DEFAULT_CONTEXT = 2048
 MAX_CONTEXT = 2**20
 
 
-@rarely_sought()
+@rare_collections()
 def build_bundle(
     model: Path,
     out: Path,

@@ -15,9 +15,9 @@ from torch.export import Dim, ExportedProgram
 
 from bedplate.compile.delegate_graph import lean_delegates
 from bedplate.compile.report import check_lowering
-from bedplate.cycles import rarely_sought
 from bedplate.executorch_1_5 import emitted, forget_weights, partitioner, to_delegates
 from bedplate.model.decoder import Decoder, register_operators
+from bedplate.quiet import rare_collections
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,7 +70,7 @@ def exporting() -> Iterator[None]:
     # The exporter's own warnings speak of its internals; what a user must know is raised by `report`.
     root = logging.getLogger()
     level = root.level
-    with warnings.catch_warnings(), rarely_sought():
+    with warnings.catch_warnings(), rare_collections():
         warnings.simplefilter("ignore")
         root.setLevel(logging.ERROR)
         try:
