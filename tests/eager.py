@@ -104,7 +104,7 @@ def check_quantized(
     The decoder rounds each row of activations to 8 bits, as XNNPACK does. bedplate rounds groups of them, which costs
     about the same in rows as narrow as the toy's. noise: the most that this may cost, beside the spread of logits.
     """
-    rows, exact = eager_logits(decoder, tokens).numpy(), eager_logits(_exact(decoder), tokens).numpy()
+    rows, exact = eager_logits(decoder, tokens).numpy(), eager_logits(unrounded(decoder), tokens).numpy()
     cost = np.abs(rows - exact)
     assert 0 < np.median(cost) < noise * exact.std()
     assert np.median(np.abs(ours - exact)) < 1.2 * np.median(cost)
@@ -112,7 +112,7 @@ def check_quantized(
     assert kept[0] > kept[1] - 0.1
 
 
-def _exact(decoder: Decoder) -> Decoder:
+def unrounded(decoder: Decoder) -> Decoder:
     """The decoder with its quantized weights, and activations as they are."""
     decoder = copy.deepcopy(decoder)
     for module in decoder.modules():
