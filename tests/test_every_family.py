@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import test_families_run
 import torch
-from eager import eager_decoder, eager_logits, unrounded
+from eager import check_quantized, eager_decoder, eager_logits
 from families import make_toy, quiet, save_adapter, save_toy, theirs_of, toy_fields
 from grouped import grouped
 from numpy.typing import NDArray
@@ -25,7 +25,6 @@ from toy import save_toy_tokenizer
 
 import bedplate
 from bedplate.model.checkpoint import open_checkpoint
-from bedplate.model.decoder import Decoder
 from bedplate.model.families import FAMILIES
 from bedplate.model.stored import stored_linears
 
@@ -76,23 +75,23 @@ def test_an_adapter_in_8_bits_is_that_of_the_eager_model(toy: Toy) -> None:
 
 
 def check_against_eager(toy: Toy, name: str | None) -> None:
-    """The model that rounds inputs in groups, as bedplate does, gives the same logits; beside what rounding costs."""
-    pieces = [TOKENS[at : at + 5] for at in range(0, 60, 5)]
+    """The model that rounds inputs in groups, as bedplate does, gives the same logits."""
+    # Of one long text, chance would decide which of two ways of rounding costs more: an error goes on to its end.
+    texts = [TOKENS[at : at + 5] for at in range(0, 60, 5)]
+    # Random layers of Gemma enlarge errors that they pass on: it has no norms after the halves of a layer.
+    noise = 0.08 if open_checkpoint(toy.model).spec.model_type == "gemma" else 0.05
     for bundle in toy.bundles.values():
         decoder = eager_decoder(toy.model, bundle, toy.adapter if name else None, "8w" if name else "none")
         same = grouped(decoder)
         with bedplate.Engine(bundle, threads=1, kv="float32") as engine:
-            off = [of_eager(same, piece) - engine.session(name).logits(piece) for piece in pieces]
+            found = [engine.session(name).logits(text) for text in texts]
             whole = engine.session(name).logits(TOKENS[:60])
-        cost = np.median(np.abs(of_eager(decoder, TOKENS[:60]) - of_eager(unrounded(decoder), TOKENS[:60])))
-        # float32 sums in another order put an input that lies between two codes on the other side, in few pieces.
-        assert np.median([np.abs(piece).max() for piece in off]) < 0.02 * cost
+        cost = check_quantized(np.concatenate(found), decoder, *texts, noise=noise)
+        off = [np.abs(eager_logits(same, text).numpy() - one) for text, one in zip(texts, found, strict=True)]
+        # float32 sums in another order put an input that lies between two codes on the other side, in few texts.
+        assert np.median([one.max() for one in off]) < 0.02 * cost
         # A long text has some, and what comes after them differs by about what rounding costs.
-        assert np.median(np.abs(whole - of_eager(same, TOKENS[:60]))) < cost
-
-
-def of_eager(decoder: Decoder, text: list[int]) -> Logits:
-    return eager_logits(decoder, text).numpy()  # type: ignore[no-any-return]
+        assert np.median(np.abs(whole - eager_logits(same, TOKENS[:60]).numpy())) < cost
 
 
 @pytest.mark.parametrize("toy", FAMILIES, indirect=True)

@@ -27,6 +27,7 @@ from bedplate.errors import BedplateError
 from bedplate.model.checkpoint import Checkpoint, open_checkpoint
 from bedplate.model.families import FAMILIES
 from bedplate.model.load import float_decoder
+from bedplate.spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,7 +123,7 @@ class Walk:
         self.kind = type(make_toy(family))
         self.base = open_checkpoint(folder / "toy")
         # The weights are always the same, so a description says all.
-        self._ours = [(self.base.spec, ours(self.base))]
+        self._ours: dict[ModelSpec, Tensor] = {}
         self.changed = folder / "changed"
         self.changed.mkdir()
         for file in (folder / "toy").iterdir():
@@ -176,11 +177,9 @@ class Walk:
 
     def mine(self, checkpoint: Checkpoint) -> Tensor:
         """What our decoder computes with the toy's weights and this description."""
-        for spec, known in self._ours:
-            if spec == checkpoint.spec:
-                return known
-        self._ours.append((checkpoint.spec, ours(checkpoint)))
-        return self._ours[-1][1]
+        if checkpoint.spec not in self._ours:
+            self._ours[checkpoint.spec] = ours(checkpoint)
+        return self._ours[checkpoint.spec]
 
     def check(self, name: str, value: Any, without: str | None) -> tuple[bool, str | None]:
         """Whether the field had an effect (or was refused), and what is wrong with our answer.
