@@ -239,8 +239,8 @@ def test_several_adapters_of_a_request(node: Node) -> None:
 
 
 def test_a_request_goes_where_its_adapter_is(node: Node) -> None:
-    """Also of more adapters than a replica keeps. Where the machine is busy, a replica can be asked too late how long
-    its queue is: then the other one has the request.
+    """Also of more adapters than a replica keeps. Where the machine is busy, a replica can say too late how long its
+    queue is: then the other one has the request.
     """
     names = ["own", *STORED]
     homes: dict[str, Counter[str]] = {name: Counter() for name in names}
@@ -249,8 +249,8 @@ def test_a_request_goes_where_its_adapter_is(node: Node) -> None:
             replica, said = node.ask(name)
             assert said == node.expected(name, 6)
             homes[name][replica] += 1
-    # By chance, each name would have one with a probability of 1/8.
-    assert all(max(home.values()) >= 6 for home in homes.values()), homes
+    # Of 28 requests, by chance, so many would be at their homes with a probability of 1/4,500.
+    assert sum(max(home.values()) for home in homes.values()) >= 25, homes
 
 
 def test_a_hot_adapter_spreads(node: Node) -> None:

@@ -17,6 +17,10 @@ class AdapterRouter(MultiplexMixin, RequestRouter):  # type: ignore[misc]
     then has the adapter too. An adapter that no replica has goes to the one that its name picks, whoever routes.
     """
 
+    # How long a replica may take to say how many requests it has. Ray begins with a tenth of it, and whoever is late
+    # is passed over: on a busy machine, another replica then loads the adapter, in place of one of its own.
+    queue_len_response_deadline_s = RequestRouter.max_queue_len_response_deadline_s
+
     def initialize_state(self, spill: int = 4, **kwargs: Any) -> None:
         self._spill = spill
 
