@@ -64,6 +64,10 @@ from executorch.exir.schema import (
     TensorDataLocation,
 )
 from executorch.exir.tracer import _default_decomposition_table
+from torch._export.passes.replace_view_ops_with_view_copy_ops_pass import (
+    _NON_FUNCTIONAL_OPS_TO_FUNCTIONAL_OPS,
+    get_view_copy_of_view_op,
+)
 from torch.export import ExportedProgram
 
 __all__ = [
@@ -152,11 +156,14 @@ def to_delegates(programs: Mapping[str, ExportedProgram], chosen: Partitioner) -
         for operator in kept:
             table.pop(operator, None)
         decomposed = program.run_decompositions(table)
-        with _idle_passes_left_out():
+        with _few_interpretations():
             edges[name] = _generate_edge_program(EDGE_CONFIG, decomposed, preserve_ops=kept)
         whole.update(kept)
     manager = EdgeProgramManager(edges, None, EDGE_CONFIG, list(whole))
-    return manager.to_backend(dict.fromkeys(programs, chosen))
+    lowered = manager.to_backend(dict.fromkeys(programs, chosen))
+    # The config is lost on the way. It says that orders of dimensions are no matter: one more pass over the graph.
+    lowered.compile_config = EDGE_CONFIG
+    return lowered
 
 
 # These passes change calls of operators, and nothing else. To run one is to interpret the whole graph.
@@ -170,9 +177,9 @@ _OF_OPERATORS = (
 
 
 @contextmanager
-def _idle_passes_left_out() -> Iterator[None]:
-    """In this context, a pass of operators runs only on a graph that it changes."""
-    all_passes = _program._get_aten_to_edge_passes
+def _few_interpretations() -> Iterator[None]:
+    """In this context, a pass of operators runs only on a graph that it changes, and views become copies in place."""
+    all_passes, views = _program._get_aten_to_edge_passes, _program.ReplaceViewOpsWithViewCopyOpsPass
 
     def needed_passes(config: EdgeCompileConfig) -> tuple[list[Any], list[Any]]:
         before, after = all_passes(config)
@@ -180,10 +187,30 @@ def _idle_passes_left_out() -> Iterator[None]:
         return [_IfNeeded(one) if isinstance(one, _OF_OPERATORS) else one for one in inner], after
 
     _program._get_aten_to_edge_passes = needed_passes
+    _program.ReplaceViewOpsWithViewCopyOpsPass = _CopiesOfViews
     try:
         yield
     finally:
         _program._get_aten_to_edge_passes = all_passes
+        _program.ReplaceViewOpsWithViewCopyOpsPass = views
+
+
+class _CopiesOfViews:
+    """`ReplaceViewOpsWithViewCopyOpsPass`, less its look at what each operator then gives: later passes take one."""
+
+    def __call__(self, module: torch.fx.GraphModule) -> PassResult:
+        for part in module.modules():
+            if isinstance(part, torch.fx.GraphModule):
+                for node in part.graph.nodes:
+                    if isinstance(node.target, torch._ops.OpOverload):
+                        node.target = _copying(node.target)
+                part.recompile()
+        return PassResult(module, True)
+
+
+def _copying(operator: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    functional = _NON_FUNCTIONAL_OPS_TO_FUNCTIONAL_OPS.get(operator)
+    return functional or get_view_copy_of_view_op(operator._schema) or operator
 
 
 class _IfNeeded:
