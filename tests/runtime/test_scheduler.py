@@ -387,6 +387,19 @@ class TestFairness:
             assert len(done) > 5 and done[0][0] < 8
 
 
+@pytest.mark.parametrize("name", _native.instruction_sets())
+def test_a_step_is_as_long_as_the_processor_is_fast(toy_bundle: Bundle, name: str) -> None:
+    before, read = _native.instruction_set(), [0]
+    _native.use_instruction_set(name)
+    try:
+        with Engine(toy_bundle, cache_bytes=0) as engine:
+            session = engine.session()
+            session.generate([5] * 100, max_tokens=1, on_prefill=lambda count, _: read.append(count))
+    finally:
+        _native.use_instruction_set(before)
+    assert read == ([0, 48, 96, 100] if "avx512" in name else [0, 32, 64, 96, 100])
+
+
 class Asker:
     """What Shares needs of a generation that always wants rows."""
 

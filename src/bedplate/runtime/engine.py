@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from bedplate import _native
 from bedplate.bundle.store import Bundle
 from bedplate.errors import RunError
 from bedplate.runtime import arguments
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 _MOST_THREADS = 1024  # no processor has more; of a number out of all reason the system would make what it can
 # The longest run of rows that one step takes. Longer prompts go in several; more than this gains no speed.
 MAX_ROWS = 256
-STEP_ROWS = 48  # of generations: who asks while a prompt is read waits for a step of so many
 CACHE_BYTES = 256 << 20
 
 
@@ -51,8 +51,8 @@ class Engine:
         cached keys and values are dropped first, then adapters that no session uses. After that, calls are refused.
 
     max_step_rows: how many tokens one step of generations computes, those of all sessions together. Fewer make
-        others wait less while a long prompt is read, more read it faster. While generations run, other calls compute
-        no more at a time.
+        others wait less while a long prompt is read, more can read it faster. While generations run, other calls
+        compute no more at a time. None: 48, or 32 if the processor has no AVX-512.
     lookup: whether generations look for what comes next in their own text, and in earlier answers of the same adapters
         and the same salt, to compute several tokens in one step. The text is the same.
 
@@ -72,7 +72,7 @@ class Engine:
         max_context: int | None = None,
         cache_bytes: int = CACHE_BYTES,
         memory_bytes: int | None = None,
-        max_step_rows: int = STEP_ROWS,
+        max_step_rows: int | None = None,
         lookup: bool = True,
         guard_templates: bool = False,
     ) -> None:
@@ -89,12 +89,10 @@ class Engine:
         )
         self.limits = Limits(max_rows=MAX_ROWS, max_context=form.max_context, vocab=spec.vocab_size)
         self.bundle, self.memory_bytes = bundle, form.memory_bytes
-        self.memory_bytes = form.memory_bytes
         self._templates = _templates() if arguments.flag("guard_templates", guard_templates) else None
         self._loaded = Loaded(bundle, spec, form, self._in_use, self._templates)
-        self._scheduler = Scheduler(
-            arguments.integer("max_step_rows", max_step_rows, least=1), self._loaded.reserve
-        )
+        most = _step_rows() if max_step_rows is None else max_step_rows
+        self._scheduler = Scheduler(arguments.integer("max_step_rows", most, least=1), self._loaded.reserve)
         self._habits = Habits() if arguments.flag("lookup", lookup) else None
         self._own_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._lock = threading.Lock()  # of the sessions
@@ -313,6 +311,13 @@ def _context(spec: ModelSpec, wanted: int | None) -> int:
     if count > most:
         raise RunError(f"max_context is {count}", hint=f"the model has {most} positions")
     return count
+
+
+def _step_rows() -> int:
+    """Who asks while a prompt is read waits for a step of so many. Without AVX-512 that takes twice as long, and more
+    than 32 gain no speed.
+    """
+    return 48 if _native.instruction_set().startswith("avx512") else 32
 
 
 def _thread_count(threads: int | None) -> int:
