@@ -127,6 +127,7 @@ WRONG: list[tuple[bytes, str]] = [
     (b'{"messages": {}}', "messages is {}"),
     (b'{"messages": []}', "there are no messages"),
     (b'{"messages": [{"role": "user", "content": 5}]}', "the content is 5"),
+    (b'{"messages": [5, 6]}', "not a message: 5"),
     (b'{"prompt": "x", "id": 1.5}', "id is 1.5"),
     (b'{"prompt": "x", "id": true}', "id is True"),
     (b'{"prompt": "x", "id": "\\udce9"}', "id is not text"),

@@ -250,6 +250,9 @@ class TestAFile:
         for call in (session.save, engine.load_session):
             with pytest.raises(RunError, match=r"path is 5\nhint: "):
                 call(5)  # type: ignore[operator]
+            for path in ("a\0b", "/tmp/\ud800"):
+                with pytest.raises(RunError, match=r"no file can have the path .*\nhint: "):
+                    call(path)
 
     def test_is_whole_or_the_one_before(
         self, engine: Engine, saved: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,18 @@ def test_a_session_that_does_not_fit_is_refused_and_stays_as_it_was(toy_bundle: 
         np.testing.assert_array_equal(session.step([3]), free.session().step([*TEXT[:100], 3]))
         session.reset()
         np.testing.assert_array_equal(engine.session().step(TEXT[:128]), free.session().step(TEXT[:128]))
+
+
+def test_tokens_that_are_only_proposed_need_no_memory(toy_bundle: Bundle) -> None:
+    """The text ends with its block, and lookup proposes what would come after it."""
+    settings: dict[str, Any] = {"max_tokens": 100, "logit_bias": {5: 100.0}}
+    texts = []
+    for lookup in (True, False):
+        with Engine(toy_bundle, cache_bytes=0, memory_bytes=BLOCK, lookup=lookup) as engine:
+            session, stop = engine.session(), engine.tokenizer.decode([5, 5])
+            texts.append(session.generate([5] * 62, stop=[stop], **settings))
+            assert session.last is not None and session.last.finish_reason == "stop"
+    assert texts[0] == texts[1]
 
 
 def test_a_generation_beside_a_call_that_is_refused_goes_on(toy_bundle: Bundle, free: Engine) -> None:

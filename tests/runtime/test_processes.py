@@ -58,8 +58,20 @@ USES = """
 pieces = engine.session("all2").generate("pack my box", stream=True, **PROMPT)
 next(pieces)
 events = engine.session().events("pack my box", **PROMPT)
+fixed = engine.fixed("all")
+of_fixed = fixed.session()
 rest = engine.session().generate("the", stream=True, **PROMPT)
 next(rest)
+locked, may = threading.Event(), threading.Event()
+
+def hold():
+    with fixed._lock, engine._lock:  # as a thread does that loads
+        locked.set()
+        may.wait()
+
+holds = threading.Thread(target=hold)
+holds.start()
+locked.wait()
 
 def uses():
     for call in (
@@ -80,6 +92,8 @@ def uses():
         lambda: engine.load("all2"),
         lambda: engine.load_session("file"),
         lambda: engine.unload("all"),
+        lambda: of_fixed.generate("the quick", **PROMPT),
+        fixed.session,
         engine.memory,
     ):
         refused(call)
@@ -87,6 +101,9 @@ def uses():
     engine.close()
 
 in_child(uses)
+may.set()
+holds.join()
+assert of_fixed.generate("the quick", **PROMPT) == text
 in_child(lambda: None)
 assert session.generate("the quick", **PROMPT) == text
 assert list(pieces) and list(events) and list(rest)
@@ -119,6 +136,21 @@ with engine:
     in_child(lambda: engine.__exit__(None, None, None))
     assert session.generate("the quick", **PROMPT) == text
 """
+
+
+TEMPLATES = """
+guarded = Engine(bundle, guard_templates=True)
+messages = [{"role": "user", "content": "the fox"}]
+rendered = guarded.tokenizer.render(messages)
+in_child(lambda: refused(lambda: guarded.tokenizer.render(messages)))
+assert guarded.tokenizer.render(messages) == rendered == engine.tokenizer.render(messages)
+guarded.close()
+"""
+
+
+def test_templates_are_not_rendered_for_two_processes(toy_bundle: Bundle) -> None:
+    """They would read each other's answers from one pipe."""
+    run(TEMPLATES, toy_bundle)
 
 
 def test_an_engine_of_its_own_works(toy_bundle: Bundle) -> None:

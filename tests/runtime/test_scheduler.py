@@ -332,6 +332,50 @@ def test_events_are_read_by_one_thread_at_a_time(toy_bundle: Bundle) -> None:
         assert others.result()[-1].finish_reason == "length"
 
 
+def test_threads_that_outlive_the_main_one_get_their_answers(toy_bundle: Bundle) -> None:
+    script = """
+import asyncio, sys, threading
+from contextlib import aclosing
+from bedplate import Bundle, Engine
+
+engine, begun = Engine(Bundle.open(sys.argv[1]), threads=1, lookup=False, max_context=250), threading.Barrier(6)
+engine.load()
+settings = dict(max_tokens=240, ignore_eos=True)
+
+async def listen(session):
+    async with aclosing(await session.begin_async([5, 6, 7], **settings)) as events:
+        begun.wait()
+        threading.main_thread().join()
+        async for event in events:
+            pass
+
+def ask(number):
+    session = engine.session()
+    if number % 2:
+        asyncio.run(listen(session))
+    else:
+        events = session.events([5, 6, 7], **settings)
+        begun.wait()
+        threading.main_thread().join()
+        list(events)
+    print(session.last.finish_reason, session.last.generated_tokens, flush=True)
+
+def for_ever():
+    asyncio.run(listen(engine.session()))
+    threading.Event().wait()
+
+for number in range(4):
+    threading.Thread(target=ask, args=[number]).start()
+threading.Thread(target=for_ever, daemon=True).start()
+begun.wait()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(toy_bundle.path)], capture_output=True, text=True, timeout=60
+    )
+    # Of the last thread, which is a daemon, the extension says that it leaks.
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["length 240"] * 4), done.stderr
+
+
 def test_the_interpreter_ends_while_tasks_generate(toy_bundle: Bundle) -> None:
     script = f"""if True:
         import asyncio
@@ -405,7 +449,7 @@ class Asker:
 
     def __init__(self, key: str, wanted: int = 1) -> None:
         self.key, self.wanted, self.is_reading = key, wanted, wanted > 1
-        self.served, self.last_step, self.got = 0, 0, 0
+        self.served, self.last_step, self.got, self.block, self.position = 0, 0, 0, None, 0
 
 
 def give(shares: Shares, askers: Sequence[Asker], most: int, steps_: int) -> None:
@@ -573,3 +617,62 @@ def test_an_adapter_is_loaded_beside_running_steps(
         assert text + "".join(pieces) == expected[0]
         may.set()
         assert loaded.result() == expected[3]
+
+
+def test_an_adapter_is_loaded_beside_running_steps_and_calls(
+    toy_bundle: Bundle, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call whose adapter is there looks for it before it takes its turn, not in it."""
+    may = threading.Event()
+    with Engine(toy_bundle) as engine, ThreadPoolExecutor(2) as pool:
+        session, pieces = engine.session("all8"), begin(engine, REQUESTS[0])
+        text = next(pieces)
+        session.step([3])
+        load, loaded = Session._load, []
+
+        def then_another_one(self: Session) -> Weights:
+            weights = load(self)
+            if not loaded:
+                loaded.append(pool.submit(engine.load, "all"))
+                begun.wait()
+            return weights
+
+        begun = threading.Event()
+
+        def slow(*arguments: Any) -> Weights:
+            begun.set()
+            may.wait()
+            return load_adapter(*arguments)
+
+        monkeypatch.setattr("bedplate.runtime.loaded.load_adapter", slow)
+        monkeypatch.setattr(Session, "_load", then_another_one)
+        stepped = pool.submit(session.step, [4])
+        begun.wait()
+        assert text + "".join(pieces) == expected[0]
+        stepped.result()
+        may.set()
+        loaded[0].result()
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 100_000, 256 << 20])
+def test_what_prompts_have_in_common_is_read_once(toy_bundle: Bundle, cache_bytes: int) -> None:
+    """Also if they begin at the same time. Where the cache is full, or there is none, each is read as a whole."""
+    common = [(7 * at) % 300 + 2 for at in range(160)]
+    prompts = [[*common[: 160 - at % 3], at + 3, *range(9, 9 + at)] for at in range(9)]
+    settings: dict[str, Any] = {"max_tokens": 6, "temperature": 50.0, "seed": 1, "ignore_eos": True}
+    names = [None, "all", "all8"]
+    with Engine(toy_bundle, cache_bytes=0) as engine:
+        alone = [engine.session(names[at % 3]).generate(one, **settings) for at, one in enumerate(prompts)]
+    with Engine(toy_bundle, cache_bytes=cache_bytes, lookup=False) as engine:
+        sessions = [engine.session(names[at % 3]) for at in range(9)]
+        running = [
+            session.generate(prompt, stream=True, key=str(at % 2), **settings)
+            for at, (session, prompt) in enumerate(zip(sessions, prompts, strict=True))
+        ]
+        pieces = zip_longest(*running, fillvalue="")
+        assert ["".join(text) for text in zip(*pieces, strict=True)] == alone
+        rows, known = engine.activity().rows, sum(one.last.reused_tokens for one in sessions if one.last)
+    whole = sum(len(prompt) + 5 for prompt in prompts)
+    assert rows == whole - known
+    # Two blocks of 64 are common. Of three adapters, each has three prompts.
+    assert known == (0 if not cache_bytes else known if cache_bytes < 1 << 20 else 3 * 2 * 128)

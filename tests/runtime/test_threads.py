@@ -6,7 +6,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,6 +169,54 @@ def test_what_changes_a_session_waits_for_a_call_that_does(toy_bundle: Bundle) -
         other = session.fork()
         assert other.tokens == tuple(TEXT_OF_MANY_STEPS)
         reading.join()
+
+
+@pytest.mark.parametrize("what", ["generate", "logits", "step", "next"])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another thread"])
+def test_a_handler_of_a_signal_cannot_use_other_sessions(toy_bundle: Bundle, what: str, beside: bool) -> None:
+    """What it would wait for cannot go on before it returns: steps, or a wait for them, of its own thread."""
+    said: list[str] = []
+    settings: dict[str, Any] = {"max_tokens": 50, "ignore_eos": True}
+
+    def handle(*_: object) -> None:
+        try:
+            uses[what]()
+        except RunError as error:
+            said.append(str(error))
+
+    with Engine(toy_bundle, threads=1, cache_bytes=0) as engine, ThreadPoolExecutor(1) as pool:
+        session, other = engine.session(), engine.session()
+        events = engine.session().events([9, 8], **{**settings, "max_tokens": 240})
+        uses: dict[str, Callable[[], object]] = {
+            "generate": lambda: other.generate([5, 6], max_tokens=2),
+            "logits": lambda: other.logits([5] * 200),
+            "step": lambda: other.step([5]) if len(other.tokens) < 99 else other.reset(),
+            "next": lambda: next(events, None),
+        }
+        alone = session.generate([5, 6, 7], **settings)
+        ended = threading.Event()
+
+        def busy() -> None:
+            while not ended.is_set():
+                engine.session().generate([3, 4], **settings)
+
+        running = pool.submit(busy) if beside else None
+        before = signal.signal(signal.SIGALRM, handle)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+            while len(said) < 20:
+                assert session.generate([5, 6, 7], **settings) == alone
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+            ended.set()
+        if running is not None:
+            running.result()
+        assert {one.split("\n")[0] for one in said} <= {
+            "a session is used within a step",
+            "a session is used within a call that changes it",
+        }
+        assert other.generate([5, 6], max_tokens=2) == engine.session().generate([5, 6], max_tokens=2)
 
 
 def test_a_handler_of_a_signal_cannot_change_what_a_call_changes(toy_bundle: Bundle) -> None:

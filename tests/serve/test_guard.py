@@ -29,10 +29,12 @@ from bedplate.runtime.activity import resident_bytes
 from bedplate.runtime.template_guard import Templates
 from bedplate.serve import guard
 from bedplate.serve.answers import Choice
+from bedplate.serve.chat import ChatRequest
 from bedplate.serve.keys import Keys
 from bedplate.serve.limits import Place
 from bedplate.serve.settings import Settings
 from bedplate.serve.stream import EventStream
+from bedplate.serve.wire import read_json
 
 MARK = "zanzibar"  # stands in prompts, and must stand in no log
 
@@ -125,6 +127,9 @@ def test_other_names_are_fine_with_a_key_or_beyond_loopback(toy_bundle: bedplate
         assert ask(live.address, path="/v1/models", headers=headers).status == 200
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "default": "?"}}}
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -142,6 +147,10 @@ def test_other_names_are_fine_with_a_key_or_beyond_loopback(toy_bundle: bedplate
         (json.dumps(chat()).encode()[:-1] + b', "max_tokens": ' + b"9" * 5000 + b"}", 400),
         (json.dumps(chat(seed=1e308)).encode(), 400),
         (json.dumps(chat(temperature=float("nan"))).encode(), 400),
+        *(
+            (json.dumps(chat(tools=[TOOL])).replace('"?"', number).encode(), 400)
+            for number in ("1e999", "NaN", "-Infinity", "9" * 250 + "e0099", "9" * 320 + ".5")
+        ),
         (b'{"model": "all", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
         (b" " * 100_001, 413),
     ],
@@ -172,6 +181,16 @@ def _raw(address: str, data: bytes) -> bytes:
 
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize("number", ["1e-999", '"NaN 1e999"', "1e308", "9" * 300])
+def test_numbers_that_are_finite(number: str) -> None:
+    body = json.dumps(chat(tools=[TOOL])).replace('"?"', number).encode()
+    tools = read_json(ChatRequest, body).tools
+    assert tools is not None and tools[0].function.parameters == {
+        "type": "object",
+        "default": json.loads(number),
+    }
 
 
 @pytest.mark.parametrize(

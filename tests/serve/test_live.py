@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -163,6 +164,21 @@ def test_an_adapter_that_another_bundle_packed(client: Client, toy_bundle: bedpl
     assert client.say("packed") == client.say("all2") != client.say("all")
     said = client.load("other", toy_bundle.path / "adapters")
     assert said.status_code == 400
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a pipe", "nothing"])
+def test_a_packed_one_whose_weights_are_no_file(
+    client: Client, sources: Path, toy_bundle: bedplate.Bundle, kind: str
+) -> None:
+    bundle = sources / kind
+    shutil.copytree(toy_bundle.path / "adapters/all2", bundle / "adapters/all2")
+    shutil.copy(toy_bundle.path / "bundle.json", bundle)
+    weights = bundle / "adapters/all2/weights.ptd"
+    weights.unlink()
+    if kind != "nothing":
+        (weights.mkdir if kind == "a folder" else lambda: os.mkfifo(weights))()
+    said = client.load("mine", bundle / "adapters/all2")
+    assert said.status_code == 400 and "the file is missing" in said.json()["error"]["message"], said.text
 
 
 def test_a_name_that_is_taken(client: Client, sources: Path, expected: Callable[..., str]) -> None:

@@ -192,9 +192,9 @@ def runs(pid: int) -> bool:
 def test_sources_that_an_operator_cannot_allow(tmp_path: Path) -> None:
     for place in ("s3://bucket/../other", "local:///etc", "s3://", "a::s3://bucket", "s3://bucket?x=1"):
         with pytest.raises(RunError, match="is no beginning of a URL"):
-            Sources([place], most_bytes=1, seconds=1)
+            Sources([place], most_bytes=1, seconds=1, closing=threading.Event())
     with pytest.raises(NotFoundError, match="no such folder"):
-        Sources([str(tmp_path / "none")], most_bytes=1, seconds=1)
+        Sources([str(tmp_path / "none")], most_bytes=1, seconds=1, closing=threading.Event())
 
 
 class Web(BaseHTTPRequestHandler):
@@ -257,7 +257,7 @@ def web() -> Iterator[str]:
 
 def test_a_page_of_links_leads_nowhere_else(web: str, tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
-    sources = Sources([web], most_bytes=1 << 20, seconds=20)
+    sources = Sources([web], most_bytes=1 << 20, seconds=20, closing=threading.Event())
     found = sources.get(f"{web}/adapter", tmp_path / "adapter")
     assert {file.name: file.read_bytes() for file in found.iterdir()} == {
         "adapter_config.json": b"{}",
@@ -288,7 +288,7 @@ def test_names_that_a_listing_has_of_another_folder() -> None:
 
 def test_a_download_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next one begins."""
-    memory, hanging = MemoryFileSystem(), threading.Event()
+    memory, hanging, closing = MemoryFileSystem(), threading.Event(), threading.Event()
     memory.pipe("/live-parts/adapter/adapter_config.json", b"{}")
     ls = MemoryFileSystem.ls
 
@@ -298,13 +298,18 @@ def test_a_download_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest
         return ls(system, path, **options)
 
     monkeypatch.setattr(MemoryFileSystem, "ls", hangs)
-    sources = Sources(["memory://live-parts"], most_bytes=99, seconds=0.3)
+    sources = Sources(["memory://live-parts"], most_bytes=99, seconds=0.3, closing=closing)
     for name in ("one", "two"):
         with pytest.raises(ApiError, match="takes too long") as caught:
             sources.get("memory://live-parts/hangs", tmp_path / name)
         assert caught.value.status == 400
     found = sources.get("memory://live-parts/adapter", tmp_path / "good")
     assert [file.name for file in found.iterdir()] == ["adapter_config.json"]
+    patient = Sources(["memory://live-parts"], most_bytes=99, seconds=600, closing=closing)
+    threading.Timer(0.3, closing.set).start()
+    with pytest.raises(ApiError, match="shutting down") as caught:
+        patient.get("memory://live-parts/hangs", tmp_path / "three")
+    assert caught.value.status == 503
     hanging.set()
 
 

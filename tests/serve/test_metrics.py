@@ -131,6 +131,14 @@ def test_an_adapter_that_is_unloaded_leaves_no_series(toy_bundle: bedplate.Bundl
     assert 'adapter_name="all2"' in text and 'adapter_name="all"' not in text
 
 
+@pytest.mark.parametrize(
+    "accept", ["application/openmetrics-text; version=abc", "text/plain;version=a;escaping=x"]
+)
+def test_a_version_that_is_none(own: str, accept: str) -> None:
+    got = get(f"{own}/metrics", accept=accept)
+    assert got.status == 200 and got.kind.startswith("text/plain")
+
+
 def test_metrics_are_read_in_a_thread(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The event loop goes on meanwhile, however many adapters there are."""
     threads, memory = [], Engine.memory

@@ -143,6 +143,8 @@ def test_what_changes_nothing_is_accepted_and_told(client: openai.OpenAI) -> Non
         ("input", [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]),
         ("input", [{"type": "item_reference", "id": "msg_1"}]),
         ("tool_choice", "required"),
+        ("text", {"format": {"type": "json_object", "schema": {"type": "object"}}}),
+        ("text", {"format": {"type": "text", "strict": True}}),
     ],
 )
 def test_what_is_not_honoured_is_refused_by_name(client: openai.OpenAI, field: str, value: Any) -> None:

@@ -12,6 +12,10 @@ import pytest
 from pydantic import BaseModel
 from scripted import ANSWER
 
+from bedplate.serve.errors import ApiError
+from bedplate.serve.messages import _input
+from bedplate.serve.tools import Call
+
 SCHEMA = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
 PARAMETERS = {**SCHEMA, "additionalProperties": False}
 ARGUMENTS = {"place": ""}
@@ -279,3 +283,15 @@ def test_fields_of_a_message_that_are_known(openai_client: openai.OpenAI) -> Non
         {"role": "user", "content": "and?"},
     ]
     assert openai_client.chat.completions.create(model="scripted", messages=talk).choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"a": 9e999}', '{"a": -1e400}', '{"a": ' + "9" * 5000 + "}", '{"a": ' * 3000 + "1" + "}" * 3000],
+)
+def test_arguments_that_json_cannot_tell(arguments: str) -> None:
+    """A grammar allows numbers, and levels, that no client reads."""
+    with pytest.raises(ApiError, match=r"The model called 'f' with a number, or with levels") as caught:
+        _input(Call("1", "f", arguments))
+    assert caught.value.status == 400
+    assert _input(Call("1", "f", '{"a": 1e300}')) == {"a": 1e300}

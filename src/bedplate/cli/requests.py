@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from bedplate.cli.options import GENERATION
 from bedplate.errors import BedplateError, RunError
 from bedplate.runtime import arguments
+from bedplate.runtime.messages import Conversation
 from bedplate.runtime.request import Wish
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Defaults:
             has_system = (
                 bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
             )
-            return messages if has_system else [*turns(self.system, None), *messages]
+            return Conversation(messages if has_system else [*turns(self.system, None), *messages])
         text = arguments.text("prompt", fields["prompt"])
         return text if self.raw else turns(self.system, text)
 
@@ -94,12 +95,10 @@ def checked(generation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _token(name: Any) -> int:
-    try:
-        return int(name)
-    except ValueError:
-        raise RunError(
-            f"logit_bias has {arguments.shown(name)}", hint='name tokens by ids: {"15": 2.5}'
-        ) from None
+    token = arguments.token_of(name)
+    if token is None:
+        raise RunError(f"logit_bias has {arguments.shown(name)}", hint='name tokens by ids: {"15": 2.5}')
+    return token
 
 
 def json_object(data: bytes) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from bedplate.errors import ArgumentError, RunError
 
 _T = TypeVar("_T")
 _SHOWN = 60  # characters of a value in an error
+_DIGITS = 19  # of an id: it fits 64 bits
 
 
 def integer(name: str, value: Any, *, least: int) -> int:
@@ -135,6 +136,13 @@ def token_ids(value: Any, name: str = "token_ids") -> list[int]:
     if wrong := [one for one in ids if not 0 <= one < 2**32]:
         raise ArgumentError(name, f"token {wrong[0]} is not in the vocabulary", hint=hint)
     return ids
+
+
+def token_of(name: object) -> int | None:
+    """The token that a name in JSON stands for: its id, in decimal. None: it stands for none."""
+    digits = str(name)
+    token = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= _DIGITS else -1
+    return token if str(token) == digits else None  # a token has one name
 
 
 def _refuse(name: str, value: Any, hint: str) -> NoReturn:

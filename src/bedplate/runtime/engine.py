@@ -95,7 +95,7 @@ class Engine:
         self._scheduler = Scheduler(arguments.integer("max_step_rows", most, least=1), self._loaded.reserve)
         self._habits = Habits() if arguments.flag("lookup", lookup) else None
         self._own_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._lock = threading.Lock()  # of the sessions
+        self._lock = threading.RLock()  # of the sessions
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -200,6 +200,7 @@ class Engine:
         )
 
     def _adopt(self, session: Session) -> None:
+        self._loaded.process.check()  # before it waits for a lock that nobody may give up
         with self._lock:
             self._own_sessions.add(session)
 

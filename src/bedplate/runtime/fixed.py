@@ -27,7 +27,7 @@ class Fixed:
         self._engine, self._tokenizer_of = host, tokenizer_of
         self._seen: Tokenizer | None = None
         self._found: tuple[Weights, Tokenizer] | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def is_loaded(self) -> bool:
@@ -56,6 +56,7 @@ class Fixed:
     def _load_for_text(self, adapters: Mapping[str, float]) -> tuple[Weights, Tokenizer]:
         if adapters != self.adapters:  # of a session that was told to use others
             return self._engine.load_for_text(adapters)
+        self._engine.scheduler.process.check()  # before it waits for a lock that nobody may give up
         with self._lock:
             if self._found is None:
                 found = self._engine.load_for_text(adapters)

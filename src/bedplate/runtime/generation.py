@@ -81,6 +81,30 @@ class Generation:
         """Whether more than one token is to be computed before the next one can be chosen."""
         return len(self._todo) > 1
 
+    @property
+    def position(self) -> int:
+        """How many tokens it has computed."""
+        return len(self.held.tokens)
+
+    @property
+    def block(self) -> str | None:
+        """The digest of the block of its prompt that it reads. None: no other generation could use it."""
+        request = self._request
+        if request is None or not self.is_reading or self.stats.generated_tokens:
+            return None
+        return self.held.next_block(request.weights, request.prompt)
+
+    def find_more(self) -> None:
+        """Have what others have read of its prompt since it began."""
+        request = self._request
+        if request is None or self.block is None:
+            return
+        before, prompt = len(self.held.tokens), request.prompt
+        found = self.held.find(request.weights, prompt, len(prompt))
+        if found > before:
+            self.stats.reused_tokens += found - before
+            self._todo = prompt[found:]
+
     def propose(self, most: int) -> None:
         """Have up to `most` tokens ready that may follow, to be checked in the step that computes the next one.
 
@@ -109,6 +133,12 @@ class Generation:
         self._drafts = tokens[len(self._todo) :]
         wanted = len(tokens) - len(self._todo) + 1
         return Part(self.held, request.weights, tokens, max(wanted, 0))
+
+    def sure_of(self, part: Part) -> Part:
+        """What it asked for, without tokens that were only proposed."""
+        self._drafts = ()
+        tokens = part.tokens[: len(self._todo)]
+        return part._replace(tokens=tokens, wanted=int(len(tokens) == len(self._todo)))
 
     def computed(self, part: Part, logits: _native.Logits, row: int) -> None:
         """A step computed the part. Its logits are those from row `row` on.

@@ -109,7 +109,7 @@ class Held:
         else:
             self._cut(own)
             self.computed_by = _computed(weights, length)
-        return self._find(weights, text, length)
+        return self.find(weights, text, length)
 
     def _cut(self, count: int) -> None:
         """Hold the first tokens only. The others may stay in the lists of a `State`."""
@@ -118,8 +118,8 @@ class Held:
             kept = None if self.kv is None else self.kv.fork(count)
             self._chain, self.tokens, self.kv = self._chain[: count // POSITIONS], self.tokens[:count], kept
 
-    def _find(self, weights: Weights, text: list[int], length: int) -> int:
-        """Hold more of a text if the cache has it. Returns how many tokens are held then."""
+    def find(self, weights: Weights, text: list[int], length: int) -> int:
+        """Hold more of a text, whose beginning is held, if the cache has it. Returns how many tokens are held then."""
         chain = self._chain
         before = chain[-1] if chain else self._root
         found = weights.cache.find(digests(before, text, len(chain), weights.turn))
@@ -131,6 +131,13 @@ class Held:
         self.kv = weights.new_kv(weights.is_long(length), blocks, count)
         self.tokens, self._chain = text[:count], [*chain, *found][: count // POSITIONS]
         return count
+
+    def next_block(self, weights: Weights, text: list[int]) -> str | None:
+        """The digest of the block of a text to be computed next. None: the text ends in it, or there is no cache."""
+        if not weights.cache.budget:
+            return None
+        before = self._chain[-1] if self._chain else self._root
+        return next(digests(before, text, len(self._chain), weights.turn), None)
 
     def append(self, weights: Weights, tokens: Sequence[int]) -> None:
         """Hold tokens whose keys and values are there now. The cache gets the blocks that are full."""

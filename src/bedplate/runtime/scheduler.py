@@ -42,7 +42,7 @@ class Scheduler:
 
     def __init__(self, most: int, reserve: Reserve) -> None:
         self._most, self._reserve = most, reserve
-        self._process = Process()
+        self.process = Process()
         self._state = threading.RLock()
         self._active: list[Generation] = []
         self._dropped: deque[Generation] = deque()  # to be cancelled
@@ -50,7 +50,8 @@ class Scheduler:
         self.steps, self.rows = 0, 0  # that have been computed for generations
         self._wakes: dict[Generation, Callable[[], None]] = {}  # of those whose callers wait
         self._driver: int | None = None  # the thread
-        self._in_turn: int | None = None
+        # Threads that are in a call of this. None gets into a second one, which would wait for the first.
+        self._within: set[int] = set()
         # Who drives gives way at the gate: all others pass it before they wait for the turn.
         self._gate, self._turn = threading.Lock(), threading.Lock()
         self._tasks: set[Generation] = set()  # that tasks wait for
@@ -61,19 +62,20 @@ class Scheduler:
 
     @contextmanager
     def turn(self, *, again: bool = False) -> Iterator[None]:
-        """While it is held, no session changes but by who holds it. RunError: a mask function asks for it.
+        """While it is held, no session changes but by who holds it. RunError: this thread is in another call.
 
         again: the caller has just had it, so who drives comes first.
         """
+        me = threading.get_ident()
         self.check_outside()
-        if again:
-            self._give_way()
-        with self._gate, self._turn:
-            self._in_turn = threading.get_ident()
-            try:
+        try:
+            self._within.add(me)
+            if again:
+                self._give_way()
+            with self._gate, self._turn:
                 yield
-            finally:
-                self._in_turn = None
+        finally:
+            self._within.discard(me)
 
     def _give_way(self) -> None:
         """Return when who drives has computed a step, or nobody drives."""
@@ -83,10 +85,12 @@ class Scheduler:
                 self._gives_way.wait()
 
     def check_outside(self) -> None:
-        """RunError: this thread has the turn, so a mask function calls. Or the process was forked."""
-        self._process.check()  # before anything waits for a lock that nobody may give up
-        if self._in_turn == threading.get_ident():
-            hint = "a mask function can only cancel: do this before the generation, or after it"
+        """RunError: a mask function calls, or the handler of a signal that came while this thread computes or waits.
+        Or the process was forked.
+        """
+        self.process.check()  # before anything waits for a lock that nobody may give up
+        if threading.get_ident() in self._within:
+            hint = "a mask function, or a signal's handler, can only cancel: do this before the call, or after it"
             raise RunError("a session is used within a step", hint=hint)
 
     @property
@@ -122,14 +126,14 @@ class Scheduler:
     def end(self, generation: Generation) -> None:
         """Cancel a generation, unless it has ended. Nothing comes of what a running step computes for it."""
         self.drop(generation)
-        if self._process.is_current and not self._is_inside():
+        if self.process.is_current and not self._is_inside():
             with self._state:
                 self._sweep()
 
     def drop(self, generation: Generation) -> None:
         """As `end`, but it waits for nothing: at the latest, the next step ends the generation."""
         generation.cancelled = True
-        if not self._process.is_current:
+        if not self.process.is_current:
             return  # it may be forgotten in a process that was forked
         self._dropped.append(generation)
         if not self._is_inside() and self._state.acquire(blocking=False):
@@ -141,7 +145,7 @@ class Scheduler:
     def close_generation(self, generation: Generation) -> None:
         """Cancel it, and forget what it has said."""
         self.end(generation)
-        if self._process.is_current:  # elsewhere nobody may give the lock up
+        if self.process.is_current:  # elsewhere nobody may give the lock up
             with self._state:
                 generation.outbox.clear()
 
@@ -156,35 +160,46 @@ class Scheduler:
         """
         me = threading.get_ident()
         self.check_outside()
-        while True:
-            woken = None
-            try:
-                with self._state:
-                    self._sweep()
-                    if generation.outbox or generation.ended:
-                        return _first(generation)
-                    if self._driver is None:
-                        self._driver = me
-                    else:
-                        woken = threading.Lock()
-                        woken.acquire()
-                        self._wakes[generation] = woken.release
-                if woken is None:
-                    self._drive(generation)
+        try:
+            self._within.add(me)
+            while not self._advance(generation, me):
+                pass
+            with self._state:
+                return _first(generation)
+        finally:
+            self._within.discard(me)
+
+    def _advance(self, generation: Generation, me: int) -> bool:
+        """Drive, or wait for who does, until a generation may have something to say. True: it has, or has ended."""
+        woken = None
+        try:
+            with self._state:
+                self._sweep()
+                if generation.outbox or generation.ended:
+                    return True
+                if self._driver is None:
+                    self._driver = me
                 else:
+                    woken = threading.Lock()
                     woken.acquire()
-            finally:
-                with self._state:
-                    self._wakes.pop(generation, None)
-                    # Also where it was woken to drive, and does not: then another one must be.
-                    if self._driver is None or self._driver == me:
-                        self._leave()
+                    self._wakes[generation] = woken.release
+            if woken is None:
+                self._drive(generation)
+            else:
+                woken.acquire()
+        finally:
+            with self._state:
+                self._wakes.pop(generation, None)
+                # Also where it was woken to drive, and does not: then another one must be.
+                if self._driver is None or self._driver == me:
+                    self._leave()
+        return False
 
     async def take_async(self, generation: Generation) -> Event | Progress | None:
         """As `take`, for a task: it never drives."""
         import asyncio  # who has no tasks does without it: it takes as long as a small model to load
 
-        self._process.check()
+        self.process.check()
         loop = asyncio.get_running_loop()
         while True:
             said = asyncio.Event()
@@ -195,7 +210,7 @@ class Scheduler:
                 self._wakes[generation] = lambda: _call_in(loop, said.set)  # noqa: B023
                 self._tasks.add(generation)
                 if self._thread is None:
-                    thread = threading.Thread(target=self._drive_for_tasks, name="bedplate")
+                    thread = _Driver(target=self._drive_for_tasks, name="bedplate")
                     thread.start()
                     self._thread = thread
                 self._wanted.notify_all()
@@ -219,6 +234,7 @@ class Scheduler:
         when the interpreter is about to end.
         """
         me = threading.get_ident()
+        self._within.add(me)
         while self._has_task():
             try:
                 self._drive(None)
@@ -231,13 +247,14 @@ class Scheduler:
                 with self._state:
                     if self._driver == me:
                         self._leave()
+        self._within.discard(me)
 
     def _has_task(self) -> bool:
         """Wait until tasks want steps, and nobody drives: then this thread does. False: it is to end."""
         with self._state:
             while True:
                 self._sweep()
-                if not threading.main_thread().is_alive():
+                if _nobody_else_runs():
                     self._end_all()  # the interpreter waits for this thread, and nobody for them
                 if not self._tasks:
                     self._thread = None
@@ -255,18 +272,14 @@ class Scheduler:
         while True:
             with self._state:
                 if generation is None:
-                    if not self._tasks_want() or not threading.main_thread().is_alive():
+                    if not self._tasks_want() or _nobody_else_runs():
                         return
                 elif generation.outbox or generation.ended:
                     return
             with self._gate:
                 pass
             with self._turn:
-                self._in_turn = threading.get_ident()
-                try:
-                    self._step()
-                finally:
-                    self._in_turn = None
+                self._step()
             with self._state:
                 self._drives += 1
                 self._gives_way.notify_all()
@@ -287,21 +300,42 @@ class Scheduler:
         with self._state:
             self._end_late()
             wanting = [one for one in self._active if len(one.outbox) < AHEAD]
+            for one in wanting:
+                self._find_more(one)
+            wanting = [one for one in wanting if not one.ended]
             room = min(_DRAFT_ROWS, self._most) - len(wanting)
             for one in wanting:
                 self._propose(one, room // len(wanting))
             wanting = [one for one in wanting if not one.ended]
             given = self._shares.give(wanting, self._most) if wanting else {}
             parts = {one: part for one, rows in given.items() if (part := one.part(rows)) is not None}
-        for one, part in list(parts.items()):
-            count = len(part.held.tokens)
-            try:
-                self._reserve([(part.held.computing, count, count + len(part.tokens))])
-            except Exception as error:
-                self._fail(one, error)
-                del parts[one]
-        for group in groups(parts.items(), lambda pair: pair[1]):
+        reserved = [(one, part) for one in parts if (part := self._reserved(one, parts[one])) is not None]
+        for group in groups(reserved, lambda pair: pair[1]):
             self._compute(group)
+
+    def _reserved(self, one: Generation, part: Part) -> Part | None:
+        """A part for which there is memory: without tokens that may be wrong, if it is not enough for them. None: not
+        even then, and the generation has failed.
+        """
+        while True:
+            # No name outlives the error: it holds what the step held, and would be held by what it holds.
+            try:
+                count = len(part.held.tokens)
+                self._reserve([(part.held.computing, count, count + len(part.tokens))])
+                return part
+            except Exception as error:
+                sure = one.sure_of(part)
+                if len(sure.tokens) == len(part.tokens):
+                    self._fail(one, error)
+                    return None
+            part = sure
+
+    def _find_more(self, one: Generation) -> None:
+        """The caller holds `_state`."""
+        try:
+            one.find_more()
+        except Exception as error:
+            self._fail(one, error)
 
     def _propose(self, one: Generation, most: int) -> None:
         """The caller holds `_state`."""
@@ -380,6 +414,17 @@ class Scheduler:
         wake = self._wakes.pop(generation, None)
         if wake is not None:
             wake()
+
+
+class _Driver(threading.Thread):
+    """A thread of an engine. When no others are left, nobody waits for what it computes."""
+
+
+def _nobody_else_runs() -> bool:
+    """Whether the interpreter is about to end: all threads that it waits for are those of engines."""
+    if threading.main_thread().is_alive():
+        return False
+    return all(one.daemon or isinstance(one, _Driver) or not one.is_alive() for one in threading.enumerate())
 
 
 def _first(generation: Generation) -> Event | Progress | None:

@@ -175,12 +175,11 @@ class Session:
         import numpy as np
 
         sessions = [session for session, _ in parts]
-        for session in sessions:
-            session._load()  # before others have to wait
         host = sessions[0]._host
         with _alone(sessions):
+            loaded = [session._load() for session in sessions]  # before others have to wait
             with host.scheduler.turn():
-                appended, before = Session._begin_step(parts)
+                appended, before = Session._begin_step(parts, loaded)
             with _restored_after_errors(before):
                 logits: dict[int, NDArray[np.float32]] = {}  # of the last tokens, by what holds them
                 for piece, found in host.scheduler.in_turns(appended, host.limits.max_rows):
@@ -189,12 +188,17 @@ class Session:
         return np.stack([_widened(logits[id(part.held)], width) for part in appended])
 
     @staticmethod
-    def _begin_step(parts: Sequence[tuple[Session, Sequence[int]]]) -> tuple[list[Part], list[_Before]]:
+    def _begin_step(
+        parts: Sequence[tuple[Session, Sequence[int]]], of_sessions: Sequence[Weights]
+    ) -> tuple[list[Part], list[_Before]]:
         """What is to be computed, and what the sessions held. All is checked before any session changes."""
         wanted = [(session, _ids(token_ids)) for session, token_ids in parts]
         for session, ids in wanted:
             session._check_room(len(session._held.tokens) + len(ids))
-        loaded = [session._held.weights_for(session._load(), ids) for session, ids in wanted]
+        loaded = [
+            session._held.weights_for(weights, ids)
+            for (session, ids), weights in zip(wanted, of_sessions, strict=True)
+        ]
         for (_, ids), weights in zip(wanted, loaded, strict=True):
             _check_known(ids, weights)
         before = [(session._held, session._held.state) for session, _ in wanted]
@@ -222,11 +226,11 @@ class Session:
 
         ids = _ids(token_ids)
         self._check_room(len(ids))
-        self._load()  # before others have to wait
         scheduler = self._host.scheduler
         with _alone([self]):
+            weights = self._load().for_text(ids)  # before others have to wait
             with scheduler.turn():
-                weights, held = self._load().for_text(ids), self._held
+                held = self._held
                 _check_known(ids, weights)
                 before = [(held, held.state)]
                 with _restored_after_errors(before):
@@ -361,6 +365,7 @@ class Session:
 
     def _start(self, prompt: Prompt, max_tokens: int, logprobs: int | None, options: Options) -> Generation:
         """Everything is checked and loaded before the session changes."""
+        self._host.scheduler.check_outside()
         given: dict[str, Any] = {**options}
         allow_special = arguments.flag("allow_special", given.pop("allow_special", False))
         wish = Wish.of(max_tokens=max_tokens, logprobs=logprobs, **given)

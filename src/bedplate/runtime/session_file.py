@@ -160,6 +160,11 @@ def _unpacked(data: bytes) -> list[int]:
 
 def _path(path: str | Path) -> Path:
     arguments.instance("path", path, (str, Path), "give the path of a file")
+    try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError
+    except ValueError:
+        raise RunError(f"no file can have the path {str(path)!r}", hint="give the path of a file") from None
     return Path(path)
 
 

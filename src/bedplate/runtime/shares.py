@@ -34,11 +34,12 @@ class Shares:
         """How many of `most` rows each gets in the next step; none: it is not there. All of them want some.
 
         Prompts get a quantum at least, so that those that generate cannot keep them waiting. A prompt that is read to
-        its end is the last in its step.
+        its end is the last in its step. Of those that would read the same block, one does: the others have it from
+        the cache in a later step.
         """
         self._steps += 1
         self._lift({one.key for one in generations})
-        reading = [one for one in generations if one.is_reading]
+        reading = _readers(one for one in generations if one.is_reading)
         kept = (min(QUANTUM, most // 2) or self._steps % 2) if reading else 0
         given: dict[Generation, int] = {}
         # Of one key, who was served longest ago comes first: an old one is not kept waiting by those that come later.
@@ -75,3 +76,13 @@ class Shares:
         self._served[one.key] += rows
         one.served += rows
         one.last_step = self._steps
+
+
+def _readers(reading: Iterable[Generation]) -> list[Generation]:
+    """Of those that would read the same block, the one that has come furthest in it."""
+    readers: dict[object, Generation] = {}
+    for one in reading:
+        block = one.block or one
+        if readers.setdefault(block, one).position < one.position:
+            readers[block] = one
+    return list(readers.values())

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any, NamedTuple
 
 from bedplate.errors import RunError
+from bedplate.runtime.process import Process
 
 SECONDS = 2.0  # of a processor, for one text
 _PATIENCE = 5 * SECONDS  # the machine may have other work
@@ -34,7 +35,7 @@ class Templates:
 
     def __init__(self, *, seconds: float = SECONDS, processes: int = 2) -> None:
         self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()
-        self._count = processes
+        self._count, self._own = processes, Process()
         for _ in range(processes):
             self._idle.put(_Process(seconds))
 
@@ -43,6 +44,7 @@ class Templates:
 
         BusyError: others take all processes.
         """
+        self._own.check()  # the pipes are those of the process that was forked, which would read what is answered here
         try:
             process = self._idle.get(timeout=_PATIENCE)
         except queue.Empty:
@@ -116,7 +118,7 @@ class _Process:
             if running.connection.poll(_PATIENCE):
                 return json.loads(running.connection.recv_bytes(_MOST_BYTES))
             late = True
-        except (OSError, EOFError):
+        except (OSError, EOFError, ValueError):
             with suppress(subprocess.TimeoutExpired):
                 running.process.wait(1)  # it is about to end
         self.end()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bedplate.bundle.store import Bundle
 from bedplate.errors import RunError
 from bedplate.runtime import arguments
+from bedplate.runtime.encoding import encoding_of
 from bedplate.runtime.lazy import lazy
 from bedplate.runtime.messages import Conversation, Message, plain_messages, plain_tools
 
@@ -145,7 +146,7 @@ class Tokenizer:
 
         The text of a special token becomes that token. RunError: this is not text.
         """
-        return list(self._backend.encode(arguments.text("the text", text)).ids)
+        return list(encoding_of(self._backend, arguments.text("the text", text)).ids)
 
     def encode_chat(
         self, messages: Sequence[Message] | Conversation, *, allow_special: bool = False
@@ -158,7 +159,8 @@ class Tokenizer:
         """
         conversation, template = _shown(messages), self._template
         if arguments.flag("allow_special", allow_special):
-            return list(self._backend.encode(self._render(conversation), add_special_tokens=False).ids)
+            text = self._render(conversation)
+            return list(encoding_of(self._backend, text, add_special_tokens=False).ids)
         return self._user_text.encode(conversation, self._render, template.source)
 
     def decode(self, ids: Sequence[int]) -> str:

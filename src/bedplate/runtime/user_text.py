@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from bedplate.errors import RunError
+from bedplate.runtime.encoding import encoding_of
 from bedplate.runtime.lazy import lazy
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
@@ -54,7 +55,7 @@ class UserText:
         RunError: bedplate cannot tell whether the template or a message wrote a special token.
         """
         text = render(conversation)
-        plain = self._backend.encode(text, add_special_tokens=False)
+        plain = encoding_of(self._backend, text, add_special_tokens=False)
         free = _free_characters([template, text, *_strings(conversation), *self._special.values()])
         marks, guard = _Marks(begin=free[0], end=free[1], edge=free[2]), free[-1]
         marked = self._marker.mark(conversation, marks)
@@ -74,7 +75,7 @@ class UserText:
             places.append(places[-1] + (character not in marks))
         if "".join(character for character in marked if character not in marks) != text:
             raise _unclear()
-        spelled = self._spelled(self._backend.encode(marked, add_special_tokens=False), marked)
+        spelled = self._spelled(encoding_of(self._backend, marked, add_special_tokens=False), marked)
         return [
             (places[begin], places[end])
             for begin, end in spelled
@@ -196,7 +197,7 @@ class _Guarded:
             pieces += [text[done:begin], self._guard, text[begin:end], self._guard]
             done = end
         guarded = "".join(pieces) + text[done:]
-        encoding = self._backend.encode(guarded, add_special_tokens=False)
+        encoding = encoding_of(self._backend, guarded, add_special_tokens=False)
         found, ids = 0, [self._ids.get(number, number) for number in encoding.ids]
         for number, (begin, end) in zip(ids, encoding.offsets, strict=True):
             found += number in self._special and self._guard in guarded[begin:end]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from bedplate.errors import MemoryFullError
+from bedplate.runtime import arguments
 from bedplate.runtime.request import Event, FinishReason, Statistics
 from bedplate.runtime.sampling import MaskFunction
 from bedplate.runtime.session import Prompt, Session
@@ -184,10 +185,9 @@ def begin(wanted: Wanted) -> list[Choice]:
 
 def sampling_options(request: Sampled) -> dict[str, Any]:
     """Options of `Session.events`."""
-    try:
-        bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
-    except ValueError:
-        raise ApiError(400, "logit_bias has a name that is no token id.", param="logit_bias") from None
+    bias = {arguments.token_of(name): value for name, value in (request.logit_bias or {}).items()}
+    if None in bias:
+        raise ApiError(400, "logit_bias has a name that is no token id.", param="logit_bias")
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     return {
         "temperature": request.temperature,

@@ -33,16 +33,17 @@ class Live:
 
     def __init__(self, catalog: Catalog, settings: Settings) -> None:
         self._catalog, self._settings = catalog, settings
+        self._closing = threading.Event()
         self._sources = Sources(
             settings.allow_adapters_from,
             most_bytes=settings.max_adapter_bytes,
             seconds=settings.adapter_seconds,
+            closing=self._closing,
         )
         self._packing = Packing(settings.adapter_seconds)
         self._one = threading.Lock()  # of who loads
         self._changing = threading.Lock()  # what a name stands for
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="bedplate-watch", daemon=True)
 
     def start(self) -> None:
@@ -160,6 +161,9 @@ class Live:
                         _refresh(base)
 
 
+_UNREADABLE = (PermissionError, IsADirectoryError, NotADirectoryError, shutil.SpecialFileError)
+
+
 class _said:  # noqa: N801
     """What is wrong with an adapter is said to whoever asked for it."""
 
@@ -174,6 +178,9 @@ class _said:  # noqa: N801
             param = "lora_name" if isinstance(error, NameTakenError) else "lora_path"
             hint = "" if error.hint is None else f" (hint: {error.hint})"
             raise ApiError(400, f"LoRA adapter {self._name!r}: {error.what}{hint}", param=param) from error
+        if isinstance(error, _UNREADABLE):
+            what = f"LoRA adapter {self._name!r}: a file of it cannot be read: {type(error).__name__}"
+            raise ApiError(400, what, param="lora_path") from error
 
 
 def _packed(overlay: Overlay, source: Path, staging: Path) -> Bundle:
@@ -191,7 +198,7 @@ def _packed(overlay: Overlay, source: Path, staging: Path) -> Bundle:
     needed = {one: info for one, info in record.files.items() if one not in ADAPTER_PROGRAMS.values()}
     folder = staging / name
     folder.mkdir()
-    with suppress(FileNotFoundError):  # which the check tells of
+    with suppress(OSError):  # what is missing, or no file, the check tells of
         copy_files(source, needed, folder)
     integrity.check_files(folder, needed, hashes=True)
     record = dataclasses.replace(record, files=needed)

@@ -17,6 +17,7 @@ from bedplate.serve.errors import ApiError
 MOST_FILES = 64
 _MOST_LOOKED_AT = 4096  # files of a folder that has an adapter, and more
 _CHUNK = 1 << 20
+_LOOKS_SECONDS = 0.2  # who waits for a download looks so often whether the server closes
 # What training leaves beside an adapter, and nobody reads.
 _OF_TRAINING = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args")
 _FILE = "file://"
@@ -28,8 +29,10 @@ class Sources:
     NotFoundError: there is no such folder.  RunError: this is no beginning of a URL.
     """
 
-    def __init__(self, allowed: Sequence[str], *, most_bytes: int, seconds: float) -> None:
-        self._most_bytes, self._seconds = most_bytes, seconds
+    def __init__(
+        self, allowed: Sequence[str], *, most_bytes: int, seconds: float, closing: threading.Event
+    ) -> None:
+        self._most_bytes, self._seconds, self._closing = most_bytes, seconds, closing
         self._folders, self._urls = list[Path](), list[str]()
         for one in allowed:
             if "://" in one and not one.startswith(_FILE):
@@ -90,7 +93,7 @@ class Sources:
         try:
             folder = into / "adapters" / url.rpartition("/")[2]
             folder.mkdir(parents=True)
-            _in_time(lambda: self._fetch(url, folder, into), self._seconds)
+            _in_time(lambda: self._fetch(url, folder, into), self._seconds, self._closing)
         except (FileNotFoundError, NotADirectoryError):
             raise _missing() from None
         except ApiError:
@@ -108,8 +111,10 @@ class Sources:
             _fetch(bundle, into, budget, only=MANIFEST)
 
 
-def _in_time(work: Callable[[], None], seconds: float) -> None:
-    """Do something in a thread of its own, which is left alone if it hangs. ApiError: it takes longer."""
+def _in_time(work: Callable[[], None], seconds: float, closing: threading.Event) -> None:
+    """Do something in a thread of its own, which is left alone if it hangs. ApiError: it takes longer, or the server
+    closes.
+    """
     failed = list[BaseException]()
 
     def run() -> None:
@@ -120,7 +125,11 @@ def _in_time(work: Callable[[], None], seconds: float) -> None:
 
     thread = threading.Thread(target=run, name="bedplate-download", daemon=True)
     thread.start()
-    thread.join(seconds)
+    until = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < until:
+        thread.join(_LOOKS_SECONDS)
+        if closing.is_set():
+            raise ApiError(503, "The server is shutting down.")
     if thread.is_alive():
         raise _too_slow()
     if failed:

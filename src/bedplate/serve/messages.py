@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
@@ -24,7 +25,7 @@ from bedplate.serve.limits import Place
 from bedplate.serve.messages_request import NAMES, Conversation, MessagesRequest, as_chat, counted
 from bedplate.serve.server import Server, body_of
 from bedplate.serve.told import Told, answered
-from bedplate.serve.tools import CallPiece
+from bedplate.serve.tools import Call, CallPiece
 
 Json = dict[str, Any]
 
@@ -135,7 +136,26 @@ def _stopped(chat: Chat, finish: str) -> Json:
 
 def _content(answer: Answer) -> list[Json]:
     text = [{"type": "text", "text": answer.text, "citations": None}] if answer.text else []
-    return [*text, *(_tool_use(one.id, one.name, json.loads(one.arguments)) for one in answer.calls)]
+    return [*text, *(_tool_use(one.id, one.name, _input(one)) for one in answer.calls)]
+
+
+def _input(call: Call) -> Json:
+    """ApiError: its arguments cannot be told as JSON, as a client reads it."""
+    try:
+        read: Json = json.loads(call.arguments, parse_float=_finite)
+        json.dumps(read)  # which goes as deep
+        return read
+    except (ValueError, RecursionError):
+        what = f"The model called {call.name!r} with a number, or with levels, that are too much for JSON."
+        raise ApiError(400, what, param="tools") from None
+
+
+def _finite(text: str) -> float:
+    """ValueError: it is beyond the range of a float."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 def _tool_use(id: str, name: str, input: Json) -> Json:

@@ -83,7 +83,10 @@ class Metrics(Watch):
 
     def text(self, accept: str) -> tuple[bytes, str]:
         """All of it, and its type. accept: what the scraper reads, a header. It takes some time."""
-        encode, kind = choose_encoder(accept)
+        try:
+            encode, kind = choose_encoder(accept)
+        except (TypeError, ValueError):  # a version that is no number
+            encode, kind = choose_encoder("")
         return encode(self._registry), kind
 
     def _tokens(self, model: Model) -> list[_Tokens]:

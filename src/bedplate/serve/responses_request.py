@@ -103,6 +103,13 @@ class Format(Strict):
     description: str | None = None
     strict: bool | None = None
 
+    def check(self) -> None:
+        """ApiError: it has a field of another type, which would change nothing."""
+        for name in () if self.type == "json_schema" else ("name", "schema", "description", "strict"):
+            if getattr(self, "schema_" if name == "schema" else name) is not None:
+                field = f"text.format.{name}"
+                raise ApiError(400, f"{field}: only the type json_schema has it.", param=field)
+
 
 class Text(Strict):
     """verbosity: OpenAI's default. Other values would change the answer."""
@@ -167,6 +174,8 @@ def as_chat(asked: ResponsesRequest) -> ChatRequest:
     elif asked.tool_choice not in ("none", "auto"):
         raise ApiError(400, "tool_choice: there are no tools.", param="tool_choice")
     form = asked.text.format
+    if form is not None:
+        form.check()
     if form is not None and form.type != "text":
         fields["response_format"] = _response_format(form)
     return chat_request(asked, fields)

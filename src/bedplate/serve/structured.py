@@ -149,7 +149,7 @@ def schema_part(schema: Json, param: str, strict: bool = True) -> Json:
 
 def quoted(text: str) -> str:
     """A text, as a grammar in Lark's form has it."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def guide_of(model: Model, request: Constrained, grammar: Grammar | None = None) -> Guide | None:

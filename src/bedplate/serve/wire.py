@@ -5,6 +5,8 @@ A field that is unknown, or has a value that is not honoured, is an error of 400
 
 from __future__ import annotations
 
+import math
+import re
 from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -185,10 +187,31 @@ class Accepted(Asking):
 def read_json(kind: type[_Body], body: bytes) -> _Body:
     """ApiError: it is no JSON, or has a field that is not honoured."""
     try:
-        return kind.model_validate_json(body)
+        read = kind.model_validate_json(body)
     except ValidationError as error:
         is_json = error.errors(include_url=False, include_input=False)[0]["type"] != "json_invalid"
         raise first_problem(error, from_json(body) if is_json else None) from None
+    # Schemas and arguments are any JSON, and are told again: what is no number there has no place in JSON.
+    if _MAY_BE_INFINITE.search(body) and (path := _not_finite(from_json(body))) is not None:
+        field = ".".join(map(str, path))
+        raise ApiError(400, f"{field}: a number must be finite.", param=field)
+    return read
+
+
+# Of each number whose value is beyond a float's range, this is a part.
+_MAY_BE_INFINITE = re.compile(rb"NaN|Infinity|\d[eE]\+?\d\d|\d{200}")
+
+
+def _not_finite(value: Any) -> _Path | None:
+    """Where in it a number is infinite, or none at all."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ()
+    if not isinstance(value, (dict, list)):
+        return None
+    for at, part in value.items() if isinstance(value, dict) else enumerate(value):
+        if (path := _not_finite(part)) is not None:
+            return (at, *path)
+    return None
 
 
 def first_problem(error: ValidationError, sent: Any) -> ApiError:

@@ -78,7 +78,11 @@ class Ingress:
         await answer(scope, receive, send)
 
     async def _metrics(self, call: Call) -> Response:
-        """Of all replicas that answer in time, each with a label."""
+        """Of all replicas that answer in time, each with a label. All in the form that `together` reads, whatever
+        else the scraper takes.
+        """
+        headers = [(name, value) for name, value in call.headers if name != b"accept"]
+        call = call._replace(headers=headers)
         answers = self._replicas.broadcast("whole", call)
         found = await answers.results_async(timeout_s=_METRICS_SECONDS, return_exceptions=True)
         texts = dict[str, str]()
