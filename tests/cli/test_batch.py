@@ -138,6 +138,8 @@ WRONG: list[tuple[bytes, str]] = [
     (b'{"prompt": "x", "temperature": NaN}', "NaN is not a number of JSON"),
     (b'{"prompt": "x", "max_tokens": 0}', "max_tokens is 0"),
     (b'{"prompt": "x", "logit_bias": {"x": 1}}', "logit_bias has 'x'"),
+    (b'{"prompt": "x", "logit_bias": {"1_0": 1}}', "logit_bias has '1_0'"),
+    (b'{"prompt": "x", "logit_bias": {"010": 1}}', "logit_bias has '010'"),
     (b'{"prompt": "x", "logit_bias": {"999": 1}}', "token 999 is not in the vocabulary"),
     (b'{"prompt": "x", "stop": [""]}', "stop is ['']"),
     (json.dumps({"prompt": "dog " * 400, "id": "long"}).encode(), "do not fit the context of 256"),

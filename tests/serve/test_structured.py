@@ -144,7 +144,7 @@ def test_whatever_the_model_says_a_schema_allows_it(kind: str) -> None:
 @pytest.mark.parametrize("kind", USABLE)
 def test_regexes_choices_and_grammars(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
-    choices = ['the "fox', "é\n<|end|>", "\U0001f98a", "the", "<|end|>a</s>", "<|im_end|><|eot_id|>"]
+    choices = ['the "fox', "é\n<|end|>", "\U0001f98a", "the", "<|end|>a</s>", "<|im_end|><|eot_id|>", "a\x7f"]
     for seed in range(9):
         made = guide(tokenizer, structured_outputs={"regex": r"a/[bé]{2,3}\.(x|y)"})
         assert re.fullmatch(r"a/[bé]{2,3}\.(x|y)", walk(tokenizer, made, seed))
