@@ -355,10 +355,10 @@ def test_a_client_that_leaves_frees_its_replica(node: Node, stream: bool) -> Non
 
 
 def test_a_killed_replica_loses_no_request_that_had_not_begun_to_answer(node: Node) -> None:
-    expected = node.expected("one", 8000)
+    expected = node.expected("one", 3000)
     _until(lambda: len(node.replicas()) == 2, 60)
     with ThreadPoolExecutor(8) as threads:
-        asked = [threads.submit(node.ask, "one", 8000) for _ in range(8)]
+        asked = [threads.submit(node.ask, "one", 3000) for _ in range(8)]
         time.sleep(0.3)
         os.kill(node.busiest(), signal.SIGKILL)
         assert not all(one.done() for one in asked)
