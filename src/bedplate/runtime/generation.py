@@ -90,14 +90,19 @@ class Generation:
     def block(self) -> str | None:
         """The digest of the block of its prompt that it reads. None: no other generation could use it."""
         request = self._request
-        if request is None or not self.is_reading or self.stats.generated_tokens:
+        if request is None or not self._reads_prompt:
             return None
         return self.held.next_block(request.weights, request.prompt)
+
+    @property
+    def _reads_prompt(self) -> bool:
+        """Not so while it computes a text again that has become a long one."""
+        return self.is_reading and not self.stats.generated_tokens
 
     def find_more(self) -> None:
         """Have what others have read of its prompt since it began."""
         request = self._request
-        if request is None or self.block is None:
+        if request is None or not self._reads_prompt:
             return
         before, prompt = len(self.held.tokens), request.prompt
         found = self.held.find(request.weights, prompt, len(prompt))

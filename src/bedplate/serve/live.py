@@ -198,7 +198,7 @@ def _packed(overlay: Overlay, source: Path, staging: Path) -> Bundle:
     needed = {one: info for one, info in record.files.items() if one not in ADAPTER_PROGRAMS.values()}
     folder = staging / name
     folder.mkdir()
-    with suppress(OSError):  # what is missing, or no file, the check tells of
+    with suppress(FileNotFoundError, *_UNREADABLE):  # which the check tells of
         copy_files(source, needed, folder)
     integrity.check_files(folder, needed, hashes=True)
     record = dataclasses.replace(record, files=needed)

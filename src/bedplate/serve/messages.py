@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
@@ -26,6 +25,7 @@ from bedplate.serve.messages_request import NAMES, Conversation, MessagesRequest
 from bedplate.serve.server import Server, body_of
 from bedplate.serve.told import Told, answered
 from bedplate.serve.tools import Call, CallPiece
+from bedplate.serve.wire import not_finite
 
 Json = dict[str, Any]
 
@@ -142,20 +142,14 @@ def _content(answer: Answer) -> list[Json]:
 def _input(call: Call) -> Json:
     """ApiError: its arguments cannot be told as JSON, as a client reads it."""
     try:
-        read: Json = json.loads(call.arguments, parse_float=_finite)
+        read: Json = json.loads(call.arguments)
         json.dumps(read)  # which goes as deep
-        return read
+        if not_finite(read) is None:
+            return read
     except (ValueError, RecursionError):
-        what = f"The model called {call.name!r} with a number, or with levels, that are too much for JSON."
-        raise ApiError(400, what, param="tools") from None
-
-
-def _finite(text: str) -> float:
-    """ValueError: it is beyond the range of a float."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
+        pass
+    what = f"The model called {call.name!r} with a number, or with levels, that are too much for JSON."
+    raise ApiError(400, what, param="tools")
 
 
 def _tool_use(id: str, name: str, input: Json) -> Json:

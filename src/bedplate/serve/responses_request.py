@@ -105,10 +105,10 @@ class Format(Strict):
 
     def check(self) -> None:
         """ApiError: it has a field of another type, which would change nothing."""
-        for name in () if self.type == "json_schema" else ("name", "schema", "description", "strict"):
-            if getattr(self, "schema_" if name == "schema" else name) is not None:
-                field = f"text.format.{name}"
-                raise ApiError(400, f"{field}: only the type json_schema has it.", param=field)
+        given = self.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
+        if given and self.type != "json_schema":
+            field = f"text.format.{next(iter(given))}"
+            raise ApiError(400, f"{field}: only the type json_schema has it.", param=field)
 
 
 class Text(Strict):
@@ -176,8 +176,8 @@ def as_chat(asked: ResponsesRequest) -> ChatRequest:
     form = asked.text.format
     if form is not None:
         form.check()
-    if form is not None and form.type != "text":
-        fields["response_format"] = _response_format(form)
+        if form.type != "text":
+            fields["response_format"] = _response_format(form)
     return chat_request(asked, fields)
 
 

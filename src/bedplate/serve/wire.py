@@ -192,7 +192,7 @@ def read_json(kind: type[_Body], body: bytes) -> _Body:
         is_json = error.errors(include_url=False, include_input=False)[0]["type"] != "json_invalid"
         raise first_problem(error, from_json(body) if is_json else None) from None
     # Schemas and arguments are any JSON, and are told again: what is no number there has no place in JSON.
-    if _MAY_BE_INFINITE.search(body) and (path := _not_finite(from_json(body))) is not None:
+    if _MAY_BE_INFINITE.search(body) and (path := not_finite(from_json(body))) is not None:
         field = ".".join(map(str, path))
         raise ApiError(400, f"{field}: a number must be finite.", param=field)
     return read
@@ -202,14 +202,14 @@ def read_json(kind: type[_Body], body: bytes) -> _Body:
 _MAY_BE_INFINITE = re.compile(rb"NaN|Infinity|\d[eE]\+?\d\d|\d{200}")
 
 
-def _not_finite(value: Any) -> _Path | None:
-    """Where in it a number is infinite, or none at all."""
+def not_finite(value: Any) -> _Path | None:
+    """Where in it a number is infinite, or none at all. None: nowhere."""
     if isinstance(value, float):
         return None if math.isfinite(value) else ()
     if not isinstance(value, (dict, list)):
         return None
     for at, part in value.items() if isinstance(value, dict) else enumerate(value):
-        if (path := _not_finite(part)) is not None:
+        if (path := not_finite(part)) is not None:
             return (at, *path)
     return None
 
