@@ -212,10 +212,13 @@ def test_a_handler_of_a_signal_cannot_use_other_sessions(toy_bundle: Bundle, wha
             ended.set()
         if running is not None:
             running.result()
-        assert {one.split("\n")[0] for one in said} <= {
+        refusals = {
             "a session is used within a step",
             "a session is used within a call that changes it",
         }
+        if what == "next":  # the signal came again, while it was handled
+            refusals.add("the next event of this generation is waited for elsewhere")
+        assert {one.split("\n")[0] for one in said} <= refusals
         assert other.generate([5, 6], max_tokens=2) == engine.session().generate([5, 6], max_tokens=2)
 
 

@@ -22,7 +22,7 @@ class Events(Iterator[Event]):
     def __next__(self) -> Event:
         if not self._reading.acquire(blocking=False):
             hint = "give each thread a session of its own, or hand events on"
-            raise RunError("another thread waits for the next event of this generation", hint=hint)
+            raise RunError("the next event of this generation is waited for elsewhere", hint=hint)
         start = time.perf_counter()
         try:
             while True:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,16 +41,21 @@ class Form(NamedTuple):
 
 @dataclass(kw_only=True)
 class _Adapter:
-    """What is loaded of an adapter. It is known by its entry, and by the state of the file of its weights."""
+    """What is loaded of an adapter. It is known by its entry, and by the state of the file of its weights.
+
+    reading: held while its files are read. Who has it may take the lock of all, and never the other way round.
+    """
 
     entry: AdapterEntry
     state: _State
     weights: Weights | None = None
     tokenizer: Tokenizer | None = None
+    reading: threading.RLock = field(default_factory=threading.RLock)
 
 
 class Loaded:
-    """You can call it from any thread of the process that made it. Everything is loaded when it is first used.
+    """You can call it from any thread of the process that made it. Everything is loaded when it is first used. Who
+    wants what is loaded does not wait while an adapter is read.
 
     in_use: names of the adapters that sessions use, which stay.  templates: render chat templates, if this process
     does not.
@@ -73,6 +78,7 @@ class Loaded:
         self._adapters: dict[str, _Adapter] = {}  # least recently used first
         # Also those that only generations use.
         self._alive: weakref.WeakSet[_native.Adapter] = weakref.WeakSet()
+        self._coming = 0  # bytes of adapters that are being read
         self._sums = Sums()
         self._own_lock = threading.RLock()
         self._room = threading.RLock()  # while memory is counted and taken, never while something loads
@@ -112,6 +118,9 @@ class Loaded:
             return self.tokenizer
         with self._lock:
             adapter = self._adapter(name)
+        if adapter.tokenizer is not None:
+            return adapter.tokenizer
+        with adapter.reading:
             if adapter.tokenizer is None:
                 try:
                     adapter.tokenizer = self.tokenizer.of_adapter(self.bundle, name)
@@ -123,14 +132,16 @@ class Loaded:
         """Weights and tokenizer of the same adapters, also where another takes the name of one meanwhile."""
         # Of several, each has the base's tokenizer.
         name = next(iter(adapters)) if len(adapters) == 1 else None
-        with self._lock:
-            while True:
-                weights = self.load_all(adapters, meanwhile=self.tokenizer.open)
-                tokenizer = self.tokenizer_of(name)
-                tokenizer.open()
-                now = None if name is None else self._adapter(name).weights
-                if name is None or (now is not None and now.adapter is weights.adapter):
-                    return weights, tokenizer
+        while True:
+            weights = self.load_all(adapters, meanwhile=self.tokenizer.open)
+            tokenizer = self.tokenizer_of(name)
+            tokenizer.open()
+            if name is None:
+                return weights, tokenizer
+            with self._lock:
+                now = self._adapter(name).weights
+            if now is not None and now.adapter is weights.adapter:
+                return weights, tokenizer
 
     def load(self, name: str | None) -> Weights:
         """The weights of the base (None) or of an adapter, see `Engine.load`."""
@@ -141,12 +152,12 @@ class Loaded:
         if len(adapters) < 2:
             name, scale = next(iter(adapters.items()), (None, 1.0))
             return self._load(name, meanwhile).scaled(scale)
+        parts = {
+            name: (self._load(name, meanwhile, beside=adapters), scale) for name, scale in adapters.items()
+        }
+        base = self._load(None, None)
         with self._lock:
-            parts = {
-                name: (self._load(name, meanwhile, beside=adapters), scale)
-                for name, scale in adapters.items()
-            }
-            return self._sums.of(self._load(None, None), parts)
+            return self._sums.of(base, parts)
 
     def _load(
         self, name: str | None, meanwhile: Callable[[], None] | None, beside: Collection[str] = ()
@@ -155,9 +166,8 @@ class Loaded:
         dropped for this one.
         """
         self.check(name)
-        with self._lock:
-            base = self._load_base(meanwhile)
-            return base if name is None else self._load_adapter(base, name, beside)
+        base = self._load_base(meanwhile)
+        return base if name is None else self._load_adapter(base, name, beside)
 
     def _load_base(self, meanwhile: Callable[[], None] | None) -> Weights:
         with self._lock:
@@ -187,18 +197,37 @@ class Loaded:
         return base, load_adapter(base, drafts, name, self._spec)
 
     def _load_adapter(self, base: Weights, name: str, beside: Collection[str]) -> Weights:
-        adapter = self._adapter(name)
-        if adapter.weights is None:
-            self._check_foundation()
-            if adapter.state is not None:
-                self._make_room(adapter.state[2], beside)  # about what it will take
-            weights = self._read_adapter(base, name)
+        with self._lock:
+            adapter = self._adapter(name)
+        if (weights := adapter.weights) is not None:
+            return weights
+        with adapter.reading:
+            if (weights := adapter.weights) is not None:
+                return weights  # another thread has just read it
+            with self._lock:
+                self._check_foundation()
+            with self._coming_bytes(0 if adapter.state is None else adapter.state[2], beside):
+                weights = self._read_adapter(base, name)
             assert weights.adapter is not None
-            with self._room:
+            with self._lock, self._room:
                 self._make_room(weights.nbytes, beside)
                 self._alive.add(weights.adapter)
-            adapter.weights = weights
-        return adapter.weights
+                # If it was unloaded meanwhile, only its caller has it.
+                if self._adapters.get(name) is adapter and self.base is base:
+                    adapter.weights = weights
+            return weights
+
+    @contextmanager
+    def _coming_bytes(self, nbytes: int, beside: Collection[str]) -> Iterator[None]:
+        """Memory is kept for an adapter while it is read: its file says about how much it will take."""
+        with self._lock, self._room:
+            self._make_room(nbytes, beside)
+            self._coming += nbytes
+        try:
+            yield
+        finally:
+            with self._room:
+                self._coming -= nbytes
 
     def _read_adapter(self, base: Weights, name: str) -> Weights:
         before = self.bundle.adapters.get(name)
@@ -282,7 +311,7 @@ class Loaded:
         )
 
     def _taken(self) -> int:
-        return self.meter.nbytes + sum(adapter.nbytes for adapter in self._alive)
+        return self.meter.nbytes + self._coming + sum(adapter.nbytes for adapter in self._alive)
 
     def _check_foundation(self) -> None:
         if self.bundle.foundation_sha256 != self._foundation:
