@@ -208,6 +208,12 @@ def test_numbers_that_are_finite(number: str) -> None:
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + (b"fff\r\n" + b" " * 0xFFF + b"\r\n") * 30, b"413"),
         (HEAD + b"X: " + b"y" * 300_000, b""),
         (HEAD + b"X: y\r\n" * 100_000, b""),
+        (HEAD + b"X: " + b"y" * 80_000 + b"\r\n\r\n", b""),
+        (HEAD + b"X: " + b" " * 80_000 + b"y\r\n\r\n", b""),
+        (HEAD + b"X: y\r\n" * 13_000 + b"\r\n", b""),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ".ljust(65_532) + b"\r\n\r\n", b"200"),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ".ljust(65_600) + b"\r\n\r\n", b""),
+        (b"CONNECT some.example:80 HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
         (HEAD[:20], b""),
         (b"", b""),
     ],
@@ -218,6 +224,56 @@ def test_broken_http(live: Live, data: bytes, answer: bytes) -> None:
     assert said == answer or said.split(b" ")[1:2] == [answer], said
     assert time.monotonic() - start < 9, "the server lets go of the connection"
     wait_until(lambda: not live.server.places.running)
+
+
+def _posted(headers: bytes, *, chunked: bool = False, more: bytes = b"") -> bytes:
+    body = json.dumps(chat(max_tokens=1)).encode()
+    if chunked:
+        return (
+            HEAD
+            + headers
+            + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n%b\r\n" % (len(body), body, more)
+        )
+    return HEAD + headers + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _posted(H2C),
+        _posted(H2C, chunked=True),
+        _posted(b"Connection: close, Upgrade\r\nUpgrade: h2c\r\n"),
+        _posted(b"Connection: Upgrade\r\nConnection: HTTP2-Settings\r\nUpgrade: h2c, x\r\nUpgrade: y\r\n"),
+        _posted(b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n"),
+        _posted(b"Expect: 100-continue\r\n" + H2C),
+        _posted(H2C).replace(b"HTTP/1.1", b"HTTP/1.0"),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 50, 10_000])
+def test_another_protocol_is_not_spoken(live: Live, data: bytes, step: int) -> None:
+    """Java's client, for one, asks for HTTP/2 with each request."""
+    to = urlsplit(live.address)
+    with socket.create_connection((to.hostname, to.port or 0), timeout=10) as made:
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for at in range(0, len(data), step):
+            made.sendall(data[at : at + step])
+        said = _rest(made)
+    assert said.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").startswith(b"HTTP/1.1 200"), said
+    assert b'"finish_reason"' in said and b"upgrade" not in said.lower()
+
+
+def test_requests_on_one_connection_that_ask_for_another_protocol(live: Live) -> None:
+    said = _raw(live.address, _posted(H2C) + _posted(b"") + _posted(H2C, chunked=True))
+    assert said.count(b"HTTP/1.1 200") == said.count(b'"finish_reason"') == 3
+
+
+def test_what_follows_a_body_is_no_header(live: Live) -> None:
+    more = b"Origin: https://evil.example\r\n"
+    assert b" 200 " in _raw(live.address, _posted(b"", chunked=True, more=more))
+    assert b" 403 " in _raw(live.address, _posted(more))
 
 
 def test_a_body_that_never_ends_is_cut_off(live: Live) -> None:
