@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from toy_tokenizers import KINDS
 
 import bedplate
-from bedplate.errors import RunError
 from bedplate.runtime.sampling import ForcingMask
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.errors import ApiError
@@ -163,8 +162,9 @@ def test_an_end_token_is_allowed_where_the_grammar_can_end(alone: bedplate.Engin
     assert allowed(mask((a, c))) == [end]
     mask = guide(tokenizer, structured_outputs={"regex": "ab*"})()
     assert mask((a,)) == mask((a, b)) and allowed(mask((a, b))) == sorted([b, end])
-    with pytest.raises(RunError, match=r"the grammar cannot be followed: .*\nhint: "):
+    with pytest.raises(ApiError, match=r"The grammar cannot be followed: .*\(hint: ") as caught:
         mask((a, b, c))
+    assert caught.value.param == "structured_outputs.regex"
 
 
 def test_a_vocabulary_is_made_once_for_a_tokenizer(toy_bundle: bedplate.Bundle) -> None:
@@ -172,14 +172,16 @@ def test_a_vocabulary_is_made_once_for_a_tokenizer(toy_bundle: bedplate.Bundle) 
         base = engine.tokenizer
         made: list[Any] = []
         threads = [
-            threading.Thread(target=lambda name=name: made.append(vocabulary_of(engine.tokenizer_of(name))))
+            threading.Thread(
+                target=lambda name=name: made.append(vocabulary_of(engine.tokenizer_of(name), "tools"))
+            )
             for name in (None, "all", "all2")
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert all(one is vocabulary_of(base) for one in made)
+        assert all(one is vocabulary_of(base, "tools") for one in made)
 
 
 def test_a_tokenizer_without_end_or_of_another_kind() -> None:

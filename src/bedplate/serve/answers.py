@@ -14,15 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from bedplate.errors import MemoryFullError
-from bedplate.runtime import arguments
 from bedplate.runtime.request import Event, FinishReason, Statistics
 from bedplate.runtime.sampling import MaskFunction
 from bedplate.runtime.session import Prompt, Session
 from bedplate.serve.catalog import Model
-from bedplate.serve.errors import ApiError
+from bedplate.serve.errors import about
 from bedplate.serve.limits import Place
 from bedplate.serve.room import ALONE, too_large
-from bedplate.serve.wire import Sampled
 
 # A deadline is the server's limit on time, as max_tokens is one on tokens.
 FINISH: dict[FinishReason, str] = {
@@ -93,9 +91,10 @@ class Choice:
 
     async def _begin(self) -> AsyncGenerator[Event]:
         mask = None if self.mask is None else await asyncio.to_thread(self.mask)
-        begun = await self.session.begin_async(
-            self.prompt, key=self.place.key, deadline=self.place.seconds_left, mask=mask, **self.options
-        )
+        with about("prompt"):
+            begun = await self.session.begin_async(
+                self.prompt, key=self.place.key, deadline=self.place.seconds_left, mask=mask, **self.options
+            )
         self.place.check_prompt(self.stats.prompt_tokens)
         return begun
 
@@ -181,27 +180,6 @@ def begin(wanted: Wanted) -> list[Choice]:
                 )
             )
     return made
-
-
-def sampling_options(request: Sampled) -> dict[str, Any]:
-    """Options of `Session.events`."""
-    bias = {arguments.token_of(name): value for name, value in (request.logit_bias or {}).items()}
-    if None in bias:
-        raise ApiError(400, "logit_bias has a name that is no token id.", param="logit_bias")
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    return {
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_k": request.top_k,
-        "min_p": request.min_p,
-        "repetition_penalty": request.repetition_penalty,
-        "presence_penalty": request.presence_penalty,
-        "frequency_penalty": request.frequency_penalty,
-        "logit_bias": bias,
-        "min_tokens": request.min_tokens,
-        "ignore_eos": request.ignore_eos,
-        "stop": [text for text in stop if text],
-    }
 
 
 async def start(made: Sequence[Choice]) -> None:

@@ -13,7 +13,7 @@ from bedplate.errors import NameTakenError
 from bedplate.runtime.engine import Engine
 from bedplate.runtime.fixed import Fixed
 from bedplate.runtime.tokenizer import Tokenizer
-from bedplate.serve.errors import ApiError, unknown_model
+from bedplate.serve.errors import ApiError, about, unknown_model
 from bedplate.serve.room import Room
 from bedplate.serve.watch import Watch
 from bedplate.serve.wire import Lora
@@ -72,6 +72,14 @@ class Model:
         return self.fixed.adapters
 
     @property
+    def vocab(self) -> int:
+        """How many tokens it knows: an adapter may have more than the base. The file of the adapter may be read."""
+        engine = self.base.engine
+        known = engine.bundle.adapters
+        own = [known[name].info.vocab for name in self.adapters if name in known]
+        return max([engine.limits.vocab, *own])
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """Of its one adapter, else of the base."""
         return self.fixed.tokenizer
@@ -104,7 +112,8 @@ class Catalog:
         mixed = {one.id: one.scale for one in lora}
         if len(mixed) < len(lora):
             raise ApiError(400, "An adapter stands twice in lora.", param="lora")
-        return Model(name, base, base.engine.fixed(mixed))
+        with about("lora"):
+            return Model(name, base, base.engine.fixed(mixed))
 
     def _find(self, name: str) -> tuple[Base, str | None]:
         """An adapter's name wins over that of a base, as in vLLM."""

@@ -15,12 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from bedplate.runtime.messages import Conversation
 from bedplate.runtime.request import Event, TokenLogprobs
 from bedplate.runtime.tokenizer import Tokenizer
-from bedplate.serve.answers import Choice, Wanted, begin, merged, sampling_options
+from bedplate.serve.answers import Choice, Wanted, begin, merged
 from bedplate.serve.calls import CallReader
 from bedplate.serve.catalog import Model
-from bedplate.serve.errors import ApiError
+from bedplate.serve.errors import ApiError, about
 from bedplate.serve.lengths import check_length
 from bedplate.serve.limits import Place
+from bedplate.serve.options import sampling_options
 from bedplate.serve.structured import Constrained, grammar_of, guide_of
 from bedplate.serve.tools import Call, Calling, CallPiece, MadeCall, Tool, ToolChoice, calling_of, prompt_of
 from bedplate.serve.wire import Part, Strict
@@ -99,7 +100,7 @@ class Chat:
                 logprobs=(request.top_logprobs or 0) if request.logprobs else None,
                 cache_salt=request.cache_salt,
                 seed=request.seed,
-                options=sampling_options(request),
+                options=sampling_options(model, request),
                 mask=guide_of(model, request, calling.grammar(wanted) if calling else wanted),
             )
         )
@@ -150,9 +151,10 @@ class Chat:
 
 def count(model: Model, request: ChatRequest, most: int | None) -> int:
     """The tokens that are read for an answer. ApiError: see `check_length`."""
-    conversation = _read(model, request, _calling(model, request))
-    check_length(model, conversation, most, param="messages")
-    return len(model.tokenizer.encode_chat(conversation))
+    with about("messages"):
+        conversation = _read(model, request, _calling(model, request))
+        check_length(model, conversation, most, param="messages")
+        return len(model.tokenizer.encode_chat(conversation))
 
 
 def _calling(model: Model, request: ChatRequest) -> Calling | None:

@@ -131,6 +131,21 @@ def named(names: Mapping[str, str]) -> Iterator[None]:
         raise said from error
 
 
+@contextmanager
+def about(param: str) -> Iterator[None]:
+    """What the engine refuses in it, and names no field of, is told of this one."""
+    try:
+        yield
+    except (RunError, UnsupportedError) as error:
+        said = of_bedplate(error)
+        if said.status != 400 or said.param is not None:
+            raise
+        said.param = (
+            "lora" if isinstance(error, UnsupportedError) else param
+        )  # adapters that are not to be mixed
+        raise said from error
+
+
 def failed(error: BaseException) -> ApiError:
     """500 for what nobody foresaw. The log says where it happened, and nothing of what was asked: messages of errors
     may repeat it.

@@ -1,6 +1,8 @@
-"""Prompts that are certainly too long are refused before anybody tokenizes or looks through them."""
+"""What is refused of prompts before anybody tokenizes or looks through them: too much, and what are no tokens."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from bedplate.runtime.lengths import too_long
 from bedplate.runtime.messages import Conversation
@@ -26,3 +28,17 @@ def check_length(model: Model, prompt: Prompt, most: int | None, *, param: str =
     if length is not None:
         message = f"The prompt has {length} characters, so it has more than {most} tokens."
         raise ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def check_known(model: Model, tokens: Sequence[int], param: str) -> None:
+    """In a thread: the file of an adapter may be read. ApiError: one of the tokens is not in the vocabulary."""
+    vocab = model.vocab
+    for at, token in enumerate(tokens):
+        if token >= vocab:
+            raise unknown_token(token, vocab, f"{param}.{at}")
+
+
+def unknown_token(token: int, vocab: int, param: str) -> ApiError:
+    """param: the field that names it."""
+    hint = f"(hint: token ids are 0 … {vocab - 1})"
+    return ApiError(400, f"{param}: token {token} is not in the vocabulary {hint}", param=param)

@@ -86,12 +86,28 @@ class FunctionTool(Marked):
     eager_input_streaming: bool | None = None
 
 
-class ToolChoice(Strict):
-    """name: of the `tool`."""
+class AnyTool(Strict):
+    """auto: the model may call a tool.  any: it must."""
 
-    type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
+    type: Literal["auto", "any"]
     disable_parallel_tool_use: bool = False
+
+
+class OneTool(Strict):
+    """The tool that is to be called."""
+
+    type: Literal["tool"]
+    name: str
+    disable_parallel_tool_use: bool = False
+
+
+class NoTool(Strict):
+    """The model is not told of the tools."""
+
+    type: Literal["none"]
+
+
+ToolChoice = Annotated[AnyTool | OneTool | NoTool, Field(discriminator="type")]
 
 
 class Thinking(Strict):
@@ -163,7 +179,7 @@ def _read(asked: Conversation) -> Json:
     fields: Json = {"messages": _messages(asked)}
     if asked.tools:
         fields["tools"] = [{"type": "function", "function": _function(tool)} for tool in asked.tools]
-        fields |= _tool_choice(asked.tool_choice or ToolChoice(type="auto"))
+        fields |= _tool_choice(asked.tool_choice or AnyTool(type="auto"))
     elif asked.tool_choice is not None and asked.tool_choice.type not in ("none", "auto"):
         raise ApiError(400, "tool_choice: there are no tools.", param="tool_choice")
     form = asked.output_config.format
@@ -180,15 +196,13 @@ def _function(tool: FunctionTool) -> Json:
 
 
 def _tool_choice(choice: ToolChoice) -> Json:
-    if (choice.name is None) == (choice.type == "tool"):
-        raise ApiError(
-            400, "tool_choice.name: it is of the type `tool`, and only of that.", param="tool_choice"
-        )
+    if isinstance(choice, NoTool):
+        return {"tool_choice": "none"}
     chosen: str | Json
-    if choice.type == "tool":
+    if isinstance(choice, OneTool):
         chosen = {"type": "function", "function": {"name": choice.name}}
     else:
-        chosen = "required" if choice.type == "any" else choice.type
+        chosen = "required" if choice.type == "any" else "auto"
     return {"tool_choice": chosen, "parallel_tool_calls": not choice.disable_parallel_tool_use}
 
 
@@ -225,6 +239,9 @@ def _other(messages: list[Json], role: str, content: Any, at: int) -> None:
     if isinstance(content, str):
         messages.append({"role": role, "content": content})
         return
+    if not content:
+        field = f"messages.{at}.content"
+        raise ApiError(400, f"{field}: it has no blocks.", param=field)
     for block in content:
         if isinstance(block, ToolUse) or (role == "system" and isinstance(block, ToolResult)):
             raise ApiError(

@@ -13,11 +13,11 @@ from bedplate.serve.api import UNKNOWN_MODEL, Api, get, post
 from bedplate.serve.catalog import Model
 from bedplate.serve.chat import MOST_MESSAGES, ChatMessage, plain_messages
 from bedplate.serve.described import ModelCard, ModelCards, Text, Tokens
-from bedplate.serve.errors import ApiError
-from bedplate.serve.lengths import check_length
+from bedplate.serve.errors import ApiError, about
+from bedplate.serve.lengths import check_known, check_length
 from bedplate.serve.server import Server
 from bedplate.serve.tools import prompt_of
-from bedplate.serve.wire import Strict
+from bedplate.serve.wire import Strict, TokenId
 
 
 class TokenizeRequest(Strict):
@@ -32,7 +32,7 @@ class DetokenizeRequest(Strict):
     """`/detokenize`."""
 
     model: str
-    tokens: list[Annotated[int, Field(ge=0, lt=2**32)]]
+    tokens: list[TokenId]
 
 
 def routes(server: Server) -> list[Api]:
@@ -85,14 +85,17 @@ async def _tokenize(server: Server, body: TokenizeRequest) -> Response:
 
 def _decoded(model: Model, tokens: list[int]) -> str:
     check_length(model, tokens, None, param="tokens")
+    check_known(model, tokens, "tokens")
     return model.tokenizer.decode(tokens)
 
 
 def _encoded(model: Model, body: TokenizeRequest, most: int | None) -> list[int]:
     if body.prompt is not None:
-        check_length(model, body.prompt, most)
-        return model.tokenizer.encode(body.prompt)
-    messages = plain_messages(model.tokenizer, body.messages or ())
-    conversation = prompt_of(model.tokenizer, messages, [])
-    check_length(model, conversation, most, param="messages")
-    return model.tokenizer.encode_chat(conversation)
+        with about("prompt"):
+            check_length(model, body.prompt, most)
+            return model.tokenizer.encode(body.prompt)
+    with about("messages"):
+        messages = plain_messages(model.tokenizer, body.messages or ())
+        conversation = prompt_of(model.tokenizer, messages, [])
+        check_length(model, conversation, most, param="messages")
+        return model.tokenizer.encode_chat(conversation)

@@ -17,16 +17,19 @@ from starlette.responses import Response
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.runtime.session import Prompt
 from bedplate.serve import stream
-from bedplate.serve.answers import Choice, Wanted, begin, finished, merged, sampling_options, timings, usage
+from bedplate.serve.answers import Choice, Wanted, begin, finished, merged, timings, usage
 from bedplate.serve.api import GENERATES, JSON, SSE, Api, post
 from bedplate.serve.catalog import Model
 from bedplate.serve.described import TextCompletion
 from bedplate.serve.errors import ApiError
+from bedplate.serve.lengths import check_known
 from bedplate.serve.limits import Place
 from bedplate.serve.logprobs import OfText
+from bedplate.serve.options import sampling_options
 from bedplate.serve.server import Server
 from bedplate.serve.structured import Constrained, guide_of
 from bedplate.serve.told import Told, answered
+from bedplate.serve.wire import TokenId
 
 Json = dict[str, Any]
 _DEFAULT_TOKENS = 16  # OpenAI's
@@ -42,9 +45,9 @@ class CompletionRequest(Constrained):
 
     prompt: (
         str
-        | Annotated[list[int], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[list[int]], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -54,9 +57,15 @@ class CompletionRequest(Constrained):
     @property
     def prompts(self) -> list[Prompt]:
         """Each for itself."""
+        return list(self.by_field.values())
+
+    @property
+    def by_field(self) -> dict[str, Prompt]:
+        """Each by what it is called in the request."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+            return {"prompt": self.prompt}
+        prompts: Sequence[Prompt] = self.prompt
+        return {f"prompt.{at}": one for at, one in enumerate(prompts)}
 
     @property
     def answers(self) -> int:
@@ -66,6 +75,8 @@ class CompletionRequest(Constrained):
         super().check()
         if self.max_tokens == 0 and not self.echo:
             raise ApiError(400, "max_tokens: none are wanted, and no echo.", param="max_tokens")
+        if self.max_tokens == 0 and self.min_tokens:
+            raise ApiError(400, "min_tokens: no tokens are wanted.", param="min_tokens")
         if self.best_of not in (None, self.n):
             raise ApiError(400, "best_of: this server answers `n` times, and chooses none.", param="best_of")
 
@@ -95,6 +106,8 @@ class Echo:
         else:
             self.ids = list(prompt)  # type: ignore[arg-type]
             self.text = await run_in_threadpool(tokenizer.decode, self.ids)
+        if not self.ids:
+            raise ApiError(400, "prompt: it is empty.", param="prompt")
         self._place.check_prompt(len(self.ids))
         if self.scores is not None:
             scored = await run_in_threadpool(self._scored)
@@ -152,7 +165,7 @@ def _wanted(model: Model, asked: CompletionRequest, place: Place) -> Wanted:
         logprobs=asked.logprobs,
         cache_salt=asked.cache_salt,
         seed=asked.seed,
-        options=sampling_options(asked),
+        options=sampling_options(model, asked),
         mask=guide_of(model, asked),
     )
 
@@ -163,7 +176,7 @@ class _Told(Told):
     def __init__(self, asked: CompletionRequest, model: Model, place: Place) -> None:
         self._asked = asked
         self._prompts = [Echo(model, prompt, asked, place) for prompt in asked.prompts]
-        self.choices = begin(_wanted(model, asked, place)) if asked.max_tokens != 0 else []
+        self.choices = self._checked(_wanted(model, asked, place))
         self._echoes = [echo for echo in self._prompts for _ in range(asked.n)]
         self._known = [OfText(model.tokenizer) for _ in self._echoes]
         self._head = {
@@ -172,6 +185,18 @@ class _Told(Told):
             "created": int(time.time()),
             "model": asked.model,
         }
+
+    def _checked(self, wanted: Wanted) -> list[Choice]:
+        """The answers. Of none, nobody would check the fields."""
+        for field, prompt in self._asked.by_field.items():
+            if not isinstance(prompt, str):
+                check_known(wanted.model, prompt, field)  # type: ignore[arg-type]
+        choices = begin(wanted)
+        if self._asked.max_tokens != 0:
+            return choices
+        if wanted.mask is not None:
+            wanted.mask()
+        return []
 
     async def begin(self) -> None:
         await self._read()

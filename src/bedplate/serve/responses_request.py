@@ -10,7 +10,8 @@ from pydantic import Discriminator, Field, Tag
 from bedplate.serve.as_chat import call, chat_request, said
 from bedplate.serve.chat import MOST_MESSAGES, ChatRequest, joined
 from bedplate.serve.errors import ApiError
-from bedplate.serve.tools import Function, NamedFunction
+from bedplate.serve.structured import SchemaName
+from bedplate.serve.tools import Function, NamedFunction, arguments_in
 from bedplate.serve.wire import Accepted, Sampling, Strict
 
 Json = dict[str, Any]
@@ -98,17 +99,20 @@ class Format(Strict):
     """What form the text has. `name`, `schema` and what follows are of `json_schema`."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
+    name: SchemaName | None = None
     schema_: Annotated[Json | None, Field(alias="schema")] = None
     description: str | None = None
     strict: bool | None = None
 
     def check(self) -> None:
-        """ApiError: it has a field of another type, which would change nothing."""
+        """ApiError: it has a field of another type, which would change nothing, or has no name."""
         given = self.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
         if given and self.type != "json_schema":
             field = f"text.format.{next(iter(given))}"
             raise ApiError(400, f"{field}: only the type json_schema has it.", param=field)
+        if self.type == "json_schema" and self.name is None:
+            field = "text.format.name"
+            raise ApiError(400, f"{field}: Field required", param=field)
 
 
 class Text(Strict):
@@ -201,8 +205,9 @@ def _messages(asked: ResponsesRequest) -> list[Json]:
         messages.append({"role": "system", "content": asked.instructions})
     if isinstance(asked.input, str):
         return [*messages, {"role": "user", "content": asked.input}]
-    for item in asked.input:
+    for at, item in enumerate(asked.input):
         if isinstance(item, FunctionCall):
+            arguments_in(item.arguments, f"input.{at}.arguments")
             said(messages, None, [call(item.call_id, item.name, item.arguments)])
         elif isinstance(item, FunctionCallOutput):
             output = _text(item.output)

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from llguidance import LLMatcher, LLParserLimits
 from pydantic import ConfigDict, Field
 
-from bedplate.errors import RunError
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.catalog import Model
 from bedplate.serve.errors import ApiError
@@ -49,12 +48,15 @@ class JsonFormat(Strict):
     type: Literal["json_object"]
 
 
+SchemaName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
 class JsonSchema(Strict):
     """strict: a keyword of the schema that the grammar would ignore is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True, serialize_by_alias=True)
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: SchemaName
     description: str | None = None
     wanted: Annotated[Json, Field(alias="schema", default_factory=dict)]
     strict: bool | None = None
@@ -182,10 +184,10 @@ class Guide:
         with self._lock:
             if self._first is None:
                 self._first = self._made()
-            return GrammarMask(self._first.deep_copy())
+            return GrammarMask(self._first.deep_copy(), self._grammar.param)
 
     def _made(self) -> LLMatcher:
-        grammar, vocabulary = self._grammar, vocabulary_of(self._tokenizer)
+        grammar, vocabulary = self._grammar, vocabulary_of(self._tokenizer, self._grammar.param)
         parts = [{"name": f"part{i}", **one} for i, one in enumerate(grammar.parts)]
         source = json.dumps({"grammars": parts}, ensure_ascii=False)
         if len(source) > _LONGEST:
@@ -201,10 +203,13 @@ class Guide:
 
 
 class GrammarMask:
-    """The tokens that a grammar allows after those so far. An end token is allowed where the grammar can end."""
+    """The tokens that a grammar allows after those so far. An end token is allowed where the grammar can end.
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    param: the field of the request that the grammar is of.
+    """
+
+    def __init__(self, matcher: LLMatcher, param: str) -> None:
+        self._matcher, self._param = matcher, param
         self._read = 0  # tokens that the matcher knows
         self._forced: list[int] = matcher.compute_ff_tokens()
 
@@ -233,7 +238,8 @@ class GrammarMask:
     def _check(self) -> None:
         if self._matcher.is_error():
             said = self._matcher.get_error().partition("\n")[0]
-            raise RunError(f"the grammar cannot be followed: {said}", hint="use a simpler schema or grammar")
+            message = f"The grammar cannot be followed: {said} (hint: use a simpler schema or grammar)"
+            raise ApiError(400, message, param=self._param)
 
 
 def _inexact(value: Any) -> Iterator[int]:

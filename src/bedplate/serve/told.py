@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from bedplate.serve import stream
 from bedplate.serve.answers import Choice, start
 from bedplate.serve.catalog import Model
-from bedplate.serve.errors import ApiError, api_error_of
+from bedplate.serve.errors import ApiError, about, api_error_of
 from bedplate.serve.limits import Place
 from bedplate.serve.server import Server
 from bedplate.serve.wire import Sampling
@@ -54,7 +54,8 @@ async def answered(
     asked.check()
     model = server.catalog.find(asked.model, asked.lora)
     async with server.ticket(request, model, asked, asked.answers) as ticket:
-        told = await run_in_threadpool(tell, asked, model, ticket.place)
+        with about("prompt"):
+            told = await run_in_threadpool(tell, asked, model, ticket.place)
         if asked.stream:
             await ticket.whole(told.begin())
             return ticket.stream(_lines(told))

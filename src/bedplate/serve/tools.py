@@ -6,17 +6,18 @@ A template that knows tools has its own words for them. Else a system message te
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 
-from bedplate.runtime.messages import Conversation, Message
+from bedplate.runtime.messages import Conversation
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.errors import ApiError
+from bedplate.serve.in_words import in_words
 from bedplate.serve.structured import Grammar, quoted, schema_part
-from bedplate.serve.wire import Part, Strict
+from bedplate.serve.wire import Part, Strict, not_finite
 
 Json = dict[str, Any]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -217,24 +218,29 @@ def prompt_of(tokenizer: Tokenizer, messages: Sequence[Json], tools: Sequence[To
     told = [_told(tool) for tool in tools]
     if tokenizer.reads_tools:
         return Conversation(shown, told)
-    return Conversation(
-        _in_words(shown, told, takes_system=not _NO_SYSTEM.search(tokenizer.chat_template or ""))
-    )
+    return Conversation(in_words(shown, told, tokenizer.chat_template or ""))
 
 
 def _with_arguments(message: Json, i: int) -> Json:
     """Templates write arguments as JSON, so they are shown them as objects, as in transformers."""
     calls = []
     for n, call in enumerate(message.get("tool_calls") or ()):
-        try:
-            value = json.loads(call["function"]["arguments"] or "{}")
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            field = f"messages.{i}.tool_calls.{n}.function.arguments"
-            raise ApiError(400, f"{field}: this is not the text of a JSON object.", param=field)
+        field = f"messages.{i}.tool_calls.{n}.function.arguments"
+        value = arguments_in(call["function"]["arguments"], field)
         calls.append({**call, "function": {**call["function"], "arguments": value}})
     return {"tool_calls": calls} if calls else {}
+
+
+def arguments_in(text: str, param: str) -> Json:
+    """ApiError: the text is not one of a JSON object. Python also reads numbers and characters that JSON has no place
+    for.
+    """
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text or "{}")
+        json.dumps(value, ensure_ascii=False).encode()
+        if isinstance(value, dict) and not_finite(value) is None:
+            return value
+    raise ApiError(400, f"{param}: this is not the text of a JSON object.", param=param)
 
 
 def _told(tool: Tool) -> Json:
@@ -249,62 +255,6 @@ def _parameters(function: Function) -> Json:
     if function.parameters.get("type", "object") != "object":
         raise ApiError(400, f"The arguments of {function.name} are no object.", param="tools")
     return {"type": "object", **function.parameters}
-
-
-_WORDS = """# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-{}
-</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>"""
-
-
-# As the templates of Gemma refuse it.
-_NO_SYSTEM = re.compile(r"""raise_exception\(\s*['"]system""", re.IGNORECASE)
-
-
-def _in_words(messages: Sequence[Json], tools: Sequence[Json], takes_system: bool) -> list[Message]:
-    """For a template that knows no tools: tools, calls and results as text."""
-    told: list[Message] = []
-    for message in messages:
-        if message["role"] == "tool":
-            result = f"<tool_response>\n{_content(message)}\n</tool_response>"
-            if told and told[-1].get("results"):
-                result = f"{told.pop()['content']}\n{result}"
-            told.append({"role": "user", "content": result, "results": True})
-        elif message.get("tool_calls"):
-            calls = [f"<tool_call>\n{_call(one)}\n</tool_call>" for one in message["tool_calls"]]
-            told.append(
-                {"role": "assistant", "content": "\n".join(filter(None, [_content(message), *calls]))}
-            )
-        else:
-            told.append(message)
-    told = [{name: value for name, value in one.items() if name != "results"} for one in told]
-    if not tools:
-        return told
-    words = _WORDS.format("\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
-    if told[0]["role"] == "system":
-        words = f"{_content(told.pop(0))}\n\n{words}"
-    if not takes_system and told and told[0]["role"] == "user":
-        return [{**told[0], "content": f"{words}\n\n{_content(told[0])}"}, *told[1:]]
-    return [{"role": "system", "content": words}, *told]
-
-
-def _content(message: Message) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _call(call: Json) -> str:
-    function = call["function"]
-    return json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
 
 
 def _text(text: str) -> str:

@@ -16,27 +16,27 @@ _KNOWN: weakref.WeakKeyDictionary[Tokenizer, LLTokenizer] = weakref.WeakKeyDicti
 _BUILDING = threading.Lock()
 
 
-def vocabulary_of(tokenizer: Tokenizer) -> LLTokenizer:
+def vocabulary_of(tokenizer: Tokenizer, param: str) -> LLTokenizer:
     """Making it takes a second, and a hundred megabytes for a large one.
 
-    ApiError: llguidance does not know such tokenizers, or no token ends a text.
+    ApiError: llguidance does not know such tokenizers, or no token ends a text, so the field `param` has no effect.
     """
     root = tokenizer.root
     with _BUILDING:
         if root not in _KNOWN:
-            _KNOWN[root] = _made(root)
+            _KNOWN[root] = _made(root, param)
         return _KNOWN[root]
 
 
-def _made(tokenizer: Tokenizer) -> LLTokenizer:
+def _made(tokenizer: Tokenizer, param: str) -> LLTokenizer:
     ends = sorted(tokenizer.end_ids)
     if not ends:
-        raise ApiError(400, "The model has no end token, which a grammar needs.")
+        raise ApiError(400, "The model has no end token, which a grammar needs.", param=param)
     try:
         made = LLTokenizer(tokenizer.to_json(), eos_token=ends)
     except Exception as error:  # it raises nothing narrower
         message = f"Grammars cannot be used with the tokenizer of this model: {error}"
-        raise ApiError(400, message) from error
+        raise ApiError(400, message, param=param) from error
     return LLTokenizer(TokenizerWrapper(_Tokens(made, tokenizer.added, ends)), eos_token=ends)
 
 

@@ -27,6 +27,8 @@ _Body = TypeVar("_Body", bound=BaseModel)
 _Path = tuple[str | int, ...]
 Stop = Annotated[str, Field(max_length=1000)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
+_LARGEST = 2.0**128 - 2.0**104  # of 32 bits
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -77,10 +79,10 @@ class Strict(Part):
 
 
 class Lora(Strict):
-    """An adapter that is mixed in. scale: how much of it."""
+    """An adapter that is mixed in. scale: how much of it, a number of 32 bits."""
 
     id: str
-    scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    scale: Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)] = 1.0
 
 
 class StreamOptions(Strict):
