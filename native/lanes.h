@@ -66,6 +66,22 @@ INLINE Floats fma(Floats a, Floats b, Floats c) {
     return a * b + c;
 #endif
 }
+// The same, rounded once everywhere. The baseline adds in 64 bits, rounds to odd, and only then to 32: of two
+// roundings one after the other, the second would meet ties that the first has made (Boldo, Melquiond 2008).
+INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX2__) || defined(__aarch64__)
+    return fma(a, b, c);
+#else
+    typedef double Wide __attribute__((vector_size(kLanes * 8)));
+    typedef int64_t WideInts __attribute__((vector_size(kLanes * 8)));
+    const Wide x = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);  // is exact
+    const Wide y = __builtin_convertvector(c, Wide), sum = x + y, part = sum - x;
+    const Wide lost = (x - (sum - part)) + (y - part);
+    const WideInts bits = (WideInts)sum, towards = (((WideInts)lost ^ bits) >> 63) | 1;
+    const WideInts odd = bits + (towards & (lost != Wide{}) & ((bits & 1) - 1));
+    return __builtin_convertvector((Wide)odd, Floats);
+#endif
+}
 
 template <class Half, class Whole>
 INLINE Half half(Whole x, int which) {

@@ -1,7 +1,7 @@
 // Kernels of sampling. Included by kernels.cpp, in its namespace.
 //
-// All instruction sets give the same bits: nothing is fused, and 16 sums are kept and added up in one order,
-// however many lanes a vector has.
+// All instruction sets give the same bits: all round at the same places, and 16 sums are kept and added up in
+// one order, however many lanes a vector has.
 
 struct Sixteen {
     Floats parts[16 / kLanes];
@@ -23,19 +23,19 @@ INLINE float fold(const Sixteen& x, Folded folded) {
     return folded(y, Four{y[1], y[1], y[1], y[1]})[0];
 }
 
-// 2^x for x up to 0, and 1 for 0; relative error below 2e-7; 0 below -126.
+// 2^x for x up to 0, and 1 for 0; relative error below 2e-7; 0 below -126.5.
 INLINE Floats power_of_two(Floats x) {
+    x = larger(x, splat(-127.0f));
     const Floats magic = splat(12582912.0f);
     const Floats shifted = x + magic;  // the nearest integer is in the low bits
     const Floats f = x - (shifted - magic);
     Floats p = splat(1.326472731e-3f);
-    p = p * f + splat(9.671512991e-3f);
-    p = p * f + splat(5.550733581e-2f);
-    p = p * f + splat(2.402224243e-1f);
-    p = p * f + splat(6.931470037e-1f);
-    p = p * f + splat(1.0f);
-    const Ints power = (((Ints)shifted - (Ints)magic) + 127) << 23;
-    return x < splat(-126.0f) ? Floats{} : p * (Floats)power;
+    p = fused(p, f, splat(9.671512991e-3f));
+    p = fused(p, f, splat(5.550733581e-2f));
+    p = fused(p, f, splat(2.402224243e-1f));
+    p = fused(p, f, splat(6.931470037e-1f));
+    p = fused(p, f, splat(1.0f));
+    return p * (Floats)((((Ints)shifted - (Ints)magic) + 127) << 23);
 }
 
 INLINE Floats weight_of(Floats value, const Candidates& c) {
@@ -69,19 +69,28 @@ bool maxima(const float* values, int64_t count, float* found) {
     return any == 0;
 }
 
+template <bool kAll>
+INLINE float mass_of(const float* block, const Candidates& c, float least) {
+    Sixteen sum = all_sixteen(0.0f);
+    for (int64_t at = 0; at < kMassBlock; at += 16)
+        EACH (i, 16 / kLanes) {
+            const Floats x = load(block + at + i * kLanes), weight = weight_of(x, c);
+            if constexpr (kAll)
+                sum.parts[i] += weight;
+            else
+                sum.parts[i] += x >= splat(least) ? weight : Floats{};
+        }
+    return fold(sum, [](Four a, Four b) { return a + b; });
+}
+
 void masses(const Candidates& c, Range blocks, float least, float* sums) {
     float room[kMassBlock];
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
         sums[b] = 0.0f;
         if (c.maxima[b] < least) continue;
         const float* block = whole_block(c.values, c.count, b, room);
-        Sixteen sum = all_sixteen(0.0f);
-        for (int64_t at = 0; at < kMassBlock; at += 16)
-            EACH (i, 16 / kLanes) {
-                const Floats x = load(block + at + i * kLanes);
-                sum.parts[i] += x >= splat(least) ? weight_of(x, c) : Floats{};
-            }
-        sums[b] = fold(sum, [](Four a, Four b) { return a + b; });
+        sums[b] =
+            least == -__builtin_inff() ? mass_of<true>(block, c, least) : mass_of<false>(block, c, least);
     }
 }
 
