@@ -251,6 +251,8 @@ FUNCTION: dict[str, Any] = {**CALL["function"], "argumens": "{}"}  # type: ignor
     ("message", "param"),
     [
         ({"role": "user", "contnet": "x"}, "contnet"),
+        ({"role": "user", "content": "x", "messages": 1}, "messages"),  # a word of the chat template
+        ({"role": "user", "content": "x", "is_error": True}, "is_error"),
         ({"role": "assistant", "content": "x", "refusal": "no"}, "refusal"),
         ({"role": "assistant", "tool_calls": [{**CALL, "nmae": 1}]}, "tool_calls.0.nmae"),
         (

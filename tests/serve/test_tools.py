@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import serving
 from pydantic import BaseModel, Field
-from tool_templates import KINDS, build
+from tool_templates import HERMES, KINDS, build
 
 import bedplate
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.calls import CallReader
+from bedplate.serve.chat import ChatMessage, plain_messages
+from bedplate.serve.messages_request import MessagesRequest, as_chat
 from bedplate.serve.tools import CallPiece, Form, Tool, prompt_of
 
 WEATHER = {
@@ -233,15 +235,63 @@ def test_a_system_message_stays(bundles: dict[str, bedplate.Bundle]) -> None:
     assert text.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n") and text.count("system") == 1
 
 
-def test_a_template_without_a_system_message_tells_the_user() -> None:
+PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def of_template(source: str) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
     from tokenizers import models
 
+    return Tokenizer(Backend(models.BPE()), chat_template=source, special_tokens={})
+
+
+@pytest.mark.parametrize("template", [HERMES, PLAIN])
+@pytest.mark.parametrize(
+    ("is_error", "shown"), [(True, "Error: no such city"), (False, "no such city"), (None, "no such city")]
+)
+def test_a_call_that_has_failed(template: str, is_error: bool | None, shown: str) -> None:
+    """The model reads it, whether the template knows tools or not."""
+    tokenizer, asked = of_template(template), history(["c"])
+    asked[2] |= {"content": "no such city", "is_error": is_error}
+    turns = plain_messages(tokenizer, [ChatMessage.model_validate(one) for one in asked])
+    text = tokenizer.render(prompt_of(tokenizer, turns, []))
+    assert f"<tool_response>\n{shown}\n</tool_response>" in text
+
+
+def test_a_call_that_has_failed_in_the_words_of_the_template() -> None:
+    tokenizer = of_template(
+        "{% for m in messages %}{{ m.content }}{% if m.is_error %}!{% endif %}{% endfor %}"
+    )
+    asked = {"role": "tool", "content": "a", "is_error": True}
+    turns = plain_messages(tokenizer, [ChatMessage.model_validate(asked)])
+    assert prompt_of(tokenizer, turns, [Tool.model_validate(TOOLS[1])]).messages[-1]["content"] != "Error: a"
+
+
+def test_a_call_that_has_failed_in_messages() -> None:
+    call = {"type": "tool_use", "id": "c", "name": "weather", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": "no such city", "is_error": True}
+    turns = [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    asked = MessagesRequest.model_validate({"model": "m", "max_tokens": 1, "messages": [*MESSAGES, *turns]})
+    tokenizer = of_template(PLAIN)
+    text = tokenizer.render(prompt_of(tokenizer, plain_messages(tokenizer, as_chat(asked).messages), []))
+    assert "<tool_response>\nError: no such city\n</tool_response>" in text
+
+
+def test_a_call_in_words_keeps_what_the_template_reads_beside_it() -> None:
+    source = "{% for m in messages %}{{ m.thinking }}{{ m.results }}{{ m.content }}{% endfor %}"
+    tokenizer, asked = of_template(source), history(["c"])
+    asked[1]["thinking"], asked[3]["results"] = "hm", "so"
+    turns = plain_messages(tokenizer, [ChatMessage.model_validate(one) for one in asked])
+    text = tokenizer.render(prompt_of(tokenizer, turns, []))
+    assert "hm<tool_call>" in text and text.endswith("</tool_response>sothe dog")
+
+
+def test_a_template_without_a_system_message_tells_the_user() -> None:
     template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     )
-    tokenizer = Tokenizer(Backend(models.BPE()), chat_template=template, special_tokens={})
+    tokenizer = of_template(template)
     text = tokenizer.render(prompt_of(tokenizer, MESSAGES, [Tool.model_validate(TOOLS[1])]))
     assert text.startswith("<user># Tools\n") and text.endswith("</tool_call>\n\nthe fox")
 

@@ -5,7 +5,6 @@ The APIs of chat make a `ChatRequest` of what they get, and say the `Delta`s of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, Literal, NamedTuple
@@ -23,6 +22,7 @@ from bedplate.serve.lengths import check_length
 from bedplate.serve.limits import Place
 from bedplate.serve.options import sampling_options
 from bedplate.serve.structured import Constrained, grammar_of, guide_of
+from bedplate.serve.template_reads import Reads, reads_of
 from bedplate.serve.tools import Call, Calling, CallPiece, MadeCall, Tool, ToolChoice, calling_of, prompt_of
 from bedplate.serve.wire import Part, Strict
 
@@ -37,12 +37,16 @@ class TextPart(Strict):
 
 
 class ChatMessage(Part):
-    """A turn. Other fields go to the chat template as they are: see `plain_messages`."""
+    """A turn. Other fields go to the chat template as they are: see `plain_messages`.
+
+    is_error: of the role `tool`: the call has failed.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: str
     content: str | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES)] | None = None
+    is_error: bool | None = None
     tool_calls: Annotated[list[MadeCall], Field(max_length=MOST_MESSAGES)] | None = None
 
 
@@ -171,44 +175,42 @@ def plain_messages(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> lis
 
     ApiError: a message has a field that nobody reads.
     """
-    _check_fields(tokenizer, messages)
+    reads = reads_of(tokenizer.chat_template or "")
+    _check_fields(reads, messages)
     plain = [message.model_dump(exclude_none=True) for message in messages]
-    if (
-        re.search(r"\btext\b", tokenizer.chat_template or "") is None
-    ):  # no template reads a part without its `text`
+    if not reads.names("content", "text"):
         for message in plain:
             if isinstance(message.get("content"), list):
                 message["content"] = joined(part["text"] for part in message["content"])
     return plain
 
 
-# What OpenAI's and Anthropic's messages have, what a model thought, and labels that clients send back with an answer.
-_KNOWN = {
-    "name",
-    "tool_call_id",
-    "is_error",
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-    "annotations",
-    "index",
-}
+# What OpenAI's messages have, what a model thought, and labels that clients send back with an answer.
+_KNOWN = {"name", "tool_call_id", "reasoning_content", "thinking", "reasoning", "annotations", "index"}
 
 
-def _check_fields(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> None:
+def _check_fields(reads: Reads, messages: Sequence[ChatMessage]) -> None:
     """Null is what is not given."""
-    known = _KNOWN.union(re.findall(r"\w+", tokenizer.chat_template or ""))
     for i, message in enumerate(messages):
-        parts: list[tuple[str, BaseModel]] = [(f"messages.{i}", message)]
+        _check_part(reads, (), message, f"messages.{i}")
+        if message.is_error is not None and message.role != "tool" and not reads.has("is_error"):
+            raise _unread(f"messages.{i}.is_error")
         for n, call in enumerate(message.tool_calls or ()):
             where = f"messages.{i}.tool_calls.{n}"
-            parts += [(where, call), (f"{where}.function", call.function)]
-        for where, part in parts:
-            for name, value in (part.model_extra or {}).items():
-                if name not in known and value is not None:
-                    field = f"{where}.{name}"
-                    said = f"{field}: is no field that this server or the chat template of the model knows"
-                    raise ApiError(400, said, param=field)
+            _check_part(reads, ("tool_calls",), call, where)
+            _check_part(reads, ("tool_calls", "function"), call.function, f"{where}.function")
+
+
+def _check_part(reads: Reads, path: tuple[str, ...], part: BaseModel, where: str) -> None:
+    """path: the fields that lead to it from a message."""
+    for name, value in (part.model_extra or {}).items():
+        if value is not None and name not in _KNOWN and not reads.has(*path, name):
+            raise _unread(f"{where}.{name}")
+
+
+def _unread(field: str) -> ApiError:
+    said = f"{field}: is no field that this server or the chat template of the model knows"
+    return ApiError(400, said, param=field)
 
 
 def joined(texts: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Tools in words, for a chat template that does not know them."""
+"""Tools, and that a call has failed, in words, for a chat template that does not know them."""
 
 from __future__ import annotations
 
@@ -32,21 +32,20 @@ _NO_SYSTEM = re.compile(r"""raise_exception\(\s*['"]system""", re.IGNORECASE)
 
 def in_words(messages: Sequence[Json], tools: Sequence[Json], template: str) -> list[Message]:
     """Tools, calls and results as text. template: the source of the chat template, which knows none of them."""
-    told: list[Message] = []
+    told, is_result = list[Message](), False
     for message in messages:
-        if message["role"] == "tool":
+        follows_result, is_result = is_result, message["role"] == "tool"
+        if is_result:
             result = f"<tool_response>\n{_content(message)}\n</tool_response>"
-            if told and told[-1].get("results"):
+            if follows_result:
                 result = f"{told.pop()['content']}\n{result}"
-            told.append({"role": "user", "content": result, "results": True})
+            told.append({"role": "user", "content": result})
         elif message.get("tool_calls"):
             calls = [f"<tool_call>\n{_call(one)}\n</tool_call>" for one in message["tool_calls"]]
-            told.append(
-                {"role": "assistant", "content": "\n".join(filter(None, [_content(message), *calls]))}
-            )
+            rest = {name: value for name, value in message.items() if name != "tool_calls"}
+            told.append({**rest, "content": "\n".join(filter(None, [_content(message), *calls]))})
         else:
             told.append(message)
-    told = [{name: value for name, value in one.items() if name != "results"} for one in told]
     if not tools:
         return told
     words = _WORDS.format("\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
@@ -55,6 +54,19 @@ def in_words(messages: Sequence[Json], tools: Sequence[Json], template: str) -> 
     if _NO_SYSTEM.search(template) and told and told[0]["role"] == "user":
         return [{**told[0], "content": f"{words}\n\n{_content(told[0])}"}, *told[1:]]
     return [{"role": "system", "content": words}, *told]
+
+
+def with_error(message: Json) -> Json:
+    """A result that says itself that the call has failed."""
+    if "is_error" not in message:
+        return message
+    told = {name: value for name, value in message.items() if name != "is_error"}
+    if not message["is_error"]:
+        return told
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return {**told, "content": f"Error: {content}"}
+    return {**told, "content": [{"type": "text", "text": "Error: "}, *content]}
 
 
 def _content(message: Message) -> str:

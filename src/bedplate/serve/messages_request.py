@@ -57,7 +57,7 @@ class ToolUse(Marked):
 
 
 class ToolResult(Marked):
-    """What a call gave. is_error: goes to the chat template."""
+    """What a call gave. is_error: the call has failed."""
 
     type: Literal["tool_result"]
     tool_use_id: str

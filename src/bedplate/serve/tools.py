@@ -15,8 +15,9 @@ from pydantic import ConfigDict, Field
 from bedplate.runtime.messages import Conversation
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve.errors import ApiError
-from bedplate.serve.in_words import in_words
+from bedplate.serve.in_words import in_words, with_error
 from bedplate.serve.structured import Grammar, quoted, schema_part
+from bedplate.serve.template_reads import reads_of
 from bedplate.serve.wire import Part, Strict, not_finite
 
 Json = dict[str, Any]
@@ -215,6 +216,8 @@ def prompt_of(tokenizer: Tokenizer, messages: Sequence[Json], tools: Sequence[To
     ApiError: the arguments of an earlier call are no JSON object.
     """
     shown = [{**message, **_with_arguments(message, i)} for i, message in enumerate(messages)]
+    if not reads_of(tokenizer.chat_template or "").names("is_error"):
+        shown = [with_error(message) for message in shown]
     told = [_told(tool) for tool in tools]
     if tokenizer.reads_tools:
         return Conversation(shown, told)
