@@ -14,11 +14,13 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 from pydantic import BaseModel, ValidationError
 
-from bedplate.serve.messages_request import MessagesRequest
-from bedplate.serve.models import DetokenizeRequest
+from bedplate.serve.live_api import LoadAdapterRequest, UnloadAdapterRequest
+from bedplate.serve.messages_request import Conversation, MessagesRequest
+from bedplate.serve.models import DetokenizeRequest, TokenizeRequest
 from bedplate.serve.openai_chat import ChatCompletionRequest
 from bedplate.serve.openai_text import CompletionRequest
 from bedplate.serve.responses_request import ResponsesRequest
+from bedplate.serve.wire import Part
 
 MESSAGES = [{"role": "user", "content": "the fox"}]
 SCHEMA = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -363,8 +365,70 @@ def test_null_is_what_is_not_given(name: str, http: httpx2.Client) -> None:
         assert refused_field(http.post(api.path, json={**api.least, field: None})).startswith(field)
 
 
+def parts_of(kind: Any) -> set[type[Part]]:
+    """All models that a type is made of."""
+    if isinstance(kind, type) and issubclass(kind, Part):
+        return {kind}.union(*(parts_of(field.annotation) for field in kind.model_fields.values()))
+    return set[type[Part]]().union(*map(parts_of, typing.get_args(kind)))
+
+
+def least_of(kind: Any) -> Any:
+    """What a type takes, with nothing that may be left out."""
+    first = next(iter(typing.get_args(kind)), None)
+    if isinstance(kind, type) and issubclass(kind, Part):
+        fields = kind.model_fields.items()
+        return {
+            field.alias or name: least_of(field.annotation) for name, field in fields if field.is_required()
+        }
+    if typing.get_origin(kind) is list:
+        return [least_of(first)]
+    if typing.get_origin(kind) is dict or kind is dict:
+        return {}
+    if typing.get_origin(kind) is typing.Literal:
+        return first
+    return {str: "a", int: 1}[kind] if kind in (str, int) else least_of(first)
+
+
+BODIES = (
+    ChatCompletionRequest,
+    CompletionRequest,
+    ResponsesRequest,
+    MessagesRequest,
+    Conversation,
+    TokenizeRequest,
+    DetokenizeRequest,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+)
+
+
+@pytest.mark.parametrize(
+    "part", sorted(set().union(*map(parts_of, BODIES)), key=str), ids=lambda part: part.__name__
+)
+def test_null_is_what_is_not_given_in_each_part_of_a_body(part: type[Part]) -> None:
+    least = least_of(part)
+    without = part.model_validate(least)
+    for name, field in part.model_fields.items():
+        if not field.is_required():
+            assert part.model_validate({**least, field.alias or name: None}) == without
+    many = {f"x{i}": None for i in range(100)}
+    assert part.model_validate({**many, **least}) == without
+
+
+def test_nulls_in_requests(http: httpx2.Client) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("chat", {"stream": True, "stream_options": {"include_usage": None}}),
+        ("chat", {"messages": [*MESSAGES, {"role": "user", "content": "a", "is_error": None, "name": None}]}),
+        ("messages", {"tool_choice": {"type": "auto", "disable_parallel_tool_use": None}}),
+        ("responses", {"text": {"format": {"type": "text", "name": None}, "verbosity": None}}),
+    ]
+    for name, fields in asked:
+        said = http.post(APIS[name].path, json={**APIS[name].least, **fields})
+        assert said.status_code == 200, said.text
+
+
 WRONG: list[None] = [None] * 200_000
-MANY = {f"x{i}": None for i in range(200_000)}
+MANY: dict[str, list[None]] = {f"x{i}": [] for i in range(200_000)}
 
 
 @pytest.mark.parametrize(

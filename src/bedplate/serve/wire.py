@@ -53,8 +53,20 @@ def _fail_fast(schema: Any) -> None:
             _fail_fast(part)
 
 
+def _given(fields: Any) -> Any:
+    """Without nulls: clients send them for what they leave alone."""
+    if not isinstance(fields, dict):
+        return fields
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 class Part(BaseModel):
     """Of a body. One error is told, so few are made: it can have millions of wrong items."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        return _given(fields)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -73,9 +85,9 @@ class Strict(Part):
     @classmethod
     def _with_few_unknown(cls, fields: Any) -> Any:
         """Of too many fields, one that is unknown is left, so that not each makes an error."""
-        most = len(cls.model_fields) + 1
-        few = isinstance(fields, dict) and len(fields) > most
-        return dict(islice(fields.items(), most)) if few else fields
+        most, given = len(cls.model_fields) + 1, _given(fields)
+        few = isinstance(given, dict) and len(given) > most
+        return dict(islice(given.items(), most)) if few else given
 
 
 class Lora(Strict):
@@ -111,14 +123,6 @@ class Asking(Strict):
     def caller(self) -> str | None:
         """Whose request it is, among those of one API key."""
         return self.user
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, fields: Any) -> Any:
-        """Null is what is not given: clients send it for what they leave alone."""
-        if not isinstance(fields, dict):
-            return fields
-        return {name: value for name, value in fields.items() if value is not None}
 
 
 class Sampling(Asking):
