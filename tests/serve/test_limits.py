@@ -27,6 +27,7 @@ from bedplate.runtime.session import Session
 from bedplate.runtime.tokenizer import Tokenizer
 from bedplate.serve import openai_text
 from bedplate.serve.errors import ApiError
+from bedplate.serve.keys import Keys
 from bedplate.serve.limits import Place, Places
 from bedplate.serve.settings import Settings
 
@@ -170,14 +171,14 @@ def test_many_items_are_refused_before_anything_looks_at_them(
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"logit_bias": {"100000": 1}}, "logit_bias"),
-        ({"logit_bias": {str(2**40): 1}}, "logit_bias"),
-        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"100000": 1}}, "logit_bias.100000"),
+        ({"logit_bias": {str(2**40): 1}}, f"logit_bias.{2**40}"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
         ({"min_tokens": 10, "max_tokens": 5}, "min_tokens"),
         ({"min_tokens": 1_000_000}, "min_tokens"),
-        ({"prompt": [5, 100_000]}, "prompt"),
-        ({"prompt": [5, -1]}, "prompt"),
-        ({"prompt": [5, 100_000], "echo": True, "logprobs": 0}, "prompt"),
+        ({"prompt": [5, 100_000]}, "prompt.1"),
+        ({"prompt": [5, -1]}, "prompt.1"),
+        ({"prompt": [5, 100_000], "echo": True, "logprobs": 0}, "prompt.1"),
     ],
 )
 def test_what_the_engine_refuses_is_named(live: Live, fields: dict[str, Any], param: str) -> None:
@@ -367,6 +368,42 @@ def test_a_rate_of_tokens(toy_bundle: bedplate.Bundle) -> None:
         scored = {"model": "all8", "prompt": [5] * 40, "echo": True, "logprobs": 0, "max_tokens": 0}
         said = [ask(live.address, scored, path="/v1/completions").status for _ in range(2)]
         assert said == [200, 429]
+
+
+def test_each_answer_tells_the_rate(toy_bundle: bedplate.Bundle) -> None:
+    """Of the API key, or of the model. Pages of allowed sites may read it too."""
+    keys, site = Keys.of(["one=secret"]), {"Origin": "https://page.example"}
+    limits = Settings(tokens_per_minute=20, keys=keys, allow_origins=("https://page.example",))
+    wrong = chat(temprature=1)
+    with running({"toy": toy_bundle}, limits) as live:
+        known = {"Authorization": "Bearer secret", **site}
+        asks: list[tuple[str, Any, dict[str, str], int]] = [
+            ("/v1/models", None, known, 200),
+            ("/v1/chat/completions", wrong, known, 400),
+            ("/v1/chat/completions", b"{", known, 400),
+            ("/v1/messages", {}, known, 400),
+            ("/v1/chat/completions", chat(model="none"), known, 404),
+            ("/none", None, known, 404),
+            ("/v1/chat/completions", chat(max_tokens=30, ignore_eos=True, stream=True), known, 200),
+            ("/v1/chat/completions", chat(max_tokens=1), known, 429),
+            ("/v1/chat/completions", wrong, site, 401),
+        ]
+        for path, body, headers, status in asks:
+            said = ask(live.address, body, path=path, headers=headers)
+            assert said.status == status, (path, body)
+            assert said.headers.get("x-ratelimit-limit-tokens") == (None if status == 401 else "20"), path
+            assert said.headers["access-control-expose-headers"] == "*"
+    with running({"toy": toy_bundle}, Settings(tokens_per_minute=20)) as live:
+        for body in (chat(top_logprobs=1), chat(logit_bias={"9999": 1}), chat(max_tokens=1)):
+            assert ask(live.address, body).headers["x-ratelimit-limit-tokens"] == "20"
+
+
+def test_the_rate_is_told_once(toy_bundle: bedplate.Bundle) -> None:
+    with running({"toy": toy_bundle}, Settings(tokens_per_minute=20)) as live:
+        for expected in (200, 429):
+            with open_request(live.address, chat(max_tokens=30, ignore_eos=True)) as made:
+                said = made.recv(65536)
+            assert said.split()[1] == str(expected).encode() and said.count(b"x-ratelimit-limit-tokens") == 1
 
 
 def _place(settings: Settings, key: str, user: str = "", n: int = 1) -> Place:

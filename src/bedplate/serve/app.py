@@ -91,7 +91,16 @@ def _cross_origin(settings: Settings) -> list[Middleware]:
     allowed = settings.allow_origins
     if not allowed:
         return []
-    return [Middleware(CORSMiddleware, allow_origins=allowed, allow_headers=["*"], allow_methods=["*"])]
+    every = ["*"]
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=allowed,
+            allow_headers=every,
+            allow_methods=every,
+            expose_headers=every,
+        )
+    ]
 
 
 def serve(bases: Sequence[Base], settings: Settings) -> None:

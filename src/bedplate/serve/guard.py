@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bedplate.serve.errors import ApiError, failed
 from bedplate.serve.keys import key_in
-from bedplate.serve.server import HEADERS, Server
+from bedplate.serve.server import Server
 from bedplate.serve.settings import Settings
 
 _BODIES = 32  # so many of the largest ones may be held at once, with those of requests that wait
@@ -34,8 +34,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope[HEADERS] = {}
-        said, body = _Said(scope, send), _Body(receive, self._server.settings, self._hold)
+        said, body = _Said(scope, send, self._server), _Body(receive, self._server.settings, self._hold)
         try:
             self._check(scope)
             await self._app(scope, body.receive, said.send)
@@ -150,13 +149,14 @@ class _Body:
 class _Said:
     """What the client is told."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
-        self._scope, self._send, self._begun = scope, send, False
+    def __init__(self, scope: Scope, send: Send, server: Server) -> None:
+        self._scope, self._send, self._server, self._begun = scope, send, server, False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._begun = True
-            more = [(name.encode(), value.encode()) for name, value in self._scope[HEADERS].items()]
+            told = self._server.headers(self._scope)
+            more = [(name.encode(), value.encode()) for name, value in told.items()]
             message = {**message, "headers": [*message.get("headers", ()), *more]}
         await self._send(message)
 

@@ -238,8 +238,8 @@ class _Rate:
         if self._most is not None and (over := self._now(name) - self._most) >= 0:
             message = f"The limit of {self._most} tokens a minute is reached."
             wait = max(1, math.ceil((over + 1) * 60 / self._most))
-            headers = {"Retry-After": str(wait), **self.headers(name)}
-            raise ApiError(429, message, kind="tokens", code="rate_limit_exceeded", headers=headers)
+            retry = {"Retry-After": str(wait)}
+            raise ApiError(429, message, kind="tokens", code="rate_limit_exceeded", headers=retry)
 
     def take(self, name: str, tokens: int) -> None:
         if self._most is not None:

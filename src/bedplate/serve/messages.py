@@ -39,7 +39,7 @@ def routes(server: Server) -> list[Api]:
     async def tell_count(request: Request) -> Response:
         asked = await body_of(request, Conversation)
         with named(NAMES):
-            return await _count(server, asked)
+            return await _count(server, request, asked)
 
     return [
         Api(
@@ -87,8 +87,8 @@ def _refused(error: ApiError, id: str) -> Response:
     return JSONResponse(error.in_anthropics_words(id), status_code=error.status, headers=error.headers)
 
 
-async def _count(server: Server, asked: Conversation) -> Response:
-    model = server.catalog.find(asked.model, asked.lora)
+async def _count(server: Server, request: Request, asked: Conversation) -> Response:
+    model = server.model(request, asked.model, asked.lora)
     async with server.counting:
         tokens = await run_in_threadpool(count, model, counted(asked), server.settings.max_prompt)
     return JSONResponse({"input_tokens": tokens})

@@ -43,10 +43,10 @@ def routes(server: Server) -> list[Api]:
         return JSONResponse(server.catalog.card(request.path_params["name"]))
 
     async def tokenize(request: Request, body: TokenizeRequest) -> Response:
-        return await _tokenize(server, body)
+        return await _tokenize(server, request, body)
 
     async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
-        model = server.catalog.find(body.model)
+        model = server.model(request, body.model)
         # In a thread also the tokenizer is found, which may wait for weights that load.
         prompt = await run_in_threadpool(_decoded, model, body.tokens)
         return JSONResponse({"prompt": prompt})
@@ -73,10 +73,10 @@ def routes(server: Server) -> list[Api]:
     ]
 
 
-async def _tokenize(server: Server, body: TokenizeRequest) -> Response:
+async def _tokenize(server: Server, request: Request, body: TokenizeRequest) -> Response:
+    model = server.model(request, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "Give prompt or messages, and not both.", param="prompt")
-    model = server.catalog.find(body.model)
     async with server.counting:
         tokens = await run_in_threadpool(_encoded, model, body, server.settings.max_prompt)
     most = model.base.engine.limits.max_context

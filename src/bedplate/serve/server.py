@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from bedplate.errors import BedplateError
 from bedplate.serve.catalog import Catalog, Model
@@ -20,12 +21,11 @@ from bedplate.serve.live import Live
 from bedplate.serve.metrics import Metrics
 from bedplate.serve.settings import Settings
 from bedplate.serve.stream import EventStream
-from bedplate.serve.wire import Asking, read_json
+from bedplate.serve.wire import Asking, Lora, read_json
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _Result = TypeVar("_Result")
 _COUNTING = 4  # requests at once whose tokens are only counted: their texts may be long
-HEADERS = "bedplate.headers"  # of a scope: what every answer to the request has
 
 
 class Ticket:
@@ -81,6 +81,18 @@ class Server:
         except BedplateError as error:  # a request says it too
             self._unloaded = of_bedplate(error).message
 
+    def model(self, request: Request, name: str, lora: Sequence[Lora] | None = None) -> Model:
+        """What a request asks. ApiError: there is no such model, or not the adapters of `lora`."""
+        model = self.catalog.find(name, lora)
+        if not hasattr(request.state, "key"):  # else it is the name of the API key
+            request.state.key = model.key
+        return model
+
+    def headers(self, scope: Scope) -> dict[str, str]:
+        """What an answer to a request tells besides, whatever it is: the rate of whom the request is counted for."""
+        key = scope.get("state", {}).get("key")
+        return {} if key is None else self.places.headers(key)
+
     @asynccontextmanager
     async def ticket(
         self, request: Request, model: Model, asked: Asking, answers: int = 1
@@ -89,14 +101,12 @@ class Server:
 
         ApiError: it gets none.  ClientDisconnect: the client did not wait so long.
         """
-        key = getattr(request.state, "key", None) or model.key
-        place = Place(model, key, asked, answers, self.settings)
+        place = Place(model, request.state.key, asked, answers, self.settings)
         async with AsyncExitStack() as held:
             await _unless_gone(request, held.enter_async_context(self.places.place(place)))
             held.enter_context(model.base.watch.running(model))
             # Here, in a thread: it may wait for weights that load. From now on it is known.
             await _unless_gone(request, run_in_threadpool(lambda: model.tokenizer))
-            request.scope.get(HEADERS, {}).update(self.places.headers(key))
             yield Ticket(request, place, held, self.settings)
 
 

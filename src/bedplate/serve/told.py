@@ -51,8 +51,8 @@ async def answered(
     server: Server, request: Request, asked: _Asked, tell: Callable[[_Asked, Model, Place], Told]
 ) -> Response:
     """tell: is called in a thread: another process may read a chat template, and weights may load."""
+    model = server.model(request, asked.model, asked.lora)
     asked.check()
-    model = server.catalog.find(asked.model, asked.lora)
     async with server.ticket(request, model, asked, asked.answers) as ticket:
         with about("prompt"):
             told = await run_in_threadpool(tell, asked, model, ticket.place)
