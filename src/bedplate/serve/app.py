@@ -12,7 +12,6 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
@@ -32,7 +31,7 @@ from bedplate.serve import (
 from bedplate.serve.catalog import Base, Catalog
 from bedplate.serve.counted import Counted
 from bedplate.serve.errors import ApiError, of_bedplate
-from bedplate.serve.guard import Guard
+from bedplate.serve.guard import Guard, cross_origin
 from bedplate.serve.limits import Places
 from bedplate.serve.metrics import Metrics
 from bedplate.serve.server import Server
@@ -79,28 +78,12 @@ def create_app(
         lifespan=life,
         middleware=[
             Middleware(Counted, metrics, routes),
-            *_cross_origin(server.settings),
+            *cross_origin(server.settings),
             Middleware(Guard, server),
         ],
     )
     app.state.server = server
     return app
-
-
-def _cross_origin(settings: Settings) -> list[Middleware]:
-    allowed = settings.allow_origins
-    if not allowed:
-        return []
-    every = ["*"]
-    return [
-        Middleware(
-            CORSMiddleware,
-            allow_origins=allowed,
-            allow_headers=every,
-            allow_methods=every,
-            expose_headers=every,
-        )
-    ]
 
 
 def serve(bases: Sequence[Base], settings: Settings) -> None:

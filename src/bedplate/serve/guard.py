@@ -8,14 +8,16 @@ import asyncio
 import ipaddress
 import json
 from collections.abc import Callable
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bedplate.serve.errors import ApiError, failed
 from bedplate.serve.keys import key_in
-from bedplate.serve.server import Server
 from bedplate.serve.settings import Settings
 
 _BODIES = 32  # so many of the largest ones may be held at once, with those of requests that wait
@@ -23,10 +25,40 @@ _PROBES = ("/health", "/ready", "/metrics")  # gateways ask them without a key, 
 _PAGE = "/page/"  # its files hold no secret: the page itself asks for a key
 
 
+class Guarded(Protocol):
+    """What it asks of a server. draining: it is told to end."""
+
+    @property
+    def draining(self) -> bool: ...
+
+    @property
+    def settings(self) -> Settings: ...
+
+    def headers(self, scope: Scope) -> dict[str, str]:
+        """What each answer to a request has."""
+        ...
+
+
+def cross_origin(settings: Settings) -> list[Middleware]:
+    """What stands before it, so that pages of allowed sites may ask, and may read each answer and its headers."""
+    if not settings.allow_origins:
+        return []
+    every = ["*"]
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.allow_origins,
+            allow_headers=every,
+            allow_methods=every,
+            expose_headers=every,
+        )
+    ]
+
+
 class Guard:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, server: Server) -> None:
+    def __init__(self, app: ASGIApp, server: Guarded) -> None:
         self._app, self._server = app, server
         self._held = 0  # bytes of all bodies
 
@@ -83,7 +115,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def _check_site(headers: Headers, server: Server) -> None:
+def _check_site(headers: Headers, server: Guarded) -> None:
     """A page of another site must not use a server that its reader's browser reaches."""
     settings, host = server.settings, headers.get("host", "")
     if "*" in settings.allow_origins:
@@ -149,7 +181,7 @@ class _Body:
 class _Said:
     """What the client is told."""
 
-    def __init__(self, scope: Scope, send: Send, server: Server) -> None:
+    def __init__(self, scope: Scope, send: Send, server: Guarded) -> None:
         self._scope, self._send, self._server, self._begun = scope, send, server, False
 
     async def send(self, message: Message) -> None:

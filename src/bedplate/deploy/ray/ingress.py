@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray.exceptions import (
@@ -17,7 +17,6 @@ from ray.exceptions import (
 )
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,8 +27,7 @@ from bedplate.deploy.ray.options import RayOptions
 from bedplate.deploy.ray.together import together
 from bedplate.serve import stream
 from bedplate.serve.errors import ApiError
-from bedplate.serve.guard import Guard
-from bedplate.serve.server import Server
+from bedplate.serve.guard import Guard, cross_origin
 from bedplate.serve.settings import Settings
 
 logger = logging.getLogger("bedplate.deploy")
@@ -47,11 +45,9 @@ class Ingress:
     def __init__(self, replicas: DeploymentHandle, options: RayOptions) -> None:
         self._replicas, self._base = replicas, options.name or name_of(options.bundle)
         settings = options.server()
-        self._app: ASGIApp = Guard(self._answer, cast("Server", _Guarded(settings)))
-        if origins := settings.allow_origins:  # a browser asks for them without a key
-            self._app = CORSMiddleware(
-                self._app, allow_origins=origins, allow_headers=["*"], allow_methods=["*"]
-            )
+        self._app: ASGIApp = Guard(self._answer, _Guarded(settings))
+        for one in cross_origin(settings):  # a browser asks without a key
+            self._app = one.cls(self._app, *one.args, **one.kwargs)
 
     async def __call__(self, request: Request) -> Response:
         return _Answer(self._app)
@@ -103,6 +99,10 @@ class _Guarded(NamedTuple):
 
     settings: Settings
     draining: bool = False
+
+    def headers(self, scope: Scope) -> dict[str, str]:
+        """None: the replica that answers tells the rate, which it counts for itself."""
+        return {}
 
 
 class _Answer(Response):
