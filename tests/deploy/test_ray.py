@@ -2,145 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from ray_live import CONTEXT, MESSAGES, Node, ray_running, ticks, until, wanted
 from toy import BuildToy, save_adapter, save_toy_model, toy_config
 
 import bedplate
 
 pytestmark = pytest.mark.slow
-MESSAGES: list[Any] = [{"role": "user", "content": "the fox"}]
-CONTEXT = 32768  # an answer takes seconds
 REFRESH = 0.5
 STORED = ("one", "two", "three")
-START_SECONDS, END_SECONDS = 120, 60
-
-
-class Node(NamedTuple):
-    """process: all of Ray comes from it.  store: its folder of adapters.
-    adapters: folders of PEFT.  expected: what an engine says.
-    """
-
-    process: subprocess.Popen[str]
-    client: openai.OpenAI
-    store: Path
-    adapters: dict[str, Path]
-    expected: Callable[[str | None, int], str]
-
-    def ask(self, model: str, tokens: int = 6) -> tuple[str, str]:
-        """Which replica answers, and what."""
-        raw = self.client.chat.completions.with_raw_response.create(model=model, **_asked(tokens))
-        return raw.headers["x-bedplate-replica"], raw.parse().choices[0].message.content or ""
-
-    def put(self, source: str, name: str) -> None:
-        """Put an adapter into the store, in one step."""
-        shutil.copytree(self.adapters[source], self.store / ".new")
-        if (self.store / name).exists():
-            (self.store / name).rename(self.store / ".old")
-        (self.store / ".new").rename(self.store / name)
-        shutil.rmtree(self.store / ".old", ignore_errors=True)
-
-    def replicas(self) -> list[int]:
-        """Their processes."""
-        parents: dict[int, int] = {}
-        found: list[int] = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if (folder / "cmdline").read_bytes().startswith(b"ray::ServeReplica:bedplate:replicas"):
-                    found.append(int(folder.name))
-            except OSError:
-                continue  # it has ended
-        return [pid for pid in found if self.process.pid in _above(pid, parents)]
-
-    def busiest(self) -> int:
-        """The process that computes most."""
-        before = {pid: _ticks(pid) for pid in self.replicas()}
-        time.sleep(0.3)
-        return max(before, key=lambda pid: _ticks(pid) - before[pid])
-
-
-def _above(pid: int, parents: dict[int, int]) -> Iterator[int]:
-    while pid in parents:
-        yield pid
-        pid = parents[pid]
-
-
-def _ticks(pid: int) -> int:
-    """Of the processor, that a process has used."""
-    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(stat[11]) + int(stat[12])
-
-
-def _asked(tokens: int) -> dict[str, Any]:
-    return {
-        "messages": MESSAGES,
-        "max_tokens": tokens,
-        "temperature": 0,
-        "extra_body": {"ignore_eos": True},
-    }
-
-
-def _until(true: Callable[[], bool], seconds: float) -> float:
-    """How long it took."""
-    begun = time.monotonic()
-    while not true():
-        assert time.monotonic() < begun + seconds, "it takes too long"
-        time.sleep(0.05)
-    return time.monotonic() - begun
-
-
-@contextmanager
-def _running(folder: Path, port: int, options: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
-    """A Ray that serves. When the block ends, so does all of it."""
-    # Only whoever has the token may tell Ray's processes what to do, on all the ports that they listen at.
-    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [sys.executable, str(Path(__file__).with_name("ray_node.py")), str(port), json.dumps(options)]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,
-            env={**os.environ, **own},
-        )
-    killer = threading.Timer(START_SECONDS, process.kill)  # which ends all that it has started
-    killer.start()
-    try:
-        assert process.stdout is not None and process.stdin is not None
-        while not (line := process.stdout.readline()).startswith('{"ready"'):
-            assert line, (folder / "log").read_text()
-        killer.cancel()
-        yield process
-        process.stdin.close()
-        assert process.wait(END_SECONDS) == 0
-    finally:
-        killer.cancel()
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
 
 
 @contextmanager
@@ -187,7 +72,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, build_toy: BuildToy) -> Itera
     (folder / "keys").write_text("key-of-tests")
     with (
         _expecting(folder, bundle, adapters) as expected,
-        _running(folder, port, options) as process,
+        ray_running(folder, port, options) as process,
         openai.OpenAI(
             base_url=f"http://127.0.0.1:{port}/v1", api_key="key-of-tests", max_retries=0, timeout=60
         ) as client,
@@ -200,7 +85,7 @@ def test_an_answer_is_that_of_an_engine(node: Node, model: str | None) -> None:
     expected = node.expected(model, 12)
     for name in (model or "toy", f"toy:{model}" if model else "toy"):
         assert node.ask(name, 12)[1] == expected
-    stream = node.client.chat.completions.create(model=model or "toy", stream=True, **_asked(12))
+    stream = node.client.chat.completions.create(model=model or "toy", stream=True, **wanted(12))
     pieces = [one.choices[0] for one in stream]
     assert "".join(one.delta.content or "" for one in pieces) == expected
     assert pieces[-1].finish_reason == "length"
@@ -232,7 +117,7 @@ def test_models_are_listed_before_they_are_used(node: Node) -> None:
 
 
 def test_several_adapters_of_a_request(node: Node) -> None:
-    asked = _asked(6)
+    asked = wanted(6)
     asked["extra_body"] = {"lora": [{"id": "one", "scale": 0}, {"id": "two", "scale": 0}], "ignore_eos": True}
     said = node.client.chat.completions.create(model="toy", **asked)
     assert said.choices[0].message.content == node.expected(None, 6)
@@ -280,7 +165,7 @@ def test_keys_and_limits(node: Node) -> None:
     for key in ("none", "key-of-test"):
         other = node.client.with_options(api_key=key)
         with pytest.raises(openai.AuthenticationError):
-            other.chat.completions.create(model="one", **_asked(1))
+            other.chat.completions.create(model="one", **wanted(1))
         with pytest.raises(openai.AuthenticationError):
             other.models.list()
     with pytest.raises(openai.BadRequestError, match="at most 1000"):
@@ -314,13 +199,13 @@ def test_a_broken_adapter_disturbs_nobody(node: Node) -> None:
 def test_adapters_come_and_go(node: Node) -> None:
     node.put("other", "late")
     assert node.ask("late")[1] == node.expected("other", 6)  # at once
-    _until(lambda: all("late" in [one.id for one in node.client.models.list()] for _ in range(8)), 10)
+    until(lambda: all("late" in [one.id for one in node.client.models.list()] for _ in range(8)), 10)
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(node.ask, "late", 3000)
         time.sleep(0.2)
         node.put("two", "late")  # while it is in use
         expected = node.expected("two", 6)
-        took = _until(lambda: node.ask("late")[1] == expected, 10)
+        took = until(lambda: node.ask("late")[1] == expected, 10)
         assert took < REFRESH + 2
         assert node.ask("late")[1] == expected
         assert running.result()[1] == node.expected("other", 3000)  # to its end as it began
@@ -333,30 +218,30 @@ def test_adapters_come_and_go(node: Node) -> None:
             return True
         return False
 
-    _until(gone, 10)
+    until(gone, 10)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_replica(node: Node, stream: bool) -> None:
     client = node.client.with_options(timeout=1)
     if stream:
-        with client.chat.completions.create(model="one", stream=True, **_asked(CONTEXT - 100)) as pieces:
+        with client.chat.completions.create(model="one", stream=True, **wanted(CONTEXT - 100)) as pieces:
             next(iter(pieces))
     else:
         with pytest.raises(openai.APITimeoutError):
-            client.chat.completions.create(model="one", **_asked(CONTEXT - 100))
+            client.chat.completions.create(model="one", **wanted(CONTEXT - 100))
 
     def idle() -> bool:
-        before = {pid: _ticks(pid) for pid in node.replicas()}
+        before = {pid: ticks(pid) for pid in node.replicas()}
         time.sleep(0.5)
-        return all(_ticks(pid) - before[pid] < 15 for pid in before)
+        return all(ticks(pid) - before[pid] < 15 for pid in before)
 
-    _until(idle, 5)
+    until(idle, 5)
 
 
 def test_a_killed_replica_loses_no_request_that_had_not_begun_to_answer(node: Node) -> None:
     expected = node.expected("one", 3000)
-    _until(lambda: len(node.replicas()) == 2, 60)
+    until(lambda: len(node.replicas()) == 2, 60)
     with ThreadPoolExecutor(8) as threads:
         asked = [threads.submit(node.ask, "one", 3000) for _ in range(8)]
         time.sleep(0.3)
@@ -366,8 +251,8 @@ def test_a_killed_replica_loses_no_request_that_had_not_begun_to_answer(node: No
 
 
 def test_a_killed_replica_ends_a_stream_with_an_error(node: Node) -> None:
-    _until(lambda: len(node.replicas()) == 2, 60)
-    stream = node.client.chat.completions.create(model="one", stream=True, **_asked(CONTEXT - 100))
+    until(lambda: len(node.replicas()) == 2, 60)
+    stream = node.client.chat.completions.create(model="one", stream=True, **wanted(CONTEXT - 100))
     said = "".join(next(stream).choices[0].delta.content or "" for _ in range(20))
     os.kill(node.busiest(), signal.SIGKILL)
     with pytest.raises(openai.APIError) as caught:
