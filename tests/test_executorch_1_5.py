@@ -14,6 +14,7 @@ from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.program._program import _get_aten_to_edge_passes
 from stock import StockProgram
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import bedplate
 from bedplate import executorch_1_5 as private
@@ -25,6 +26,7 @@ from bedplate.quantize.recipe import EIGHT_BIT, WEIGHT_ONLY, Scheme
 from bedplate.quantize.weights import quantize_weight
 
 TOKENS = torch.tensor([[3, 1, 2]])
+CONFIG = ExecutorchBackendConfig(external_constants=True)
 
 
 class Everything(nn.Module):
@@ -66,20 +68,38 @@ def lowered(module: Everything, graphs: list[private.XNNGraph]) -> tuple[private
         )
         calls = [node.target for node in edge.exported_program().graph.nodes if node.op == "call_function"]
         assert calls.count(private.executorch_call_delegate) == 1
-        return private.emitted(edge.to_executorch(ExecutorchBackendConfig(external_constants=True)))
+        return private.emitted(edge.to_executorch(CONFIG))
 
 
 def test_what_is_decomposed_once_is_what_executorch_gives(
     module: Everything, lowered: tuple[private.Program, dict[str, bytes]]
 ) -> None:
     exported = torch.export.export(module, (TOKENS,), strict=False)
-    edge = private.to_delegates({"forward": exported}, private.partitioner())
-    again = private.emitted(edge.to_executorch(ExecutorchBackendConfig(external_constants=True)))
-    ours, expected = (
-        bytes(private.serialize_pte_binary(private.PTEFile(program=program)))
-        for program in (again[0], lowered[0])
+    check_same(to_program(exported), lowered)
+
+
+def test_so_it_is_for_any_number_of_tokens(module: Everything) -> None:
+    """Where sizes are symbols, and a delegate ends where one is asked for."""
+    length = torch.export.Dim("length", min=1, max=8)
+    exported = torch.export.export(module, (TOKENS,), dynamic_shapes=({1: length},), strict=False)
+    stock = to_edge_transform_and_lower(
+        exported, partitioner=[private.partitioner()], compile_config=private.EDGE_CONFIG
     )
-    assert (ours, again[1]) == (expected, lowered[1])
+    check_same(to_program(exported), private.emitted(stock.to_executorch(CONFIG)))
+
+
+def to_program(exported: ExportedProgram) -> tuple[private.Program, dict[str, bytes]]:
+    edge = private.to_delegates({"forward": exported}, private.partitioner())
+    return private.emitted(private.to_program(edge, CONFIG))
+
+
+def check_same(*found: tuple[private.Program, dict[str, bytes]]) -> None:
+    """To the byte, with the same constants."""
+    ours, expected = (
+        (bytes(private.serialize_pte_binary(private.PTEFile(program=program))), data)
+        for program, data in found
+    )
+    assert ours == expected
 
 
 class Calls(nn.Module):

@@ -26,6 +26,7 @@ from bedplate.executorch_1_5 import (
     forget_weights,
     partitioner,
     to_delegates,
+    to_program,
 )
 from bedplate.model.decoder import Decoder
 from bedplate.model.static_attention import StaticDecoder
@@ -78,12 +79,13 @@ def compile_static(structure: Structure, shapes: StaticShapes) -> Lowered:
         for method, delegates in ((PREFILL, 2), (DECODE, 1)):
             check_delegates(edge.exported_program(method).graph_module, _OUTSIDE, delegates)
         with exporting():
-            lowered = edge.to_executorch(
+            lowered = to_program(
+                edge,
                 ExecutorchBackendConfig(
                     external_constants=True,
                     # Caches are read where the host keeps them.
                     memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
-                )
+                ),
             )
     program, data = emitted(lowered)
     forget_weights(edge)

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from bedplate.compile.delegate_graph import lean_delegates
 from bedplate.compile.report import check_lowering
-from bedplate.executorch_1_5 import emitted, forget_weights, partitioner, to_delegates
+from bedplate.executorch_1_5 import emitted, forget_weights, partitioner, to_delegates, to_program
 from bedplate.model.decoder import Decoder, register_operators
 from bedplate.quiet import rare_collections
 
@@ -43,8 +43,8 @@ def lower(decoder: Decoder, *, max_chunk: int, symbol_of: Mapping[str, str]) -> 
         edge = to_delegates({"forward": _export(decoder, max_chunk)}, partitioner())
         check_lowering(edge.exported_program().graph_module, n_layers=len(decoder.layers))
         # external_constants: weights outside of delegates get names instead of places in the file.
-        lowered = edge.to_executorch(
-            ExecutorchBackendConfig(external_constants=True, emit_mutable_buffer_names=True)
+        lowered = to_program(
+            edge, ExecutorchBackendConfig(external_constants=True, emit_mutable_buffer_names=True)
         )
     program, data = emitted(lowered)
     forget_weights(edge)
