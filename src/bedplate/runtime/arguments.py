@@ -141,7 +141,9 @@ def token_ids(value: Any, name: str = "token_ids") -> list[int]:
 def token_of(name: object) -> int | None:
     """The token that a name in JSON stands for: its id, in decimal. None: it stands for none."""
     digits = str(name)
-    token = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= _DIGITS else -1
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= _DIGITS):
+        return None
+    token = int(digits)
     return token if str(token) == digits else None  # a token has one name
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,13 +71,14 @@ class Model:
         """By name, each with its scale."""
         return self.fixed.adapters
 
-    @property
-    def vocab(self) -> int:
-        """How many tokens it knows: an adapter may have more than the base. The file of the adapter may be read."""
-        engine = self.base.engine
-        known = engine.bundle.adapters
-        own = [known[name].info.vocab for name in self.adapters if name in known]
-        return max([engine.limits.vocab, *own])
+    def vocab_for(self, tokens: Iterable[int]) -> int:
+        """How many tokens it knows. An adapter can have more than the base. Its file is read for that only if one of
+        these tokens is not the base's.
+        """
+        base, known = self.base.engine.limits.vocab, self.base.engine.bundle.adapters
+        if max(tokens, default=0) < base:
+            return base
+        return max([base, *(known[name].read_info().vocab for name in self.adapters if name in known)])
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -32,7 +32,7 @@ def check_length(model: Model, prompt: Prompt, most: int | None, *, param: str =
 
 def check_known(model: Model, tokens: Sequence[int], param: str) -> None:
     """In a thread: the file of an adapter may be read. ApiError: one of the tokens is not in the vocabulary."""
-    vocab = model.vocab
+    vocab = model.vocab_for(tokens)
     for at, token in enumerate(tokens):
         if token >= vocab:
             raise unknown_token(token, vocab, f"{param}.{at}")

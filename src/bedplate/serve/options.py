@@ -13,8 +13,11 @@ from bedplate.serve.wire import Sampled
 
 def sampling_options(model: Model, request: Sampled) -> dict[str, Any]:
     """Options of `Session.events`. ApiError: `logit_bias` has a name that is no token of the model."""
-    vocab = model.vocab
-    bias = {_token(name, vocab): value for name, value in (request.logit_bias or {}).items()}
+    bias = {_token(name): value for name, value in (request.logit_bias or {}).items()}
+    vocab = model.vocab_for(bias)
+    for token in bias:
+        if token >= vocab:
+            raise unknown_token(token, vocab, f"logit_bias.{token}")
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     return {
         "temperature": request.temperature,
@@ -31,10 +34,9 @@ def sampling_options(model: Model, request: Sampled) -> dict[str, Any]:
     }
 
 
-def _token(name: str, vocab: int) -> int:
-    token, field = arguments.token_of(name), f"logit_bias.{name}"
+def _token(name: str) -> int:
+    token = arguments.token_of(name)
     if token is None:
+        field = f"logit_bias.{name}"
         raise ApiError(400, f"{field}: this is no token id.", param=field)
-    if not 0 <= token < vocab:
-        raise unknown_token(token, vocab, field)
     return token
