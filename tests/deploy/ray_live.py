@@ -60,6 +60,15 @@ class Node(NamedTuple):
                 continue  # it has ended
         return [pid for pid in found if self.process.pid in _above(pid, parents)]
 
+    def is_idle(self) -> bool:
+        """None of its replicas computes, or starts."""
+        try:
+            before = {pid: ticks(pid) for pid in self.replicas()}
+            time.sleep(0.5)
+            return all(ticks(pid) - before[pid] < 15 for pid in before)
+        except OSError:
+            return False  # one has ended
+
     def busiest(self) -> int:
         """The process that computes most."""
         before = {pid: ticks(pid) for pid in self.replicas()}

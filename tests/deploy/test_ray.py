@@ -18,7 +18,7 @@ import httpx2 as httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from ray_live import CONTEXT, MESSAGES, Node, ray_running, ticks, until, wanted
+from ray_live import CONTEXT, MESSAGES, Node, ray_running, until, wanted
 from toy import BuildToy, save_adapter, save_toy_model, toy_config
 
 import bedplate
@@ -230,18 +230,12 @@ def test_a_client_that_leaves_frees_its_replica(node: Node, stream: bool) -> Non
     else:
         with pytest.raises(openai.APITimeoutError):
             client.chat.completions.create(model="one", **wanted(CONTEXT - 100))
-
-    def idle() -> bool:
-        before = {pid: ticks(pid) for pid in node.replicas()}
-        time.sleep(0.5)
-        return all(ticks(pid) - before[pid] < 15 for pid in before)
-
-    until(idle, 5)
+    until(node.is_idle, 5)
 
 
 def test_a_killed_replica_loses_no_request_that_had_not_begun_to_answer(node: Node) -> None:
     expected = node.expected("one", 3000)
-    until(lambda: len(node.replicas()) == 2, 60)
+    until(lambda: len(node.replicas()) == 2 and node.is_idle(), 60)
     with ThreadPoolExecutor(8) as threads:
         asked = [threads.submit(node.ask, "one", 3000) for _ in range(8)]
         time.sleep(0.3)
@@ -251,7 +245,7 @@ def test_a_killed_replica_loses_no_request_that_had_not_begun_to_answer(node: No
 
 
 def test_a_killed_replica_ends_a_stream_with_an_error(node: Node) -> None:
-    until(lambda: len(node.replicas()) == 2, 60)
+    until(lambda: len(node.replicas()) == 2 and node.is_idle(), 60)
     stream = node.client.chat.completions.create(model="one", stream=True, **wanted(CONTEXT - 100))
     said = "".join(next(stream).choices[0].delta.content or "" for _ in range(20))
     os.kill(node.busiest(), signal.SIGKILL)

@@ -21,7 +21,7 @@ from raw import MESSAGES, ask, chat, open_request, wait_until
 
 import bedplate
 from bedplate.runtime import loaded, loading
-from bedplate.runtime.lengths import _longest_in, _longest_of
+from bedplate.runtime.lengths import _Bound, _bound_in, _bound_of, too_long
 from bedplate.runtime.request import TokenLogprobs
 from bedplate.runtime.session import Session
 from bedplate.runtime.tokenizer import Tokenizer
@@ -200,20 +200,32 @@ def test_an_adapter_that_is_replaced_while_a_request_begins(
     assert said.headers["retry-after"] == "1"
 
 
-@pytest.mark.parametrize("toy", [toy_tokenizers.llama3, toy_tokenizers.llama2])
+@pytest.mark.parametrize("toy", [toy_tokenizers.llama3, toy_tokenizers.llama2, toy_tokenizers.smollm2])
 def test_no_text_has_fewer_tokens_than_its_length_says(toy: Callable[[], toy_tokenizers.Toy]) -> None:
     ours = toy().ours
-    longest = _longest_of(ours)
-    assert longest is not None
-    for text in ("the fox " * 50, "\u1f87" * 50, "\u03b1\u0314\u0342\u0345" * 50, " " * 200, "\0" * 50):
-        assert len(text) <= longest * len(ours.encode(text))
+    bound = _bound_of(ours)
+    assert bound is not None
+    control = "".join(map(chr, range(32)))
+    greek, beyond = "\u03b1\u0314\u0342\u0345", "\U000f0000"
+    for text in ("the fox ", "\u1f87", greek, beyond, "    ", *control, control, f"a{control}"):
+        whole = text * 50
+        kept = len(whole) - sum(map(whole.count, bound.lost))
+        assert kept <= bound.longest * len(ours.encode(whole))
 
 
-@pytest.mark.parametrize("toy", [toy_tokenizers.unigram, toy_tokenizers.spaces, toy_tokenizers.smollm2])
+def test_characters_that_become_no_token_do_not_count() -> None:
+    ours = toy_tokenizers.smollm2().ours
+    bound = _bound_of(ours)
+    assert bound is not None and bound.lost and ours.encode(bound.lost * 50) == []
+    assert too_long(ours, bound.lost * 100_000, 40) is None
+    assert too_long(ours, "the fox " * 100_000 + bound.lost, 40) == 800_000
+
+
+@pytest.mark.parametrize("toy", [toy_tokenizers.unigram, toy_tokenizers.spaces])
 def test_of_tokenizers_that_may_leave_out_text_nothing_is_certain(
     toy: Callable[[], toy_tokenizers.Toy],
 ) -> None:
-    assert _longest_of(toy().ours) is None
+    assert _bound_of(toy().ours) is None
 
 
 @pytest.mark.parametrize(
@@ -225,12 +237,13 @@ def test_of_tokenizers_that_may_leave_out_text_nothing_is_certain(
         ("pre_tokenizer", {"type": "WhitespaceSplit"}),
         ("pre_tokenizer", None),
         ("model", {"vocab": {"a": 0}}),
+        ("model", {"vocab": {chr(one): one for one in range(0x100, 0x144)}, "unk_token": "a"}),
     ],
 )
 def test_what_could_shorten_a_text_is_not_overlooked(live: Live, field: str, value: Any) -> None:
     data = json.loads(live.engine.tokenizer.to_json())
-    assert _longest_in(data) == max(map(len, data["model"]["vocab"]))
-    assert _longest_in({**data, field: value}) is None
+    assert _bound_in(data) == _Bound(max(map(len, data["model"]["vocab"])))
+    assert _bound_in({**data, field: value}) is None
 
 
 def test_the_likelihood_of_a_prompt_has_an_end_too(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

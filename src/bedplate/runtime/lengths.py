@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from bedplate.runtime.messages import DEEPEST, Conversation
@@ -12,7 +13,22 @@ from bedplate.runtime.tokenizer import Tokenizer
 
 _COMPOSED = 4  # characters at most, of which Unicode composes one
 _LOOK_AT_ALL = {"ByteLevel", "Split", "Digits", "Metaspace"}  # pre-tokenizers that drop nothing
-_longest: WeakKeyDictionary[Tokenizer, int | None] = WeakKeyDictionary()
+_PRINTED = {
+    *range(0x21, 0x7F),
+    *range(0xA1, 0xAD),
+    *range(0xAE, 0x100),
+}  # bytes of characters that one can see
+_CONTINUING = range(0x80, 0xC0)  # bytes of UTF-8, one of which is in each character beyond ASCII
+
+
+class _Bound(NamedTuple):
+    """longest: how many characters of a text become one token at most.  lost: those that become none."""
+
+    longest: int
+    lost: str = ""
+
+
+_bounds: WeakKeyDictionary[Tokenizer, _Bound | None] = WeakKeyDictionary()
 
 
 def too_long(tokenizer: Tokenizer, prompt: str | Conversation, most: int) -> int | None:
@@ -23,12 +39,13 @@ def too_long(tokenizer: Tokenizer, prompt: str | Conversation, most: int) -> int
     length = len(prompt) if isinstance(prompt, str) else _characters([prompt.messages, prompt.tools])
     if length <= most:  # a token has a character at least
         return None
-    longest = _longest_of(tokenizer)
-    if longest is None or length <= most * longest:
+    bound = _bound_of(tokenizer)
+    if bound is None or length <= most * bound.longest:
         return None
-    if isinstance(prompt, Conversation):  # a chat template may leave out some of it
-        length = len(tokenizer.render(prompt))
-    return length if length > most * longest else None
+    # A chat template may leave out some of it.
+    text = tokenizer.render(prompt) if isinstance(prompt, Conversation) else prompt
+    kept = len(text) - sum(map(text.count, bound.lost))
+    return kept if kept > most * bound.longest else None
 
 
 def _characters(value: Any, depth: int = 0) -> int:
@@ -40,18 +57,16 @@ def _characters(value: Any, depth: int = 0) -> int:
     return sum(_characters(part, depth + 1) for part in parts)
 
 
-def _longest_of(tokenizer: Tokenizer) -> int | None:
-    """How many characters of a text become one token at most. None: nobody knows."""
+def _bound_of(tokenizer: Tokenizer) -> _Bound | None:
+    """None: nobody knows."""
     root = tokenizer.root
-    if root not in _longest:
-        _longest[root] = _longest_in(json.loads(root.to_json()))
-    return _longest[root]
+    if root not in _bounds:
+        _bounds[root] = _bound_in(json.loads(root.to_json()))
+    return _bounds[root]
 
 
-def _longest_in(data: dict[str, Any]) -> int | None:
-    """As for `_longest_of`, of a `tokenizer.json`."""
-    from tokenizers.pre_tokenizers import ByteLevel  # it takes a while, and is needed for long texts only
-
+def _bound_in(data: dict[str, Any]) -> _Bound | None:
+    """As for `_bound_of`, of a `tokenizer.json`."""
     model, normalizers = data["model"], _steps(data.get("normalizer"), "normalizers")
     steps = _steps(data.get("pre_tokenizer"), "pretokenizers")
     splitters = {step["type"] for step in steps}
@@ -60,19 +75,30 @@ def _longest_in(data: dict[str, Any]) -> int | None:
         return None
     # Else characters that are unknown may be dropped, or many of them become one token.
     if "ByteLevel" in splitters:
-        needed = ByteLevel.alphabet()
+        unknown = [byte for byte in range(256) if _shown(byte) not in known]
     elif model.get("byte_fallback"):
-        needed = [f"<0x{byte:02X}>" for byte in range(256)]
+        unknown = [byte for byte in range(256) if f"<0x{byte:02X}>" not in known]
     else:
         return None
-    if not all(one in known for one in needed):
+    # SmolLM2 has no tokens for six control characters. Without one for what is unknown, they are dropped.
+    drops = "ByteLevel" in splitters and model.get("unk_token") is None
+    if (unknown and not drops) or any(byte in _CONTINUING for byte in unknown):
         return None
     if any(token["lstrip"] or token["rstrip"] for token in data["added_tokens"]):  # with the spaces beside it
         return None
     if not all(map(_keeps_length, normalizers)):
         return None
     texts = [*known, *(token["content"] for token in data["added_tokens"])]
-    return max(map(len, texts)) * (_COMPOSED if any(one["type"] == "NFC" for one in normalizers) else 1)
+    composed = _COMPOSED if any(one["type"] == "NFC" for one in normalizers) else 1
+    lost = "".join(map(chr, unknown[: bisect_left(unknown, 0x80)]))
+    return _Bound(max(map(len, texts)) * composed, lost)
+
+
+def _shown(byte: int) -> str:
+    """The character that stands for a byte in tokens of the kind ByteLevel: itself, or one of the next from 256 on."""
+    if byte in _PRINTED:
+        return chr(byte)
+    return chr(256 + byte - sum(one < byte for one in _PRINTED))
 
 
 def _steps(step: dict[str, Any] | None, inner: str) -> Sequence[dict[str, Any]]:
