@@ -409,6 +409,8 @@ def with_peft(
 def quiet(call: Any) -> Any:
     """transformers says much about configs that it does not like, and draws bars."""
     verbosity = logging.get_verbosity()
+    if verbosity == logging.CRITICAL:
+        return call()  # within another; to change it, each time, all loggers of the process are told
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import executorch.kernels.quantized  # noqa: F401  registers the embedding kernels
 import torch
-from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+from executorch.exir import EdgeCompileConfig, to_edge
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers update_cache, custom_sdpa
 from executorch.extension.pybindings.portable_lib import _load_for_executorch
 from torch import Tensor
@@ -59,9 +59,8 @@ def export_whole(decoder: Decoder, path: Path, *, max_chunk: int) -> None:
     length = Dim("length", min=1, max=max_chunk)
     with torch.no_grad(), rare_collections():
         exported = torch.export.export(AllRows(), inputs, dynamic_shapes=({1: length}, None), strict=False)
-        edge = to_edge_transform_and_lower(
-            exported,
-            partitioner=[partitioner()],
-            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        )
-        edge.to_executorch().save(str(path))
+        # As `to_edge_transform_and_lower`, which decomposes the graph three times.
+        chosen = partitioner()
+        whole, _ = chosen.ops_to_not_decompose(exported)
+        config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True, preserve_ops=whole)
+        to_edge(exported, compile_config=config).to_backend(chosen).to_executorch().save(str(path))

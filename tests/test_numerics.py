@@ -18,7 +18,7 @@ from bedplate.bundle.ptd import read_ptd
 from bedplate.bundle.usage import BASE, sharing
 from bedplate.oracle import stock_program
 
-# tests/quantize/test_choice.py builds the same structure.
+# quantize/test_choice.py and assemble/test_no_programs.py build the same structure.
 RECOVERED = {"recovery_rank": 4, "overrides": {"layers.*.self_attn.v_proj": "8da8w"}}
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(2, 320, 90)]
 
@@ -187,13 +187,3 @@ def test_bundles_built_twice_are_byte_identical(
         "adapters/all/weights.ptd",
     ):
         assert (again.path / path).read_bytes() == (toy_bundle.path / path).read_bytes(), path
-
-
-@pytest.mark.slow
-def test_compiling_twice_gives_the_same_bytes(build_toy: BuildToy, tmp_path: Path) -> None:
-    """Not only the cache makes builds alike: a cold compile gives the same program."""
-    warm, cold = build_toy(), build_toy(unit_cache=tmp_path / "units")
-    files = sorted(path.relative_to(warm.path) for path in warm.path.rglob("*") if path.is_file())
-    assert len(files) >= 6
-    for path in files:
-        assert (cold.path / path).read_bytes() == (warm.path / path).read_bytes(), path

@@ -49,7 +49,10 @@ def test_a_rank_without_units_is_filled_up_to_one_that_has_some(
 
 
 @pytest.mark.slow
-def test_a_small_rank_is_not_filled_up_beyond_reason(bundle: Bundle, toy_model: Path, tmp_path: Path) -> None:
+def test_a_small_rank_is_not_filled_up_beyond_reason(
+    build_toy: BuildToy, toy_model: Path, tmp_path: Path
+) -> None:
+    bundle = build_toy(quantize="none")  # its units are lowered sooner
     cache = tmp_path / "units"
     for name, rank in (("large", 17), ("small", 2)):
         adapter = save_adapter(tmp_path / name, toy_model, seed=8, rank=rank, targets=["q_proj"])

@@ -64,12 +64,13 @@ def test_only_hqq_needs_torchao(
     build_toy(programs=False)
 
 
-# Every build and every `add` with programs asserts the same of its own recipe; these join what no other test lowers.
+# Every build and every `add` with programs asserts the same of its own recipe; these join what no other test does.
+# The base of two schemes is that of test_numerics.py, which is lowered once for both.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "adapter"),
     [
-        ({"overrides": {"layers.*.self_attn.v_proj": "8da8w"}}, "qv"),
+        ({"recovery_rank": 4, "overrides": {"layers.*.self_attn.v_proj": "8da8w"}}, "qv"),
         ({"recovery_rank": 4, "method": "plain"}, "all"),
     ],
     ids=["of two schemes", "recovery"],

@@ -77,7 +77,7 @@ def test_killed_at_random_touches_of_the_disk(
     build = ["build", toy_model, "-o", out, "--max-context", 128, "--unit-cache", unit_cache]
     argv: list[object] = {
         "build": build,
-        "build --force": [*build, "--method", "plain", "--force"],
+        "build --force": [*build, "--quantize", "none", "--force"],
         "add": ["add", out, one, "--name", "new", "--unit-cache", unit_cache],
         "add several": ["add", out, one, other, "--name", "x", "--name", "y", "--unit-cache", unit_cache],
         "remove": ["remove", out, "all"],
@@ -120,7 +120,8 @@ def test_killed_at_random_times_while_compiling(
     """With an empty unit cache and nothing imported, as a user's first command is."""
     bedplate_command = str(Path(sys.executable).with_name("bedplate"))
     out, cache = tmp_path / "toy.bundle", tmp_path / "units"
-    build = ["build", toy_model, "-o", out, "--max-context", 128, "--unit-cache", cache]
+    # In float32, which is lowered sooner.
+    build = ["build", toy_model, "-o", out, "--max-context", 128, "--quantize", "none", "--unit-cache", cache]
     add = ["add", out, toy_adapters["qv"], "--unit-cache", cache]
 
     def start(argv: list[object]) -> subprocess.Popen[bytes]:
