@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import count
 
 from bedplate.runtime.lengths import too_long
 from bedplate.runtime.messages import Conversation
@@ -30,15 +31,14 @@ def check_length(model: Model, prompt: Prompt, most: int | None, *, param: str =
         raise ApiError(400, message, param=param, code="context_length_exceeded")
 
 
-def check_known(model: Model, tokens: Sequence[int], param: str) -> None:
-    """In a thread: the file of an adapter may be read. ApiError: one of the tokens is not in the vocabulary."""
+def check_known(model: Model, tokens: Sequence[int] | Mapping[int, float], param: str) -> None:
+    """In a thread: the file of an adapter may be read. ApiError: one of the tokens is not in the vocabulary.
+
+    tokens: by their places, or as the names in `param`.
+    """
     vocab = model.vocab_for(tokens)
-    for at, token in enumerate(tokens):
+    for at, token in zip(tokens if isinstance(tokens, Mapping) else count(), tokens, strict=False):
         if token >= vocab:
-            raise unknown_token(token, vocab, f"{param}.{at}")
-
-
-def unknown_token(token: int, vocab: int, param: str) -> ApiError:
-    """param: the field that names it."""
-    hint = f"(hint: token ids are 0 … {vocab - 1})"
-    return ApiError(400, f"{param}: token {token} is not in the vocabulary {hint}", param=param)
+            field = f"{param}.{at}"
+            hint = f"(hint: token ids are 0 … {vocab - 1})"
+            raise ApiError(400, f"{field}: token {token} is not in the vocabulary {hint}", param=field)

@@ -7,17 +7,14 @@ from typing import Any
 from bedplate.runtime import arguments
 from bedplate.serve.catalog import Model
 from bedplate.serve.errors import ApiError
-from bedplate.serve.lengths import unknown_token
+from bedplate.serve.lengths import check_known
 from bedplate.serve.wire import Sampled
 
 
 def sampling_options(model: Model, request: Sampled) -> dict[str, Any]:
     """Options of `Session.events`. ApiError: `logit_bias` has a name that is no token of the model."""
     bias = {_token(name): value for name, value in (request.logit_bias or {}).items()}
-    vocab = model.vocab_for(bias)
-    for token in bias:
-        if token >= vocab:
-            raise unknown_token(token, vocab, f"logit_bias.{token}")
+    check_known(model, bias, "logit_bias")
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     return {
         "temperature": request.temperature,

@@ -65,7 +65,7 @@ class Part(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, fields: Any) -> Any:
+    def _as_given(cls, fields: Any) -> Any:
         return _given(fields)
 
     @classmethod
@@ -83,8 +83,10 @@ class Strict(Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_few_unknown(cls, fields: Any) -> Any:
-        """Of too many fields, one that is unknown is left, so that not each makes an error."""
+    def _as_given(cls, fields: Any) -> Any:
+        """In place of that of all parts: of too many fields, one that is unknown is left, so that not each makes an
+        error.
+        """
         most, given = len(cls.model_fields) + 1, _given(fields)
         few = isinstance(given, dict) and len(given) > most
         return dict(islice(given.items(), most)) if few else given
